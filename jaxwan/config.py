@@ -1,0 +1,120 @@
+"""Frozen configurations read from the `config.json` files of a Diffusers folder.
+
+Missing keys take Diffusers' defaults (2.1 checkpoints lack several); a key that changes the result and is not
+implemented here is refused by name when it is off its default.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """A configuration file asks for something that is not implemented, or is malformed."""
+
+
+class _FromJson:
+    """Mixin: a frozen dataclass made from a parsed config.json."""
+
+    _fixed: dict[str, Any] = {}  # keys with the only value that is implemented
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read the known keys of `data`; raises ConfigError for an unsupported value of a key in `_fixed`."""
+        for key, only in cls._fixed.items():
+            if key in data and data[key] != only:
+                raise ConfigError(f"{cls.__name__}: {key}={data[key]!r} is not implemented (only {only!r})")
+        names = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+        return cls(**{k: _frozen(v) for k, v in data.items() if k in names})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class TransformerConfig(_FromJson):
+    """`WanTransformer3DModel`. Defaults are Diffusers'."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    _fixed = {"qk_norm": "rms_norm_across_heads", "_class_name": "WanTransformer3DModel"}
+
+    @property
+    def dim(self) -> int:
+        """Model width D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class VAEConfig(_FromJson):
+    """`AutoencoderKLWan`, of the 2.1 kind (`is_residual` false) or the 2.2 kind (true, with pixel patches)."""
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # spelt so in the published files
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )  # fmt: skip
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )  # fmt: skip
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+
+    _fixed = {"_class_name": "AutoencoderKLWan", "attn_scales": []}
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(_FromJson):
+    """`UMT5EncoderModel`. Defaults are umt5-xxl's."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    _fixed = {"feed_forward_proj": "gated-gelu", "model_type": "umt5"}
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig(_FromJson):
+    """`CLIPVisionModel` of the Wan2.1 image-to-video checkpoints. Defaults are ViT-H/14's."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "gelu"

@@ -1,0 +1,74 @@
+"""The layers every model here is built of: parameters declared once, with their dtype.
+
+Parameters are created by `nnx.Rngs` (random models for tests and the built-in checkpoint) or abstractly under
+`nnx.eval_shape`; a checkpoint fills them by path (`jaxwan.convert`).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def param(value: Array) -> nnx.Param:
+    """A parameter with no sharding of its own: placement is the loader's business."""
+    return nnx.Param(value)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, computed in x's dtype.
+
+    `precision` is for modules that stay in float32 in a bfloat16 model: TF32 would undo what they are kept for.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs,
+                 precision: jax.lax.Precision | None = None):  # fmt: skip
+        self.kernel = param(jax.random.normal(rngs.params(), (d_in, d_out), dtype) * d_in**-0.5)
+        self.bias = param(jnp.zeros(d_out, dtype)) if bias else None
+        self.precision = precision
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=self.precision)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, computed in float32 and returned in float32; callers cast."""
+
+    def __init__(self, dim: int, eps: float, *, affine: bool, dtype: DTypeLike = jnp.float32):
+        self.scale = param(jnp.ones(dim, dtype)) if affine else None
+        self.bias = param(jnp.zeros(dim, dtype)) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        if self.scale is None or self.bias is None:
+            return y
+        return y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale` over the last axis; statistics in float32, result in x's dtype."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: DTypeLike):
+        self.scale = param(jnp.ones(dim, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def stack(make, num_layers: int, rngs: nnx.Rngs):
+    """`num_layers` modules `make(rngs)` as one, each parameter with a leading layer axis; run it with `scan_layers`."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(num_layers))
+
+
+def scan_layers(stacked, x, body):
+    """`x = body(layer, x)` for each layer of a stacked module, as one `lax.scan`."""
+    graph, state = nnx.split(stacked)
+    return jax.lax.scan(lambda x, layer: (body(nnx.merge(graph, layer), x), None), x, state)[0]
