@@ -5,7 +5,9 @@ implemented here is refused by name when it is off its default.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, TypeVar
+
+_C = TypeVar("_C", bound="_FromJson")
 
 
 class ConfigError(ValueError):
@@ -18,7 +20,7 @@ class _FromJson:
     _fixed: dict[str, Any] = {}  # keys with the only value that is implemented
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls: type[_C], data: dict[str, Any]) -> _C:
         """Read the known keys of `data`; raises ConfigError for an unsupported value of a key in `_fixed`."""
         for key, only in cls._fixed.items():
             if key in data and data[key] != only:

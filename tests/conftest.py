@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook("jaxwan", "beartype.beartype").install()
+install_import_hook("jaxwan", "beartype.beartype")
 
 import jax  # noqa: E402
 
