@@ -1,8 +1,8 @@
 """Checkpoint tensors into device arrays, one tensor at a time.
 
-A parameter that stacks layers or experts is never stacked on the host: its device shards are allocated as zeros and each
-tensor is written into its row by a donated update, so the peak is one tensor above the parameters themselves. Rows that
-no tensor fills stay zero: the ring's padding layers.
+A parameter that stacks layers or experts is never stacked on the host: its device shards are allocated as zeros and
+each tensor is written into its row by a donated update, so the peak is one tensor above the parameters themselves. Rows
+that no tensor fills stay zero: the ring's padding layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,15 @@ from jaxwan.convert.rules import Rule, Slot, plan
 Progress = Callable[[int], None]  # called with the bytes of each tensor once it is placed
 
 
-def load_module(make: Callable[[], nnx.Module], files: TensorFiles, rules: Sequence[Rule], *,
-                device: jax.Device | None = None, what: str = "checkpoint", progress: Progress | None = None):  # fmt: skip
+def load_module(
+    make: Callable[[], nnx.Module],
+    files: TensorFiles,
+    rules: Sequence[Rule],
+    *,
+    device: jax.Device | None = None,
+    what: str = "checkpoint",
+    progress: Progress | None = None,
+):
     """The module that `make` builds (under eval_shape), its parameters read from `files` onto one device."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shapes = flat_shapes(abstract)
@@ -53,8 +60,8 @@ def load_arrays(
 ) -> dict[str, Array]:
     """Global arrays of `targets` (path -> shape, dtype, sharding), filled from `sources`.
 
-    A source is (prefix, files, slots): its tensors go to rows `prefix + (layer,)` of the parameters, where prefix counts
-    experts. Shardings may split only those leading axes. Tensors are read in the order in which they lie on disk.
+    A source is (prefix, files, slots): its tensors go to rows `prefix + (layer,)` of the parameters, where prefix is
+    the expert. Shardings may split only those leading axes. Tensors are read in the order in which they lie on disk.
     """
     stacks: dict[str, _Stack] = {}
     whole: dict[str, Array] = {}

@@ -5,6 +5,7 @@ implemented here is refused by name when it is off its default.
 """
 
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Any, TypeVar
 
 _C = TypeVar("_C", bound="_FromJson")
@@ -120,3 +121,76 @@ class ImageEncoderConfig(_FromJson):
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
     hidden_act: str = "gelu"
+
+
+# Variants: what the configurations alone say about a checkpoint
+
+
+class ImageInput(StrEnum):
+    """How a model takes an image, if it does."""
+
+    NONE = "none"  # text only
+    CHANNELS = "channels"  # mask and image latents as extra input channels (Wan2.2-I2V-A14B)
+    CHANNELS_AND_CLIP = "channels and CLIP"  # and CLIP rows in cross-attention (Wan2.1 image to video)
+    FIRST_FRAME = "first frame"  # clean first latent frame at timestep 0 (Wan2.2-TI2V-5B); optional
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call uses where it is silent: the model cards' settings."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None  # low-noise expert
+    sampler: str | None = None  # None: the scheduler_config.json's
+    flow_shift: float | None = None
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published model. Recognised by structure (experts, image input, last image), then by width."""
+
+    name: str
+    experts: int
+    image_input: ImageInput
+    last_image: bool  # whether a last frame may be given
+    dim: int
+    defaults: Defaults
+
+
+VARIANTS = (
+    Variant("Wan2.2-T2V-A14B", 2, ImageInput.NONE, False, 5120, Defaults(720, 1280, 81, 16, 40, 4.0, 3.0)),
+    Variant("Wan2.2-I2V-A14B", 2, ImageInput.CHANNELS, True, 5120, Defaults(720, 1280, 81, 16, 40, 3.5, 3.5)),
+    Variant("Wan2.2-TI2V-5B", 1, ImageInput.FIRST_FRAME, False, 3072, Defaults(704, 1280, 121, 24, 50, 5.0)),
+    Variant("Wan2.1-T2V-1.3B", 1, ImageInput.NONE, False, 1536, Defaults(480, 832, 81, 16, 50, 5.0)),
+    Variant("Wan2.1-T2V-14B", 1, ImageInput.NONE, False, 5120, Defaults(720, 1280, 81, 16, 50, 5.0)),
+    Variant("Wan2.1-I2V-14B", 1, ImageInput.CHANNELS_AND_CLIP, False, 5120, Defaults(480, 832, 81, 16, 50, 5.0)),
+    Variant("Wan2.1-FLF2V-14B", 1, ImageInput.CHANNELS_AND_CLIP, True, 5120, Defaults(720, 1280, 81, 16, 50, 5.5)),
+)  # fmt: skip
+
+
+def recognise(transformer: TransformerConfig, experts: int, expand_timesteps: bool) -> Variant:
+    """The table's row for these configurations; an unknown width takes the row of the same structure, nearest in width.
+
+    Raises ConfigError when no published model has the structure.
+    """
+    if expand_timesteps:
+        image_input = ImageInput.FIRST_FRAME
+    elif transformer.image_dim is not None:
+        image_input = ImageInput.CHANNELS_AND_CLIP
+    else:
+        image_input = ImageInput.NONE if transformer.in_channels == transformer.out_channels else ImageInput.CHANNELS
+    last_image = image_input is ImageInput.CHANNELS or transformer.pos_embed_seq_len is not None
+    structure = (image_input, last_image)
+    rows = [v for v in VARIANTS if (v.image_input, v.last_image) == structure]
+    rows = [v for v in rows if v.experts == experts] or rows
+    if not rows:
+        raise ConfigError(
+            f"no Wan model takes its image as {image_input} with pos_embed_seq_len={transformer.pos_embed_seq_len}"
+        )
+    return min(rows, key=lambda v: abs(v.dim - transformer.dim))

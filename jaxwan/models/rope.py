@@ -16,8 +16,8 @@ def rope_tables(
 ) -> tuple[Float[Array, "s k2"], Float[Array, "s k2"]]:
     """cos and sin of every token's angles, tokens in (t, h, w) order, one column a channel pair.
 
-    Angles are computed in float64 on the host, one small table an axis, and only broadcast on the device: as constants of
-    the program they are a few kilobytes, where the full table of 75,600 tokens would be 39 MB.
+    Angles are computed in float64 on the host, one small table an axis, and only broadcast on the device: as constants
+    of the program they are a few kilobytes, where the full table of 75,600 tokens would be 39 MB.
     Source: diffusers transformer_wan.WanRotaryPosEmbed.
     """
     axes = []

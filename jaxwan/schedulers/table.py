@@ -1,0 +1,210 @@
+"""Samplers as tables: weights made once in float64 on the host, applied by one short `step` in float32.
+
+All tables have the shape of MAX_STEPS steps, so requests with different solvers, step counts and shifts stack into one
+array and share one compiled program.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from . import sigmas as schedules
+from . import solvers
+
+MAX_STEPS = 128
+SHIFT_RANGE = 0.01, 100.0  # beyond it neighbouring sigmas of long schedules begin to coincide in float32
+RENOISE_STEPS = 2, 9
+
+_PARTS = {  # schedule and solver of each sampler; `unipc` is one of the first three
+    "unipc1": (schedules.unipc, partial(solvers.unipc, order=1)),
+    "unipc2": (schedules.unipc, partial(solvers.unipc, order=2)),
+    "unipc3": (schedules.unipc, partial(solvers.unipc, order=3)),
+    "euler": (schedules.euler, solvers.euler),
+    "dpm++2m": (schedules.dpmpp, solvers.dpmpp_2m),
+    "renoise": (schedules.renoise, solvers.renoise),
+}
+SAMPLERS = ("unipc", *_PARTS)
+
+
+class Table(NamedTuple):
+    """A sampler for one request, N = MAX_STEPS rows of which the first `num_steps` are real; the rest keep x.
+
+    Stacked tables (`stack_tables`) have leading axes in every field.
+    """
+
+    sigmas: Float[np.ndarray, "*r n1"]  # noise levels, N + 1 of them; sigmas[num_steps] is 0
+    timesteps: Float[np.ndarray, "*r n"]  # what the model is shown: integers except for Euler and given ones
+    corrector: Float[np.ndarray, "*r n 6"]  # weighs (x, last, m, m1, m2, m3)
+    predictor: Float[np.ndarray, "*r n 5"]  # weighs (corrected, m, m1, m2, noise)
+    num_steps: Int[np.ndarray, "*r"]
+
+
+class Row(NamedTuple):
+    """One step of a table, float32."""
+
+    sigma: Float[Array, ""]
+    timestep: Float[Array, ""]
+    corrector: Float[Array, " 6"]
+    predictor: Float[Array, " 5"]
+
+
+class SamplerState(NamedTuple):
+    """What a sampler remembers between steps, float32, all of the latents' shape.
+
+    x is the input of the next velocity; `last` the x of the step before after its correction, from which the next
+    corrector starts again (Diffusers' last_sample); m1, m2, m3 the latest x0 estimates, newest first. Estimates are
+    made from the uncorrected x, which the model saw.
+    """
+
+    x: Float[Array, "..."]
+    last: Float[Array, "..."]
+    m1: Float[Array, "..."]
+    m2: Float[Array, "..."]
+    m3: Float[Array, "..."]
+
+
+def init_state(x: Float[Array, "..."]) -> SamplerState:
+    """The state before the first step: no history, which the first rows give no weight."""
+    x = x.astype(jnp.float32)
+    zeros = jnp.zeros_like(x)
+    return SamplerState(x, zeros, zeros, zeros, zeros)
+
+
+def step(
+    row: Row, state: SamplerState, velocity: Float[Array, "..."], noise: Float[Array, "..."] | float
+) -> SamplerState:
+    """The state after one step of any sampler; `noise` (or 0.0) matters to `renoise` only.
+
+    The weights are scalars: for several requests with rows of their own, `jax.vmap`.
+    """
+    x, last, m1, m2, m3 = state
+    m = x - row.sigma * velocity.astype(jnp.float32)
+    corrected = _weigh(row.corrector, (x, last, m, m1, m2, m3))
+    x = _weigh(row.predictor, (corrected, m, m1, m2, noise))
+    return SamplerState(x, corrected, m, m1, m2)
+
+
+def table_row(table: Table, *index: int | Int[Array, ""]) -> Row:
+    """Row `index` of a table, `(request, step)` of stacked ones; indices and table may be traced."""
+    sigma, timestep, corrector, predictor = (jnp.asarray(a, jnp.float32)[index] for a in table[:4])
+    return Row(sigma, timestep, corrector, predictor)
+
+
+def stack_tables(tables: Sequence[Table]) -> Table:
+    """One table with a leading request axis."""
+    return Table(*(np.stack(column) for column in zip(*tables, strict=True)))
+
+
+def add_noise(
+    x0: Float[Array, "..."], noise: Float[Array, "..."], sigma: Float[Array, ""] | float
+) -> Float[Array, "..."]:
+    """Clean latents brought to noise level `sigma`, in float32: where video to video starts, at the first used sigma.
+
+    Source: diffusers scheduling_unipc_multistep.py:add_noise.
+    """
+    return (1 - sigma) * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+
+
+def _weigh(weights: Float[Array, " k"], arrays: tuple) -> Float[Array, "..."]:
+    return reduce(jnp.add, (weights[k] * a for k, a in enumerate(arrays)))
+
+
+def make_table(
+    sampler: str,
+    num_steps: int | None,
+    shift: float | int,
+    *,
+    order: int = 2,
+    timesteps: Sequence[float | int] | None = None,
+    first_step: int = 0,
+) -> Table:
+    """The table of a sampler, one of SAMPLERS.
+
+    `order` is for `unipc` alone (`unipc2` says it in its name). `renoise` needs `timesteps` in (0, 1000], used as
+    given: its num_steps may be None, and shift does not enter. `first_step` skips that many steps of the schedule, for
+    video to video; the solver warms up from there, and row 0 is the first step used.
+    Raises ValueError when a value is not allowed, naming the nearest one that is.
+    """
+    if sampler not in SAMPLERS:
+        nearest = difflib.get_close_matches(sampler.lower(), SAMPLERS, n=1, cutoff=0)[0]
+        raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}: nearest is {nearest}")
+    if sampler == "unipc":
+        _check_range("order", order, 1, solvers.MAX_ORDER)
+        sampler = f"unipc{order}"
+    schedule, solve = _PARTS[sampler]
+    sigmas, shown = schedule(*_schedule_arguments(sampler, num_steps, shift, timesteps))
+    _check_range("first_step", first_step, 0, len(shown) - 1)
+    sigmas, shown = sigmas[first_step:], shown[first_step:]
+    return _padded(sigmas, shown, *solve(sigmas))
+
+
+def first_used_step(num_steps: int, strength: float | int) -> int:
+    """The step video to video begins with: `first_used_step(50, 0.8)` is 10, the last 40 steps remain.
+
+    Raises ValueError when strength is outside (0, 1] or leaves no step.
+    Source: diffusers pipeline_wan_video2video.py:get_timesteps.
+    """
+    _check_range("num_steps", num_steps, 1, MAX_STEPS)
+    smallest = math.ceil(1e4 / num_steps) / 1e4
+    remaining = int(num_steps * strength) if 0 < strength <= 1 else 0
+    if remaining < 1:
+        nearest = 1.0 if strength > 1 else smallest
+        raise ValueError(
+            f"strength={strength} is outside {smallest} to 1.0, which keeps at least one of {num_steps} steps: "
+            f"nearest is {nearest}"
+        )
+    return num_steps - remaining
+
+
+def _schedule_arguments(sampler: str, num_steps: int | None, shift: float | int, timesteps: Sequence | None) -> tuple:
+    """What the sampler's schedule takes: (timesteps,) or (num_steps, shift), checked."""
+    _check_range("shift", shift, *SHIFT_RANGE)
+    if sampler == "renoise":
+        return (_checked_timesteps(timesteps, num_steps),)
+    if timesteps is not None:
+        raise ValueError(f"timesteps are for sampler='renoise' only: {sampler} makes its own from num_steps and shift")
+    if num_steps is None:
+        raise ValueError(f"num_steps=None is for sampler='renoise' only: {sampler} takes 1 to {MAX_STEPS}")
+    _check_range("num_steps", num_steps, 1, MAX_STEPS)
+    return num_steps, shift
+
+
+def _padded(sigmas: np.ndarray, shown: np.ndarray, corrector: np.ndarray, predictor: np.ndarray) -> Table:
+    """Tables of MAX_STEPS rows: behind the real ones sigma and timestep are 0 and the weights keep x."""
+    idle = MAX_STEPS - len(shown)
+    keep_x, keep_corrected = np.tile(np.eye(6)[0], (idle, 1)), np.tile(np.eye(5)[0], (idle, 1))
+    return Table(
+        sigmas=np.pad(sigmas, (0, idle)),
+        timesteps=np.pad(shown, (0, idle)),
+        corrector=np.concatenate([corrector, keep_x]),
+        predictor=np.concatenate([predictor, keep_corrected]),
+        num_steps=np.array(len(shown), np.int32),
+    )
+
+
+def _check_range(name: str, value: float | int, low: float | int, high: float | int) -> None:
+    if not low <= value <= high:  # also true of NaN
+        raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
+
+
+def _checked_timesteps(timesteps: Sequence[float | int] | None, num_steps: int | None) -> Sequence[float | int]:
+    low, high = RENOISE_STEPS
+    rule = (
+        f"sampler='renoise' takes {low} to {high} timesteps in (0, 1000], strictly decreasing, such as 1000 750 500 250"
+    )
+    if timesteps is None:
+        raise ValueError(f"timesteps are missing: {rule}")
+    if not low <= len(timesteps) <= high:
+        raise ValueError(f"timesteps has {len(timesteps)} values: {rule}")
+    outside = [t for t in timesteps if not 0 < t <= schedules.NUM_TRAIN_TIMESTEPS]
+    if outside or not all(a > b for a, b in zip(timesteps[:-1], timesteps[1:], strict=True)):
+        raise ValueError(f"timesteps={list(timesteps)}: {rule}")
+    if num_steps is not None and num_steps != len(timesteps):
+        raise ValueError(f"num_steps={num_steps} differs from the {len(timesteps)} timesteps given: leave it out")
+    return timesteps

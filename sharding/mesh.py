@@ -1,0 +1,129 @@
+"""Mesh specifications ("pp=4") and the devices behind them.
+
+A mesh always has all five axes, most of them of size 1: dp (requests), cfg (guidance branches), pp (layers), sp
+(tokens), tp (heads). Sharding specs name axes freely; `spec` drops those of size 1, so that one program text serves
+every mesh and emits no collective over an axis that is not there.
+"""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the five axes. `str(MeshSpec(pp=4))` is "pp=4"."""
+
+    dp: int = 1
+    cfg: int = 1
+    pp: int = 1
+    sp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> "MeshSpec":
+        """Read "pp=4" or "dp=2,pp=4"; None or "" is one device. Raises ValueError on an unknown axis or a bad size."""
+        sizes: dict[str, int] = {}
+        for part in (text or "").replace(" ", "").split(","):
+            if not part:
+                continue
+            axis, _, size = part.partition("=")
+            if axis not in AXES:
+                close = get_close_matches(axis, AXES, 1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                raise ValueError(f"mesh {text!r} has no axis {axis!r}{hint}: axes are {', '.join(AXES)}")
+            if axis in sizes:
+                raise ValueError(f"mesh {text!r} names {axis} twice")
+            if not size.isdecimal() or int(size) < 1:
+                raise ValueError(f"mesh {text!r}: {axis}={size or '?'} must be a whole number from 1")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes in the order of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the mesh takes."""
+        return int(np.prod(self.sizes))
+
+    def __str__(self) -> str:
+        return ",".join(f"{a}={n}" for a, n in zip(AXES, self.sizes, strict=True) if n > 1) or "pp=1"
+
+
+AXES = tuple(field.name for field in fields(MeshSpec))
+
+
+def request_virtual_devices(count: int) -> None:
+    """Ask for max(8, count) virtual CPU devices; touches the CPU platform only, accelerators are as they were.
+
+    At least 8, so that a later, larger mesh finds room. Does nothing once JAX is initialised: `make_mesh` then says what
+    is missing.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", max(8, count, jax.config.jax_num_cpu_devices))
+    except RuntimeError:
+        pass  # already initialised: its device count stands
+
+
+def make_mesh(mesh: MeshSpec) -> Mesh:
+    """The first `mesh.num_devices` devices as a Mesh with all five axes.
+
+    Without an accelerator these are virtual CPU devices. Raises ValueError when there are too few, with the remedy.
+    """
+    request_virtual_devices(mesh.num_devices)
+    devices = jax.devices()
+    if len(devices) < mesh.num_devices:
+        raise ValueError(_too_few(mesh, devices))
+    grid = np.array(devices[: mesh.num_devices]).reshape(mesh.sizes)
+    # Auto, not make_mesh's default Explicit: the program is manual over all axes, and its inputs come unsharded too
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _too_few(mesh: MeshSpec, devices: list[jax.Device]) -> str:
+    need, have = mesh.num_devices, len(devices)
+    if devices[0].platform == "cpu":
+        return (
+            f"mesh {mesh} needs {need} devices and JAX is already initialised with {have} on the CPU: "
+            f"add jax.config.update('jax_num_cpu_devices', {need}) before the first use of JAX"
+        )
+    others = need // mesh.pp
+    largest = f"the largest that fits is pp={have // others}" if have >= others else "no pp fits"
+    return (
+        f"mesh {mesh} needs {need} devices and there are {have} ({devices[0].device_kind}): {largest}; "
+        "or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
+    )
+
+
+def spec(mesh: Mesh, *axes: str | None) -> PartitionSpec:
+    """PartitionSpec(*axes) without the axes of size 1 and without trailing Nones.
+
+    One canonical form: P("pp") and P("pp", None) mean the same but are different keys of JAX's compilation cache.
+    """
+    kept = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in axes]
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """NamedSharding of `spec(mesh, *axes)`."""
+    return NamedSharding(mesh, spec(mesh, *axes))
+
+
+def shift(x: jax.Array, axis: str) -> jax.Array:
+    """Pass x to the next position along a mesh axis, the last to the first; inside shard_map. Size 1: x itself."""
+    size = jax.lax.axis_size(axis)
+    if size == 1:
+        return x
+    return jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
+
+
+def position(axis: str) -> jax.Array | int:
+    """This device's place along a mesh axis; inside shard_map. Size 1: plain 0, which varies over nothing."""
+    return jax.lax.axis_index(axis) if jax.lax.axis_size(axis) > 1 else 0

@@ -1,0 +1,147 @@
+"""The pipeline ring: layers sharded over `pp`, micro-batches circling through the stages until their steps are done.
+
+A micro-batch is one (request, branch) pair. Each tick, stage 0 takes in the micro-batch whose turn it is, every stage
+applies its layers to the one it holds, all pass theirs on, and what returns from the last stage is retired at stage 0,
+where it may finish a step of its request. Nothing waits for a step to end: requests enter again as soon as they are back.
+
+No counters travel with the data. In tick t, position p holds slot u = t - p; its round is u // period and its
+micro-batch u % period, so every device works out by itself what it holds. Worked example, 2 stages, 1 request with 2
+branches, period max(2, 2 + 2 - 1) = 3:
+
+    tick     0   1   2   3   4   5        c0: cond of step 0, u0: uncond of step 0
+    stage 0  c0  u0  .   c1  u1  .        u0 leaves stage 1 in tick 2 and is retired at stage 0 in that tick,
+    stage 1      c0  u0  .   c1  u1       so step 1 can enter in tick 3
+
+This module knows nothing of the model: what enters, what a stage does and what retiring means are functions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree
+
+from jaxwan.sharding.mesh import position, shift, spec
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """Who rides: `requests` of `branches` micro-batches each through `stages`. All that the tick arithmetic needs."""
+
+    stages: int
+    requests: int
+    branches: int
+
+    @property
+    def microbatches(self) -> int:
+        """M = requests x branches."""
+        return self.requests * self.branches
+
+    @property
+    def period(self) -> int:
+        """Ticks from one step of a request to its next: max(M, stages + branches - 1).
+
+        A request's first branch may enter again only after its last branch, `branches - 1` ticks behind, came back.
+        """
+        return max(self.microbatches, self.stages + self.branches - 1)
+
+    def ticks(self, num_steps: Sequence[int]) -> int:
+        """Ticks until every request has finished its steps, when all start in round 0."""
+        done = [(r + 1) * self.branches - 1 + (n - 1) * self.period + self.stages for r, n in enumerate(num_steps)]
+        return max(done)
+
+    def ticks_of_round(self, index: int) -> int:
+        """Ticks after which every request has finished step `index`, and none the step after it."""
+        return index * self.period + self.microbatches - 1 + self.stages
+
+    def utilisation(self, num_steps: Sequence[int]) -> float:
+        """Share of the stages' ticks in which they work on a micro-batch."""
+        return self.branches * sum(num_steps) / self.ticks(num_steps)
+
+
+class Slot(NamedTuple):
+    """The micro-batch at one position of the ring; indices are in range even where it is not active."""
+
+    request: Int[Array, ""]
+    branch: Int[Array, ""]
+    step: Int[Array, ""]
+    active: Bool[Array, ""]
+
+
+class Turns(NamedTuple):
+    """When each request rides: it starts in round `start` and takes `num_steps` rounds."""
+
+    start: Int[Array, " r"]
+    num_steps: Int[Array, " r"]
+
+
+class RingState(NamedTuple):
+    """What a segment of ticks hands to the next. Leading axis pp: each stage's own; of `carry`, row 0 is the truth."""
+
+    tick: Int[Array, ""]
+    hidden: PyTree
+    carry: PyTree
+
+
+class Stage(NamedTuple):
+    """What the ring does to a micro-batch, as pure functions of this device's weights and the replicated inputs."""
+
+    enter: Callable[[Any, Any, Any, Slot], Any]  # (weights, inputs, carry, slot) -> hidden
+    layers: Callable[[Any, Any, Any, Slot], Any]  # (weights, inputs, hidden, slot) -> hidden
+    retire: Callable[[Any, Any, Any, Any, Slot], Any]  # (weights, inputs, carry, hidden, slot) -> carry
+
+
+def slot_at(plan: RingPlan, turns: Turns, u: Int[Array, ""]) -> Slot:
+    """The micro-batch that entered (or would have) in tick u."""
+    index, microbatch = u // plan.period, u % plan.period
+    request = jnp.minimum(microbatch // plan.branches, plan.requests - 1)
+    step = index - turns.start[request]
+    active = (u >= 0) & (microbatch < plan.microbatches) & (step >= 0) & (step < turns.num_steps[request])
+    step = jnp.clip(step, 0, turns.num_steps[request] - 1)
+    return Slot(request, microbatch % plan.branches, step, active)
+
+
+def make_ring(mesh: Mesh, plan: RingPlan, stage: Stage, weight_specs: PyTree) -> Callable[..., RingState]:
+    """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
+
+    `ticks` is traced: one executable serves every segment length. weight_specs: PartitionSpecs of `weights`; inputs and
+    turns are replicated. Idle positions compute on garbage that is never retired: leaving the work out would make control
+    flow differ between devices, which deadlocks collectives.
+    """
+    staged, replicated = spec(mesh, "pp"), PartitionSpec()
+
+    def run(weights, inputs, turns, state, ticks):
+        own = jax.tree.map(lambda x: x[0], (state.hidden, state.carry))
+        place = position("pp")
+
+        def tick(_, loop):
+            t, hidden, carry = loop
+            entering = stage.enter(weights, inputs, carry, slot_at(plan, turns, t))
+            hidden = jax.tree.map(lambda new, old: jnp.where(place == 0, new, old), entering, hidden)
+            held = slot_at(plan, turns, t - place)
+            hidden = shift_tree(stage.layers(weights, inputs, hidden, held))
+            carry = stage.retire(weights, inputs, carry, hidden, slot_at(plan, turns, t - (plan.stages - 1)))
+            return t + 1, hidden, carry
+
+        t, hidden, carry = jax.lax.fori_loop(0, ticks, tick, (state.tick, *own))
+        return RingState(t, *jax.tree.map(lambda x: x[None], (hidden, carry)))
+
+    def shift_tree(tree):
+        return jax.tree.map(lambda x: shift(x, "pp"), tree)
+
+    state_specs = RingState(replicated, staged, staged)
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(weight_specs, replicated, replicated, state_specs, replicated),
+        out_specs=state_specs, check_vma=_check_types(mesh),
+    )  # fmt: skip
+    out = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    # fixed output shardings: inferred ones may be spelt differently from the inputs', and the second call recompiles
+    return jax.jit(sharded, donate_argnums=3, out_shardings=out)
+
+
+def _check_types(mesh: Mesh) -> bool:
+    """Whether shard_map proves which values vary over which axis: on CPUs only, GPU kernels have no rules for it."""
+    return mesh.devices.flat[0].platform == "cpu"
