@@ -1,5 +1,8 @@
 """Rule tables of the Diffusers layout, one per component. Sources: the published files' key sets."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from jaxwan.convert.rules import CONV2D, CONV3D, LINEAR, Rule
 
 TRANSFORMER: list[Rule] = [
@@ -57,8 +60,79 @@ TRANSFORMER: list[Rule] = [
     Rule("proj_out.bias", "proj_out.bias"),
 ]
 
-VAE: list[Rule] = []
+VAE: list[Rule] = [
+    *[
+        rule
+        for name, transform in (
+            *((f"{{path}}.{conv}", CONV3D) for conv in ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut")),
+            ("{path}.time_conv", CONV3D),
+            ("quant_conv", CONV3D),
+            ("post_quant_conv", CONV3D),
+            ("{path}.to_qkv", CONV2D),
+            ("{path}.proj", CONV2D),
+        )
+        for rule in (Rule(f"{name}.weight", f"{name}.kernel", transform), Rule(f"{name}.bias", f"{name}.bias"))
+    ],
+    Rule("{path}.resample.1.weight", "{path}.resample.kernel", CONV2D),  # 0 is the padding or the enlargement
+    Rule("{path}.resample.1.bias", "{path}.resample.bias"),
+    Rule("{path}.gamma", "{path}.gamma"),
+]
 
-TEXT_ENCODER: list[Rule] = []
+TEXT_ENCODER: list[Rule] = [
+    Rule("shared.weight", "embedding"),
+    Rule("encoder.embed_tokens.weight", None),  # a second copy of shared.weight that some files hold
+    *[
+        Rule(f"encoder.block.{{layer}}.layer.0.SelfAttention.{name}.weight", f"layers.{name}.kernel", LINEAR)
+        for name in ("q", "k", "v", "o")
+    ],
+    Rule("encoder.block.{layer}.layer.0.SelfAttention.relative_attention_bias.weight", "layers.position_bias"),
+    Rule("encoder.block.{layer}.layer.0.layer_norm.weight", "layers.attention_norm.scale"),
+    Rule("encoder.block.{layer}.layer.1.DenseReluDense.wi_0.weight", "layers.gate.kernel", LINEAR),
+    Rule("encoder.block.{layer}.layer.1.DenseReluDense.wi_1.weight", "layers.up.kernel", LINEAR),
+    Rule("encoder.block.{layer}.layer.1.DenseReluDense.wo.weight", "layers.down.kernel", LINEAR),
+    Rule("encoder.block.{layer}.layer.1.layer_norm.weight", "layers.mlp_norm.scale"),
+    Rule("encoder.final_layer_norm.weight", "norm.scale"),
+]
 
-IMAGE_ENCODER: list[Rule] = []
+_CLIP = "vision_model."
+
+IMAGE_ENCODER: list[Rule] = [
+    Rule(_CLIP + "embeddings.class_embedding", "class_embedding"),
+    Rule(_CLIP + "embeddings.patch_embedding.weight", "patch_embedding", CONV2D),
+    Rule(_CLIP + "embeddings.position_embedding.weight", "position_embedding"),
+    Rule(_CLIP + "pre_layrnorm.weight", "pre_norm.scale"),  # spelt so in the published files
+    Rule(_CLIP + "pre_layrnorm.bias", "pre_norm.bias"),
+    *[
+        rule
+        for source, target in (
+            ("self_attn.q_proj", "q"),
+            ("self_attn.k_proj", "k"),
+            ("self_attn.v_proj", "v"),
+            ("self_attn.out_proj", "o"),
+            ("mlp.fc1", "up"),
+            ("mlp.fc2", "down"),
+        )
+        for rule in (
+            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.weight", f"layers.{target}.kernel", LINEAR),
+            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
+        )
+    ],
+    *[
+        rule
+        for source, target in (("layer_norm1", "attention_norm"), ("layer_norm2", "mlp_norm"))
+        for rule in (
+            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.weight", f"layers.{target}.scale"),
+            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
+        )
+    ],
+    # What Wan's penultimate layer makes superfluous: the last layer and the pooling.
+    Rule(_CLIP + "encoder.layers.{layer}.{path}", None),
+    Rule(_CLIP + "post_layernorm.{path}", None),
+]
+
+
+def image_encoder_rules(keys: Iterable[str]) -> list[Rule]:
+    """IMAGE_ENCODER as these keys spell it: transformers 5 writes them without the published prefix."""
+    if any(key.startswith(_CLIP) for key in keys):
+        return IMAGE_ENCODER
+    return [replace(rule, source=rule.source.removeprefix(_CLIP)) for rule in IMAGE_ENCODER]

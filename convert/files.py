@@ -74,6 +74,11 @@ class TensorFiles:
         return self._file_of[key].get_tensor(key)
 
     @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
     def largest_file(self) -> int:
         """Bytes of the largest file."""
         return max(path.stat().st_size for path in self.paths)

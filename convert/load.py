@@ -33,10 +33,19 @@ def load_module(
     """The module that `make` builds (under eval_shape), its parameters read from `files` onto one device."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shapes = flat_shapes(abstract)
-    slots = plan(files.shapes, {path: s.shape for path, s in shapes.items()}, rules, what=what)
+    slots = prove(make, files, rules, what=what)
     place = SingleDeviceSharding(device or jax.devices()[0])
     arrays = load_arrays({path: (s, place) for path, s in shapes.items()}, [((), files, slots)], progress)
     return nnx.merge(graph, fill(abstract, arrays))
+
+
+def prove(make: Callable[[], nnx.Module], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Slot]:
+    """Where each tensor of `files` goes in the module that `make` builds; only headers are read.
+
+    Raises CheckpointError naming every missing, extra and mis-shaped tensor.
+    """
+    shapes = flat_shapes(nnx.split(nnx.eval_shape(make))[1])
+    return plan(files.shapes, {path: s.shape for path, s in shapes.items()}, rules, what=what)
 
 
 def flat_shapes(abstract: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:

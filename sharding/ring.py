@@ -2,7 +2,7 @@
 
 A micro-batch is one (request, branch) pair. Each tick, stage 0 takes in the micro-batch whose turn it is, every stage
 applies its layers to the one it holds, all pass theirs on, and what returns from the last stage is retired at stage 0,
-where it may finish a step of its request. Nothing waits for a step to end: requests enter again as soon as they are back.
+where it may finish a step of its request. Nothing waits for a step to end: requests enter again once they are back.
 
 No counters travel with the data. In tick t, position p holds slot u = t - p; its round is u // period and its
 micro-batch u % period, so every device works out by itself what it holds. Worked example, 2 stages, 1 request with 2
@@ -107,9 +107,9 @@ def slot_at(plan: RingPlan, turns: Turns, u: Int[Array, ""]) -> Slot:
 def make_ring(mesh: Mesh, plan: RingPlan, stage: Stage, weight_specs: PyTree) -> Callable[..., RingState]:
     """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
 
-    `ticks` is traced: one executable serves every segment length. weight_specs: PartitionSpecs of `weights`; inputs and
-    turns are replicated. Idle positions compute on garbage that is never retired: leaving the work out would make control
-    flow differ between devices, which deadlocks collectives.
+    `ticks` is traced: one executable serves every segment length. weight_specs: PartitionSpecs of `weights`; inputs
+    and turns are replicated. Idle positions compute on garbage that is never retired: leaving the work out would make
+    control flow differ between devices, which deadlocks collectives.
     """
     staged, replicated = spec(mesh, "pp"), PartitionSpec()
 

@@ -19,8 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxwan.config import TransformerConfig
 from jaxwan.convert.diffusers import TRANSFORMER
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import Progress, fill, flat_shapes, load_arrays
-from jaxwan.convert.rules import plan as plan_checkpoint
+from jaxwan.convert.load import Progress, fill, flat_shapes, load_arrays, prove
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.schedulers.table import SamplerState, Table, init_state, step, table_row
 from jaxwan.sharding.mesh import sharding, spec
@@ -97,13 +96,15 @@ def load_weights(
     Raises CheckpointError when a tensor is missing, extra or of another shape.
     """
     _, abstract = abstract_weights(cfg, len(experts), mesh.shape["pp"], dtype)
-    single = nnx.eval_shape(lambda: WanTransformer(cfg, dtype=dtype, rngs=nnx.Rngs(0)))
-    shapes = {path: leaf.shape for path, leaf in flat_shapes(nnx.split(single)[1]).items()}
+
+    def single():
+        return WanTransformer(cfg, dtype=dtype, rngs=nnx.Rngs(0))
+
     targets = {}
     for part, axes in zip(abstract, WEIGHT_AXES, strict=True):
         targets |= {path: (leaf, sharding(mesh, *axes)) for path, leaf in flat_shapes(part).items()}
     sources = [
-        ((i,), files, plan_checkpoint(files.shapes, shapes, TRANSFORMER, what=str(files.paths[0].parent)))
+        ((i,), files, prove(single, files, TRANSFORMER, what=str(files.paths[0].parent)))
         for i, files in enumerate(experts)
     ]
     arrays = load_arrays(targets, sources, progress)

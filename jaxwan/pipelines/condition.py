@@ -1,0 +1,142 @@
+"""What a request brings to the loop: its noise, its image or video as latents, and its steps as rows of `Controls`."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+from jaxwan.config import ImageInput
+from jaxwan.models.vae import VideoCoder
+from jaxwan.pipelines.checkpoint import CHANNEL_MASK
+from jaxwan.pipelines.denoise import RENOISINGS, Controls
+from jaxwan.pipelines.media import resize_image
+from jaxwan.pipelines.request import Job
+from jaxwan.schedulers.sigmas import NUM_TRAIN_TIMESTEPS
+from jaxwan.schedulers.table import Table, stack_tables
+
+INITIAL = 0  # noise streams of a video: where it starts, then one a step
+RENOISE = 1
+
+
+class Conditioning(NamedTuple):
+    """Image input of R videos; what the model does not take is None. Fields as in denoise.Inputs."""
+
+    image: Float[Array, "r i e"] | None = None
+    channels: Float[np.ndarray, "r t h w y"] | None = None
+    first: Float[np.ndarray, "r 1 h w z"] | None = None
+    has_first: np.ndarray | None = None
+
+
+def encode_images(
+    kind: ImageInput,
+    coder: VideoCoder,
+    images: Sequence[Any],
+    last_images: Sequence[Any],
+    size: tuple[int, int, int],
+) -> Conditioning:
+    """Latent conditioning of the images (None where a video has none) for videos of `size` (num_frames, height, width).
+
+    CLIP rows are not made here: they see the image unresized.
+    """
+    num_frames, height, width = size
+    pixels = [None if i is None else 2 * resize_image(i, height, width) - 1 for i in images]
+    if kind is ImageInput.FIRST_FRAME:
+        return _first_frames(coder, pixels, size)
+    if kind is ImageInput.NONE:
+        return Conditioning()
+    lasts = [None if i is None else 2 * resize_image(i, height, width, "last_image") - 1 for i in last_images]
+    made: dict[tuple[int, int], np.ndarray] = {}  # one image for all prompts is one object: encoded once
+    keys = [(id(image), id(last)) for image, last in zip(images, last_images, strict=True)]
+    for key, first, last in zip(keys, pixels, lasts, strict=True):
+        if key not in made:
+            made[key] = image_channels(coder, first, last, num_frames)
+    return Conditioning(channels=np.stack([made[key] for key in keys]))
+
+
+def image_channels(
+    coder: VideoCoder, first: np.ndarray, last: np.ndarray | None, num_frames: int
+) -> Float[np.ndarray, "t h w y"]:
+    """Mask and latents of a video that is known in its first (and last) frame and grey between; pixels in [-1, 1].
+
+    The four mask channels of a latent frame stand for its four pixel frames; the first latent frame, which holds one
+    pixel frame only, has all four set.
+    Source: diffusers pipeline_wan_i2v.py:prepare_latents.
+    """
+    video = np.zeros((1, num_frames, *first.shape), np.float32)
+    video[0, 0] = first
+    if last is not None:
+        video[0, -1] = last
+    latents = np.asarray(coder.encode(video))[0]
+    mask = np.zeros((*latents.shape[:3], CHANNEL_MASK), np.float32)
+    mask[0] = 1
+    if last is not None:
+        mask[-1, ..., -1] = 1
+    return np.concatenate([mask, latents], axis=-1)
+
+
+def _first_frames(coder: VideoCoder, pixels: Sequence[np.ndarray | None], size: tuple[int, int, int]) -> Conditioning:
+    """The clean first latent frame of every video that has an image; zeros, not looked at, for the others."""
+    _, height, width = size
+    stride = coder.cfg.scale_factor_spatial
+    none = np.zeros((1, height // stride, width // stride, coder.cfg.z_dim), np.float32)
+    rows = [none if p is None else np.asarray(coder.encode(p[None, None]))[0] for p in pixels]
+    return Conditioning(first=np.stack(rows), has_first=np.array([p is not None for p in pixels]))
+
+
+def make_controls(job: Job, conditioning: Conditioning, latent_frames: int) -> Controls:
+    """The steps of every video of a job, prompt-major."""
+    requests = [r for r in job.requests for _ in range(job.num_videos)]
+    table = stack_tables([r.table for r in requests])
+    expert = choose_expert(table.timesteps, job.boundary_ratio)
+    guidance = np.array([[r.guidance_scale, r.guidance_scale_2] for r in requests])
+    return Controls(
+        table=table,
+        timesteps=frame_timesteps(table.timesteps, conditioning.has_first, latent_frames),
+        expert=expert,
+        guidance=np.take_along_axis(guidance, expert, axis=1),
+        guided=np.array([r.guided for r in requests]),
+    )
+
+
+def choose_expert(timesteps: np.ndarray, boundary_ratio: float | None) -> np.ndarray:
+    """0 (high noise) at or above the boundary, 1 (low noise) below it; without a boundary always 0."""
+    if boundary_ratio is None:
+        return np.zeros(timesteps.shape, np.int32)
+    return (timesteps < boundary_ratio * NUM_TRAIN_TIMESTEPS).astype(np.int32)
+
+
+def frame_timesteps(timesteps: np.ndarray, has_first: np.ndarray | None, latent_frames: int) -> np.ndarray:
+    """Timesteps `[R, N]` as the model takes them, `[R, N, Q]`: of TI2V one a latent frame, 0 where it is given."""
+    if has_first is None:
+        return timesteps[..., None]
+    per_frame = np.repeat(timesteps[..., None], latent_frames, axis=-1)
+    per_frame[has_first, :, 0] = 0
+    return per_frame
+
+
+def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Unit noise of video `index` of a prompt, time first: a function of (seed, index) alone."""
+    return np.asarray(_normal(_words(seed), np.uint32(index), np.uint32(INITIAL), shape))
+
+
+def renoise_noise(table: Table, seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The noise of every step that adds some, `[8, …]`: a function of (seed, index, step); zeros for other samplers."""
+    noise = np.zeros((RENOISINGS, *shape), np.float32)
+    for step in np.flatnonzero(table.predictor[:, 4]):
+        noise[step] = _normal(_words(seed), np.uint32(index), np.uint32(RENOISE + step), shape)
+    return noise
+
+
+def _words(seed: int) -> UInt32[np.ndarray, "2"]:
+    """A 64-bit seed as threefry's key."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+
+
+@partial(jax.jit, static_argnums=3)
+def _normal(words: Array, index: Array, stream: Array, shape: tuple[int, ...]) -> Array:
+    """Drawn in a program of its own: fused into another one, the last bit of a few values would differ."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index), stream)
+    return jax.random.normal(key, shape, jax.numpy.float32)

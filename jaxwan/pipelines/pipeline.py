@@ -1,0 +1,416 @@
+"""WanPipeline: a checkpoint on a mesh, from prompts (and images or a video) to videos."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array
+
+from jaxwan.convert.diffusers import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER
+from jaxwan.convert.diffusers import VAE as VAE_RULES
+from jaxwan.convert.files import TensorFiles
+from jaxwan.convert.load import load_module, prove
+from jaxwan.models.image_encoder import CLIPVisionEncoder
+from jaxwan.models.text_encoder import UMT5Encoder
+from jaxwan.models.transformer import WanTransformer
+from jaxwan.models.vae import VAE, VideoCoder
+from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from jaxwan.pipelines.condition import (
+    Conditioning,
+    choose_expert,
+    encode_images,
+    frame_timesteps,
+    initial_noise,
+    make_controls,
+    renoise_noise,
+)
+from jaxwan.pipelines.denoise import RENOISINGS, Controls, Denoiser, Inputs, Loop, load_weights
+from jaxwan.pipelines.media import clip_pixels, load_image, load_image_processor, resize_video
+from jaxwan.pipelines.prompt import encode_prompts, load_tokenizer
+from jaxwan.pipelines.request import Job, check_mesh, make_job
+from jaxwan.pipelines.stages import Stages
+from jaxwan.schedulers.table import add_noise, make_table, stack_tables
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
+
+DTYPES = ("bfloat16", "float32")
+OUTPUT_TYPES = ("np", "latent", "pil")
+Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Videos of a call, prompt-major.
+
+    latents: float32, normalised, (B, C, T, h, w). frames: float32 in [0, 1], (B, F, H, W, 3); with output_type "pil"
+    a list of lists of images, with "latent" the latents. seconds: time a stage took, compilation apart.
+    """
+
+    frames: Any
+    latents: np.ndarray
+    fps: float
+    seeds: tuple[int, ...]
+    seconds: dict[str, float]
+
+
+class WanPipeline:
+    """Text, image or video to video. Made by `from_pretrained`; a call keeps no state of its own here."""
+
+    def __init__(self, checkpoint: Checkpoint, denoiser: Denoiser, coder: VideoCoder, encode_text: Callable,
+                 tokenizer: Any, encode_clip: Callable | None, *, progress: bool = True,
+                 seconds: dict[str, float] | None = None):  # fmt: skip
+        self.checkpoint, self.denoiser, self.coder = checkpoint, denoiser, coder
+        self.progress, self.load_seconds = progress, seconds or {}
+        self._encode_text, self._tokenizer, self._encode_clip = encode_text, tokenizer, encode_clip
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        mesh: str | MeshSpec | None = None,
+        dtype: str | None = None,
+        vae_dtype: str = "float32",
+        *,
+        progress: bool = True,
+    ) -> "WanPipeline":
+        """Load a Diffusers-layout folder or hub id onto a mesh such as "pp=4" (None: one device).
+
+        dtype is the DiT's and text encoder's: bfloat16 by default on accelerators (with Diffusers' modules kept in
+        float32), float32 on a CPU. Raises ValueError or OSError before anything heavy is read.
+        """
+        spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.parse(mesh)
+        check_dtype("dtype", dtype), check_dtype("vae_dtype", vae_dtype)
+        return load_pipeline(read_checkpoint(find_checkpoint(model)), spec, dtype, vae_dtype, progress=progress)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        output_type: str = "np",
+        callback_on_step_end: Callback | None = None,
+        **arguments: Any,
+    ) -> Output:
+        """Generate; the arguments are Diffusers', with their meanings.
+
+        prompt, negative_prompt: a text or one a prompt. image, last_image: path, PIL or (H, W, 3) array, or a list of
+        them. video, strength: video to video. height, width, num_frames, fps, num_inference_steps, guidance_scale
+        (high-noise expert), guidance_scale_2 (low-noise expert), boundary_ratio, flow_shift, sampler, timesteps
+        (`renoise` only), seed, latents (unit noise, (B, C, T, h, w)), prompt_embeds, negative_prompt_embeds,
+        num_videos_per_prompt. Unset ones are the checkpoint's. output_type: "np", "latent" or "pil".
+
+        callback_on_step_end(pipe, step, timestep, {"latents": …}) looks on after every step; timestep is a list (one a
+        video, the last one for finished videos) where schedules differ.
+        Raises ValueError or OSError in a sentence, before anything is computed.
+        """
+        check_output_type(output_type)
+        job = make_job(self.checkpoint, prompt=prompt, **arguments)
+        for note in job.notes:
+            print(note)
+        return self.run(job, output_type=output_type, callback_on_step_end=callback_on_step_end)
+
+    def run(
+        self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None,
+        stages: Stages | None = None,
+    ) -> Output:  # fmt: skip
+        """Generate a checked job (`make_job`)."""
+        stages = stages or Stages(progress=self.progress)
+        text = self._context(job, stages)
+        size = (job.num_frames, job.height, job.width)
+        with stages.stage("encode", 1):
+            conditioning = self._conditioning(job, size)
+            latents = self._starting_latents(job)
+        inputs = self._inputs(job, text, conditioning, latents.shape)
+        latents = self._denoise(job, latents, inputs, stages, callback_on_step_end)
+        seeds = tuple(r.seed for r in job.requests)
+        frames = latents if output_type == "latent" else self._decode(latents, stages)
+        if output_type == "pil":
+            frames = [_to_pil(video) for video in frames]
+        return Output(frames, latents, job.fps, seeds, stages.seconds)
+
+    # The parts on their own
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Array:
+        """Context rows (B, 512, C) of cleaned prompts, zero behind each prompt's end."""
+        return encode_prompts(self._encode_text, self._tokenizer, list(prompts))
+
+    def encode(self, frames: ArrayLike) -> np.ndarray:
+        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3) in [0, 1]."""
+        pixels = 2 * np.asarray(frames, np.float32) - 1
+        return to_public(np.concatenate([np.asarray(self.coder.encode(p[None])) for p in pixels]))
+
+    def decode(self, latents: ArrayLike) -> np.ndarray:
+        """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w)."""
+        return self._decode(np.asarray(latents, np.float32), Stages(progress=False))
+
+    def predict(
+        self, latents: ArrayLike, timestep: ArrayLike, prompt_embeds: ArrayLike, image: Any = None,
+        last_image: Any = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Velocity (B, C, T, h, w) of one model evaluation, exactly as in the loop, without guidance.
+
+        timestep: a number, [B], [B, T] (latent frames) or [B, S] (tokens); the expert is chosen by each sample's
+        largest. For TI2V an image is mixed in as the first frame, whose timestep is 0.
+        """
+        x = to_internal(np.asarray(latents, np.float32))
+        count, frames, geometry = len(x), x.shape[1], self.checkpoint.geometry
+        embeds = np.asarray(prompt_embeds, np.float32)
+        blank = make_job(
+            self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
+            **dict(zip(("num_frames", "height", "width"), geometry.pixel_shape(*x.shape[1:4]), strict=True)),
+        )  # fmt: skip
+        size = (blank.num_frames, blank.height, blank.width)
+        conditioning = self._conditioning(blank, size)
+        given = _per_sample(timestep, count, frames, geometry.num_tokens(*size))
+        if given.shape[1] == 1:
+            timesteps = frame_timesteps(given, conditioning.has_first, frames)
+        else:
+            timesteps = _zero_first(given[:, None].copy(), conditioning.has_first, frames)
+        controls = Controls(
+            table=stack_tables([make_table("euler", 1, 1.0)] * count),
+            timesteps=timesteps,
+            expert=choose_expert(given.max(axis=1, keepdims=True), blank.boundary_ratio),
+            guidance=np.ones((count, 1)),
+            guided=np.zeros(count, bool),
+        )
+        noise = np.zeros((count, RENOISINGS, *x.shape[1:]), np.float32)
+        loop = self.denoiser.start(x, Inputs(controls, jnp.asarray(embeds)[:, None], *conditioning, noise))
+        loop.advance(1)
+        return to_public(loop.velocity())
+
+    # The stages of a call
+
+    def _context(self, job: Job, stages: Stages) -> np.ndarray:
+        """[R, G, L, C]: each video's text, and with guidance its negative text."""
+        with stages.stage("text", 1) as update:
+            cond = job.prompt_embeds
+            if cond is None:
+                cond = np.asarray(self.encode_prompt([r.prompt or "" for r in job.requests]), np.float32)
+            branches = [cond]
+            if job.guided:
+                uncond = job.negative_prompt_embeds
+                if uncond is None:
+                    uncond = np.asarray(self.encode_prompt([r.negative_prompt or "" for r in job.requests]), np.float32)
+                branches.append(uncond)
+            update(1)
+        return np.repeat(np.stack(branches, axis=1), job.num_videos, axis=0)
+
+    def _conditioning(self, job: Job, size: tuple[int, int, int]) -> Conditioning:
+        """Image input of every video of the job."""
+        images, lasts = [r.image for r in job.requests], [r.last_image for r in job.requests]
+        made = encode_images(self.checkpoint.image_input, self.coder, images, lasts, size)
+        if self._encode_clip is not None:
+            made = made._replace(image=np.stack([self._clip_rows(*pair) for pair in zip(images, lasts, strict=True)]))
+        return jax.tree.map(lambda x: np.repeat(x, job.num_videos, axis=0), made)
+
+    def _clip_rows(self, image: Any, last: Any) -> np.ndarray:
+        """CLIP rows of the image, followed by the last image's."""
+        assert self._encode_clip is not None
+        rows = [np.asarray(self._encode_clip(i)[0], np.float32) for i in (image, last) if i is not None]
+        return np.concatenate(rows)
+
+    def _starting_latents(self, job: Job) -> np.ndarray:
+        """[R, T, H, W, Z] at the noise level of each video's first step."""
+        shape = (*self.checkpoint.geometry.latent_shape(job.num_frames, job.height, job.width), self.coder.cfg.z_dim)
+        if job.latents is None:
+            noise = np.stack([initial_noise(r.seed, i, shape) for r, i in _videos(job)])
+        else:
+            noise = to_internal(job.latents)
+        if job.video is None:
+            return noise
+        clean = np.asarray(self.coder.encode(2 * resize_video(job.video, job.height, job.width)[None] - 1))[0]
+        sigmas = [float(r.table.sigmas[0]) for r, _ in _videos(job)]
+        return np.stack([np.asarray(add_noise(clean, n, s)) for n, s in zip(noise, sigmas, strict=True)])
+
+    def _inputs(self, job: Job, text: np.ndarray, conditioning: Conditioning, shape: tuple[int, ...]) -> Inputs:
+        noise = np.stack([renoise_noise(r.table, r.seed, i, shape[1:]) for r, i in _videos(job)])
+        return Inputs(make_controls(job, conditioning, shape[1]), text, *conditioning, noise)
+
+    def _denoise(self, job: Job, latents: np.ndarray, inputs: Inputs, stages: Stages, callback) -> np.ndarray:
+        """All steps; the public (B, C, T, h, w)."""
+        with stages.stage("denoise", int(inputs.controls.table.num_steps.max()), "step") as update:
+            loop = self.denoiser.start(latents, inputs)
+            for index in range(loop.rounds):
+                loop.advance(index + 1)
+                update(1)
+                if callback is not None:
+                    self._look_on(callback, index, loop, inputs)
+        latents = loop.latents()
+        if inputs.first is not None:  # the solver moved the given frames too: put them back
+            latents = np.where(inputs.has_first[:, None, None, None, None] & _is_first(latents), inputs.first, latents)
+        return to_public(latents)
+
+    def _look_on(self, callback: Callback, index: int, loop: Loop, inputs: Inputs) -> None:
+        steps = np.minimum(index, loop.num_steps - 1)
+        shown = inputs.controls.table.timesteps[np.arange(len(steps)), steps].tolist()
+        given = {"latents": to_public(loop.latents())}
+        returned = callback(self, index, shown[0] if len(set(shown)) == 1 else shown, given)
+        if returned and any(returned[key] is not given.get(key) for key in returned):
+            raise ValueError("callback_on_step_end may look on but not change: it returned other latents")
+
+    def _decode(self, latents: np.ndarray, stages: Stages) -> np.ndarray:
+        """Frames of the public latents, one video at a time, so that a batch needs no more memory than one."""
+        videos = []
+        with stages.stage("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
+            for video in to_internal(latents):
+                chunks = []
+                for chunk in _one_behind(self.coder.decode_chunks(video[None])):
+                    chunks.append(np.asarray(chunk)[0] * 0.5 + 0.5)
+                    update(1)
+                videos.append(np.concatenate(chunks))
+        return np.stack(videos)
+
+
+# Loading
+
+
+def load_pipeline(
+    checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None = None, vae_dtype: str = "float32", *,
+    progress: bool = True,
+) -> WanPipeline:  # fmt: skip
+    """The pipeline of a checkpoint whose configuration was read. All tensors are proved to fit before one is read."""
+    check_mesh(mesh, checkpoint)
+    folder = checkpoint.folder
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    parts = component_makers(checkpoint, jnp.float32, vae_dtype)
+    files = {name: TensorFiles.find(folder / name) for name in (*parts, *checkpoint.experts)}
+    for name in files:
+        make, rules = parts.get(name) or _transformer_maker(checkpoint, jnp.float32)
+        prove(make, files[name], rules, what=str(folder / name))
+    processor = load_image_processor(folder / "image_processor") if "image_encoder" in parts else None
+
+    devices = make_mesh(mesh)
+    device = devices.devices.flat[0]
+    dtype = dtype or default_dtype(device)
+    parts = component_makers(checkpoint, dtype, vae_dtype)
+    stages = Stages(progress=progress)
+    with stages.stage("load", sum(f.total_bytes for f in files.values()), "B") as update:
+        modules = {
+            name: load_module(make, files[name], rules, device=device, what=str(folder / name), progress=update)
+            for name, (make, rules) in parts.items()
+        }
+        experts = [files[name] for name in checkpoint.experts]
+        weights = load_weights(checkpoint.transformer, experts, devices, dtype, update)
+    clip = None
+    if processor is not None:
+        run_clip = jitted(modules["image_encoder"])
+
+        def clip(image):
+            return run_clip(clip_pixels(image, processor)[None])
+
+    denoiser = Denoiser(checkpoint.transformer, weights, devices, jnp.dtype(dtype))
+    return WanPipeline(
+        checkpoint, denoiser, VideoCoder(modules["vae"]), jitted(modules["text_encoder"]), tokenizer, clip,
+        progress=progress, seconds=stages.seconds,
+    )  # fmt: skip
+
+
+def component_makers(checkpoint: Checkpoint, dtype: DTypeLike, vae_dtype: DTypeLike) -> dict[str, tuple]:
+    """Component folder -> (maker of its module, its rules), of what runs on the mesh's first device."""
+    made = {
+        "vae": (lambda: VAE(checkpoint.vae, dtype=vae_dtype, rngs=nnx.Rngs(0)), VAE_RULES),
+        "text_encoder": (
+            lambda: UMT5Encoder(checkpoint.text_encoder, dtype=dtype, rngs=nnx.Rngs(0)),
+            TEXT_ENCODER,
+        ),
+    }
+    image_encoder = checkpoint.image_encoder
+    if image_encoder is not None:
+        # CLIP stays in float32 in a bfloat16 pipeline: Wan's examples load it so
+        made["image_encoder"] = (
+            lambda: CLIPVisionEncoder(image_encoder, dtype=jnp.float32, rngs=nnx.Rngs(0)),
+            IMAGE_ENCODER,
+        )
+    return made
+
+
+def _transformer_maker(checkpoint: Checkpoint, dtype: DTypeLike) -> tuple:
+    return lambda: WanTransformer(checkpoint.transformer, dtype=dtype, rngs=nnx.Rngs(0)), TRANSFORMER
+
+
+def jitted(module: nnx.Module) -> Callable:
+    """The module's call as one compiled function of arrays, its parameters an argument and not a constant."""
+    graph, state = nnx.split(module)
+    run = jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments))
+    return lambda *arguments: run(state, *arguments)
+
+
+def default_dtype(device: jax.Device) -> str:
+    """bfloat16 on accelerators, float32 on a CPU."""
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def check_dtype(name: str, value: str | None) -> None:
+    """Raises ValueError for a dtype that is not offered."""
+    if value is not None and value not in DTYPES:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(DTYPES)}")
+
+
+def check_output_type(value: str) -> None:
+    """Raises ValueError for an output_type that is not offered."""
+    if value not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={value!r} is not one of {', '.join(OUTPUT_TYPES)}")
+
+
+# Small pure functions
+
+
+def to_public(latents: np.ndarray) -> np.ndarray:
+    """[B, T, H, W, Z] -> (B, C, T, h, w)."""
+    return np.ascontiguousarray(latents.transpose(0, 4, 1, 2, 3))
+
+
+def to_internal(latents: np.ndarray) -> np.ndarray:
+    """(B, C, T, h, w) -> [B, T, H, W, Z]."""
+    return np.ascontiguousarray(latents.transpose(0, 2, 3, 4, 1))
+
+
+def _videos(job: Job) -> list[tuple]:
+    """(request, index within num_videos_per_prompt) of every video, prompt-major."""
+    return [(r, i) for r in job.requests for i in range(job.num_videos)]
+
+
+def _is_first(latents: np.ndarray) -> np.ndarray:
+    return (np.arange(latents.shape[1]) == 0)[None, :, None, None, None]
+
+
+def _per_sample(timestep: ArrayLike, count: int, frames: int, tokens: int) -> np.ndarray:
+    """[B, Q] timesteps from a number, [B], [B, T] or [B, S]."""
+    t = np.asarray(timestep, np.float64)
+    if t.ndim < 2:
+        t = np.broadcast_to(t, (count,))[:, None] if t.shape in ((), (count,)) else t
+    if t.shape not in ((count, 1), (count, frames), (count, tokens)):
+        raise ValueError(
+            f"timestep has shape {t.shape}, expected a number, ({count},), ({count}, {frames}) or ({count}, {tokens})"
+        )
+    return t
+
+
+def _zero_first(timesteps: np.ndarray, has_first: np.ndarray | None, frames: int) -> np.ndarray:
+    """Timesteps [B, 1, Q] with those of a given first frame set to 0."""
+    if has_first is not None:
+        timesteps[has_first, :, : timesteps.shape[-1] // frames] = 0
+    return timesteps
+
+
+def _one_behind(items: Iterator) -> Iterator:
+    """The items, each only after the next one is under way: devices compute while the host copies."""
+    held = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
+
+
+def _to_pil(video: np.ndarray) -> list:
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in (video * 255).round().astype(np.uint8)]
+
+
+__all__ = ["Output", "WanPipeline", "load_image", "load_pipeline"]
