@@ -125,14 +125,17 @@ IMAGE_ENCODER: list[Rule] = [
             Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
         )
     ],
-    # What Wan's penultimate layer makes superfluous: the last layer and the pooling.
-    Rule(_CLIP + "encoder.layers.{layer}.{path}", None),
-    Rule(_CLIP + "post_layernorm.{path}", None),
+    Rule(_CLIP + "embeddings.position_ids", None),  # 0, 1, 2, … in files of older transformers
+    Rule(_CLIP + "post_layernorm.{path}", None),  # Wan takes the layer before the last, without pooling
 ]
 
 
-def image_encoder_rules(keys: Iterable[str]) -> list[Rule]:
-    """IMAGE_ENCODER as these keys spell it: transformers 5 writes them without the published prefix."""
+def image_encoder_rules(keys: Iterable[str], num_layers: int) -> list[Rule]:
+    """The image encoder's rules for a file with these keys, of a model of `num_layers` (the last is never read).
+
+    transformers 5 writes the keys without the published prefix.
+    """
+    rules = [*IMAGE_ENCODER, Rule(f"{_CLIP}encoder.layers.{num_layers - 1}.{{path}}", None)]
     if any(key.startswith(_CLIP) for key in keys):
-        return IMAGE_ENCODER
-    return [replace(rule, source=rule.source.removeprefix(_CLIP)) for rule in IMAGE_ENCODER]
+        return rules
+    return [replace(rule, source=rule.source.removeprefix(_CLIP)) for rule in rules]

@@ -1,6 +1,7 @@
 """The tensors of one component folder: safetensors, single or sharded, read one tensor at a time."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,13 @@ class TensorFiles:
     def find(cls, folder: Path) -> "TensorFiles":
         """The safetensors of a Diffusers component folder.
 
-        Raises FileNotFoundError when the folder has none, or lacks a shard that its index names.
+        Raises FileNotFoundError when the folder has none, or lacks a shard that its index names; CheckpointError when
+        the index is malformed.
         """
         for stem in _STEMS:
             index = folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = _shards(index)
                 absent = [n for n in names if not (folder / n).is_file()]
                 if absent:
                     raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named by {index.name}")
@@ -58,9 +60,6 @@ class TensorFiles:
             for key in handle.offset_keys():
                 if key in found:
                     raise CheckpointError(f"{path} holds {key} a second time")
-                dtype = handle.get_slice(key).get_dtype()
-                if dtype not in _DTYPES:
-                    raise CheckpointError(f"{path}: {key} is {dtype}; readable are {', '.join(_DTYPES)}")
                 found[key] = handle
         return found
 
@@ -68,6 +67,14 @@ class TensorFiles:
     def shapes(self) -> dict[str, Shape]:
         """Key -> shape, read from the headers (which also proves that no file is truncated)."""
         return {key: tuple(handle.get_slice(key).get_shape()) for key, handle in self._file_of.items()}
+
+    def check_dtypes(self, keys: Iterable[str]) -> None:
+        """Raises CheckpointError naming every tensor of `keys` that holds no floats of a known kind."""
+        dtypes = {key: self._file_of[key].get_slice(key).get_dtype() for key in keys}
+        wrong = [f"{key} is {dtype}" for key, dtype in dtypes.items() if dtype not in _DTYPES]
+        if wrong:
+            where, only = self.paths[0].parent, ", ".join(_DTYPES)
+            raise CheckpointError(f"{where}: {', '.join(wrong)}; readable are {only}")
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its dtype on disk."""
@@ -82,3 +89,11 @@ class TensorFiles:
     def largest_file(self) -> int:
         """Bytes of the largest file."""
         return max(path.stat().st_size for path in self.paths)
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names in an index of shards."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({type(error).__name__}: {error})") from error

@@ -45,7 +45,9 @@ def prove(make: Callable[[], nnx.Module], files: TensorFiles, rules: Sequence[Ru
     Raises CheckpointError naming every missing, extra and mis-shaped tensor.
     """
     shapes = flat_shapes(nnx.split(nnx.eval_shape(make))[1])
-    return plan(files.shapes, {path: s.shape for path, s in shapes.items()}, rules, what=what)
+    slots = plan(files.shapes, {path: s.shape for path, s in shapes.items()}, rules, what=what)
+    files.check_dtypes(slots)
+    return slots
 
 
 def flat_shapes(abstract: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:

@@ -142,12 +142,12 @@ class Defaults:
     height: int
     width: int
     num_frames: int
-    fps: float
+    fps: int | float
     num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None = None  # low-noise expert
+    guidance_scale: int | float
+    guidance_scale_2: int | float | None = None  # low-noise expert
     sampler: str | None = None  # None: the scheduler_config.json's
-    flow_shift: float | None = None
+    flow_shift: int | float | None = None
     negative_prompt: str = ""
 
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxwan.convert.builtin import builtin_checkpoint
 
 from jaxwan import OFFICIAL_NEGATIVE_PROMPT
+from jaxwan.convert.builtin import builtin_checkpoint
 from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from jaxwan.pipelines.dry_run import dry_run, parse_memory
-from jaxwan.pipelines.media import check_output, save_image, save_npz, save_video
-from jaxwan.pipelines.pipeline import DTYPES, Output, load_pipeline
+from jaxwan.pipelines.load import DTYPES, load_parts
+from jaxwan.pipelines.media import check_output, check_writable, save_image, save_npz, save_video
+from jaxwan.pipelines.pipeline import Output, WanPipeline
 from jaxwan.pipelines.request import Job, check_mesh, make_job
 from jaxwan.pipelines.stages import Stages
 from jaxwan.schedulers.table import SAMPLERS
@@ -65,15 +66,16 @@ def generate(args: argparse.Namespace) -> int:
     kind = devices.flat[0]
     if kind.platform == "cpu":
         print(f"no accelerator: {devices.size} virtual CPU device{'s' * (devices.size > 1)}")
-    pipe = load_pipeline(checkpoint, mesh, args.dtype, args.vae_dtype)
+    pipe = WanPipeline(checkpoint, load_parts(checkpoint, mesh, args.dtype, args.vae_dtype))
     stages = Stages()
-    stages.seconds.update(pipe.load_seconds)
+    stages.seconds.update(pipe.parts.seconds)
     output = pipe.run(job, stages=stages)
     write(output, targets, args.save_npz, stages)
     for path in targets:
         print(f"{path}  {job.width}x{job.height}, {job.num_frames} frames at {job.fps:g} fps")
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.seconds.items())
-    print(f"seconds: {times}  ({pipe.denoiser.dtype} DiT, {args.vae_dtype} VAE, {devices.size} x {kind.device_kind})")
+    dtypes = f"{pipe.parts.denoiser.dtype} DiT, {args.vae_dtype} VAE"
+    print(f"seconds: {times}  ({dtypes}, {devices.size} x {kind.device_kind})")
     return 0
 
 
@@ -123,7 +125,7 @@ def output_paths(args: argparse.Namespace, job: Job) -> list[Path]:
     path = Path(args.output or default)
     paths = [path] if job.batch == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(job.batch)]
     if args.save_npz is not None:
-        check_output(args.save_npz, job.num_frames, suffixes=(".npz",))
+        check_writable(args.save_npz)
     return [check_output(p, job.num_frames) for p in paths]
 
 
@@ -167,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--flow-shift", **many, type=float, help="moves the steps towards noise, such as 3 [per prompt]")
     how.add_argument("--timesteps", nargs="+", type=float, help="for --sampler renoise: such as 1000 757 522")
     how.add_argument("--guidance-scale", **many, type=float,
-                     help="pull towards the prompt, of the high-noise expert where there are two; 1 is off [per prompt]")  # fmt: skip
+                     help="pull towards the prompt, of the high-noise expert if two; 1: off [per prompt]")  # fmt: skip
     how.add_argument("--guidance-scale-2", **many, type=float, help="of the low-noise expert [per prompt]")
     how.add_argument("--boundary-ratio", type=float, help="where the low-noise expert takes over, such as 0.875")
     how.add_argument("--seed", **many, type=int, help="of the noise; drawn and printed when not given [per prompt]")

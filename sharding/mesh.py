@@ -62,8 +62,8 @@ AXES = tuple(field.name for field in fields(MeshSpec))
 def request_virtual_devices(count: int) -> None:
     """Ask for max(8, count) virtual CPU devices; touches the CPU platform only, never accelerators.
 
-    At least 8, so that a later, larger mesh finds room. Does nothing once JAX is initialised: `make_mesh` then says what
-    is missing.
+    At least 8, so that a later, larger mesh finds room. Does nothing once JAX is initialised: `make_mesh` then says
+    what is missing.
     """
     try:
         jax.config.update("jax_num_cpu_devices", max(8, count, jax.config.jax_num_cpu_devices))

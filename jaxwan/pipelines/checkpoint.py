@@ -1,6 +1,7 @@
 """A checkpoint folder as its configuration files describe it: no tensor is read here."""
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ _CLASSES = {
     "text_encoder": "UMT5EncoderModel",
     "image_encoder": "CLIPVisionModel",
 }
+_KINDS = {
+    **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps"), int),
+    **dict.fromkeys(("sampler", "negative_prompt"), str),
+}  # of generation_config.json; all else is a number
 CHANNEL_MASK = 4  # mask channels beside the image latents of a 36-channel model
 
 
@@ -73,7 +78,7 @@ def find_checkpoint(model: str | Path, *, json_only: bool = False) -> Path:
     text = str(model)
     if path.is_file():
         raise NotADirectoryError(f"{text} is a file; a checkpoint is a folder in the Diffusers layout")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"there is no folder {text} (and a hub id has the form owner/name)")
     return _fetch(text, ["*.json"] if json_only else ["*.json", "*.safetensors", "*.model"])
 
@@ -100,8 +105,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not _present(index, "transformer"):
         raise ConfigError(f"{folder}/model_index.json names no transformer")
     for name, wanted in _CLASSES.items():
-        if _present(index, name) and index[name][1] not in (wanted, f"{wanted}WithProjection"):
-            raise ConfigError(f"{folder}/model_index.json: {name} is a {index[name][1]}, only {wanted} is implemented")
+        given = index[name][-1] if isinstance(index.get(name), list) and index[name] else index.get(name)
+        if given not in (None, wanted, f"{wanted}WithProjection"):
+            raise ConfigError(f"{folder}/model_index.json: {name} is a {given}, only {wanted} is implemented")
     experts = 2 if _present(index, "transformer_2") else 1
     configs = [_transformer(folder, name) for name in ("transformer", "transformer_2")[:experts]]
     if configs[0] != configs[-1]:
@@ -116,7 +122,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         text_encoder=_component(folder, "text_encoder", TextEncoderConfig),
         image_encoder=_image_encoder(folder, index, variant),
         sampler=read_scheduler(scheduler),
-        boundary_ratio=index.get("boundary_ratio"),
+        boundary_ratio=_boundary_ratio(folder, index),
         variant=variant,
         defaults=_defaults(folder, variant, experts),
     )
@@ -128,12 +134,19 @@ def _present(index: dict[str, Any], name: str) -> bool:
     return index.get(name) not in (None, [None, None])
 
 
+def _boundary_ratio(folder: Path, index: dict[str, Any]) -> float | None:
+    value = index.get("boundary_ratio")
+    if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= 1):
+        raise ConfigError(f"{folder}/model_index.json: boundary_ratio={value!r} must be a number from 0 to 1")
+    return value
+
+
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no Diffusers checkpoint: it has no {name}{_other_layout(folder)}")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
     if not isinstance(data, dict):
@@ -184,7 +197,17 @@ def _defaults(folder: Path, variant: Variant, experts: int) -> Defaults:
         raise ConfigError(
             f"{folder}/generation_config.json: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
-    return replace(defaults, **{key: value for key, value in given.items() if key in known})
+    given = {key: value for key, value in given.items() if key in known and value is not None}
+    for key, value in given.items():
+        check_kind(f"{folder}/generation_config.json: {key}", value, _KINDS.get(key, (int, float)))
+    return replace(defaults, **given)
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    """Raises ValueError unless `value` is a text (kind str), a whole number (int) or a number (int, float)."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = "a text" if kind is str else "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={value!r} must be {wanted}")
 
 
 def _check_channels(checkpoint: Checkpoint) -> None:

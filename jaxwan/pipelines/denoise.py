@@ -234,7 +234,7 @@ class Loop:
 
     def advance(self, rounds: int) -> None:
         """Run until every request has finished step `rounds - 1` (or all its steps), and wait for it."""
-        until = min(self.plan.ticks_of_round(rounds - 1), self.plan.ticks(self.num_steps))
+        until = min(self.plan.ticks_of_round(rounds - 1), self.plan.ticks(self.num_steps.tolist()))
         self._state = jax.block_until_ready(self._run(self._state, np.int32(until - self.ticks)))
         self.ticks = until
 

@@ -20,7 +20,7 @@ from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights
-from jaxwan.pipelines.pipeline import component_makers, default_dtype
+from jaxwan.pipelines.load import component_makers, default_dtype
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import MeshSpec
@@ -130,7 +130,7 @@ def parameter_bytes(checkpoint: Checkpoint, stages: int, dtype: DTypeLike, vae_d
     _, weights = abstract_weights(checkpoint.transformer, checkpoint.num_experts, stages, dtype)
     each = tree_bytes(weights.blocks) // stages + tree_bytes(weights.ends)
     makers = component_makers(checkpoint, dtype, vae_dtype).values()
-    first = sum(tree_bytes(nnx.split(nnx.eval_shape(make))[1]) for make, _ in makers)
+    first = sum(tree_bytes(nnx.split(nnx.eval_shape(make))[1]) for make in makers)
     return [each + first, *[each] * (stages - 1)]
 
 

@@ -8,18 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxwan.convert.diffusers import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER
-from jaxwan.convert.diffusers import VAE as VAE_RULES
-from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import load_module, prove
-from jaxwan.models.image_encoder import CLIPVisionEncoder
-from jaxwan.models.text_encoder import UMT5Encoder
-from jaxwan.models.transformer import WanTransformer
-from jaxwan.models.vae import VAE, VideoCoder
 from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from jaxwan.pipelines.condition import (
     Conditioning,
@@ -30,15 +21,15 @@ from jaxwan.pipelines.condition import (
     make_controls,
     renoise_noise,
 )
-from jaxwan.pipelines.denoise import RENOISINGS, Controls, Denoiser, Inputs, Loop, load_weights
-from jaxwan.pipelines.media import clip_pixels, load_image, load_image_processor, resize_video
-from jaxwan.pipelines.prompt import encode_prompts, load_tokenizer
-from jaxwan.pipelines.request import Job, check_mesh, make_job
+from jaxwan.pipelines.denoise import RENOISINGS, Controls, Inputs, Loop
+from jaxwan.pipelines.load import Parts, load_parts
+from jaxwan.pipelines.media import resize_video
+from jaxwan.pipelines.prompt import encode_prompts
+from jaxwan.pipelines.request import Job, make_job
 from jaxwan.pipelines.stages import Stages
 from jaxwan.schedulers.table import add_noise, make_table, stack_tables
-from jaxwan.sharding.mesh import MeshSpec, make_mesh
+from jaxwan.sharding.mesh import MeshSpec
 
-DTYPES = ("bfloat16", "float32")
 OUTPUT_TYPES = ("np", "latent", "pil")
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
 
@@ -61,12 +52,8 @@ class Output:
 class WanPipeline:
     """Text, image or video to video. Made by `from_pretrained`; a call keeps no state of its own here."""
 
-    def __init__(self, checkpoint: Checkpoint, denoiser: Denoiser, coder: VideoCoder, encode_text: Callable,
-                 tokenizer: Any, encode_clip: Callable | None, *, progress: bool = True,
-                 seconds: dict[str, float] | None = None):  # fmt: skip
-        self.checkpoint, self.denoiser, self.coder = checkpoint, denoiser, coder
-        self.progress, self.load_seconds = progress, seconds or {}
-        self._encode_text, self._tokenizer, self._encode_clip = encode_text, tokenizer, encode_clip
+    def __init__(self, checkpoint: Checkpoint, parts: Parts, *, progress: bool = True):
+        self.checkpoint, self.parts, self.progress = checkpoint, parts, progress
 
     @classmethod
     def from_pretrained(
@@ -84,8 +71,8 @@ class WanPipeline:
         float32), float32 on a CPU. Raises ValueError or OSError before anything heavy is read.
         """
         spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.parse(mesh)
-        check_dtype("dtype", dtype), check_dtype("vae_dtype", vae_dtype)
-        return load_pipeline(read_checkpoint(find_checkpoint(model)), spec, dtype, vae_dtype, progress=progress)
+        checkpoint = read_checkpoint(find_checkpoint(model))
+        return cls(checkpoint, load_parts(checkpoint, spec, dtype, vae_dtype, progress=progress), progress=progress)
 
     def __call__(
         self,
@@ -136,12 +123,12 @@ class WanPipeline:
 
     def encode_prompt(self, prompts: Sequence[str]) -> Array:
         """Context rows (B, 512, C) of cleaned prompts, zero behind each prompt's end."""
-        return encode_prompts(self._encode_text, self._tokenizer, list(prompts))
+        return encode_prompts(self.parts.encode_text, self.parts.tokenizer, list(prompts))
 
     def encode(self, frames: ArrayLike) -> np.ndarray:
         """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3) in [0, 1]."""
         pixels = 2 * np.asarray(frames, np.float32) - 1
-        return to_public(np.concatenate([np.asarray(self.coder.encode(p[None])) for p in pixels]))
+        return to_public(np.concatenate([np.asarray(self.parts.coder.encode(p[None])) for p in pixels]))
 
     def decode(self, latents: ArrayLike) -> np.ndarray:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w)."""
@@ -178,7 +165,7 @@ class WanPipeline:
             guided=np.zeros(count, bool),
         )
         noise = np.zeros((count, RENOISINGS, *x.shape[1:]), np.float32)
-        loop = self.denoiser.start(x, Inputs(controls, jnp.asarray(embeds)[:, None], *conditioning, noise))
+        loop = self.parts.denoiser.start(x, Inputs(controls, jnp.asarray(embeds)[:, None], *conditioning, noise))
         loop.advance(1)
         return to_public(loop.velocity())
 
@@ -202,29 +189,32 @@ class WanPipeline:
     def _conditioning(self, job: Job, size: tuple[int, int, int]) -> Conditioning:
         """Image input of every video of the job."""
         images, lasts = [r.image for r in job.requests], [r.last_image for r in job.requests]
-        made = encode_images(self.checkpoint.image_input, self.coder, images, lasts, size)
-        if self._encode_clip is not None:
+        made = encode_images(self.checkpoint.image_input, self.parts.coder, images, lasts, size)
+        if self.parts.encode_clip is not None:
             made = made._replace(image=np.stack([self._clip_rows(*pair) for pair in zip(images, lasts, strict=True)]))
         return jax.tree.map(lambda x: np.repeat(x, job.num_videos, axis=0), made)
 
     def _clip_rows(self, image: Any, last: Any) -> np.ndarray:
         """CLIP rows of the image, followed by the last image's."""
-        assert self._encode_clip is not None
-        rows = [np.asarray(self._encode_clip(i)[0], np.float32) for i in (image, last) if i is not None]
+        assert self.parts.encode_clip is not None
+        rows = [np.asarray(self.parts.encode_clip(i)[0], np.float32) for i in (image, last) if i is not None]
         return np.concatenate(rows)
 
     def _starting_latents(self, job: Job) -> np.ndarray:
         """[R, T, H, W, Z] at the noise level of each video's first step."""
-        shape = (*self.checkpoint.geometry.latent_shape(job.num_frames, job.height, job.width), self.coder.cfg.z_dim)
+        shape = (
+            *self.checkpoint.geometry.latent_shape(job.num_frames, job.height, job.width),
+            self.parts.coder.cfg.z_dim,
+        )
         if job.latents is None:
             noise = np.stack([initial_noise(r.seed, i, shape) for r, i in _videos(job)])
         else:
             noise = to_internal(job.latents)
         if job.video is None:
             return noise
-        clean = np.asarray(self.coder.encode(2 * resize_video(job.video, job.height, job.width)[None] - 1))[0]
+        clean = np.asarray(self.parts.coder.encode(2 * resize_video(job.video, job.height, job.width)[None] - 1))[0]
         sigmas = [float(r.table.sigmas[0]) for r, _ in _videos(job)]
-        return np.stack([np.asarray(add_noise(clean, n, s)) for n, s in zip(noise, sigmas, strict=True)])
+        return np.stack([np.asarray(add_noise(clean, jnp.asarray(n), s)) for n, s in zip(noise, sigmas, strict=True)])
 
     def _inputs(self, job: Job, text: np.ndarray, conditioning: Conditioning, shape: tuple[int, ...]) -> Inputs:
         noise = np.stack([renoise_noise(r.table, r.seed, i, shape[1:]) for r, i in _videos(job)])
@@ -233,7 +223,7 @@ class WanPipeline:
     def _denoise(self, job: Job, latents: np.ndarray, inputs: Inputs, stages: Stages, callback) -> np.ndarray:
         """All steps; the public (B, C, T, h, w)."""
         with stages.stage("denoise", int(inputs.controls.table.num_steps.max()), "step") as update:
-            loop = self.denoiser.start(latents, inputs)
+            loop = self.parts.denoiser.start(latents, inputs)
             for index in range(loop.rounds):
                 loop.advance(index + 1)
                 update(1)
@@ -258,105 +248,20 @@ class WanPipeline:
         with stages.stage("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
             for video in to_internal(latents):
                 chunks = []
-                for chunk in _one_behind(self.coder.decode_chunks(video[None])):
+                for chunk in _one_behind(self.parts.coder.decode_chunks(video[None])):
                     chunks.append(np.asarray(chunk)[0] * 0.5 + 0.5)
                     update(1)
                 videos.append(np.concatenate(chunks))
         return np.stack(videos)
 
 
-# Loading
-
-
-def load_pipeline(
-    checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None = None, vae_dtype: str = "float32", *,
-    progress: bool = True,
-) -> WanPipeline:  # fmt: skip
-    """The pipeline of a checkpoint whose configuration was read. All tensors are proved to fit before one is read."""
-    check_mesh(mesh, checkpoint)
-    folder = checkpoint.folder
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    parts = component_makers(checkpoint, jnp.float32, vae_dtype)
-    files = {name: TensorFiles.find(folder / name) for name in (*parts, *checkpoint.experts)}
-    for name in files:
-        make, rules = parts.get(name) or _transformer_maker(checkpoint, jnp.float32)
-        prove(make, files[name], rules, what=str(folder / name))
-    processor = load_image_processor(folder / "image_processor") if "image_encoder" in parts else None
-
-    devices = make_mesh(mesh)
-    device = devices.devices.flat[0]
-    dtype = dtype or default_dtype(device)
-    parts = component_makers(checkpoint, dtype, vae_dtype)
-    stages = Stages(progress=progress)
-    with stages.stage("load", sum(f.total_bytes for f in files.values()), "B") as update:
-        modules = {
-            name: load_module(make, files[name], rules, device=device, what=str(folder / name), progress=update)
-            for name, (make, rules) in parts.items()
-        }
-        experts = [files[name] for name in checkpoint.experts]
-        weights = load_weights(checkpoint.transformer, experts, devices, dtype, update)
-    clip = None
-    if processor is not None:
-        run_clip = jitted(modules["image_encoder"])
-
-        def clip(image):
-            return run_clip(clip_pixels(image, processor)[None])
-
-    denoiser = Denoiser(checkpoint.transformer, weights, devices, jnp.dtype(dtype))
-    return WanPipeline(
-        checkpoint, denoiser, VideoCoder(modules["vae"]), jitted(modules["text_encoder"]), tokenizer, clip,
-        progress=progress, seconds=stages.seconds,
-    )  # fmt: skip
-
-
-def component_makers(checkpoint: Checkpoint, dtype: DTypeLike, vae_dtype: DTypeLike) -> dict[str, tuple]:
-    """Component folder -> (maker of its module, its rules), of what runs on the mesh's first device."""
-    made = {
-        "vae": (lambda: VAE(checkpoint.vae, dtype=vae_dtype, rngs=nnx.Rngs(0)), VAE_RULES),
-        "text_encoder": (
-            lambda: UMT5Encoder(checkpoint.text_encoder, dtype=dtype, rngs=nnx.Rngs(0)),
-            TEXT_ENCODER,
-        ),
-    }
-    image_encoder = checkpoint.image_encoder
-    if image_encoder is not None:
-        # CLIP stays in float32 in a bfloat16 pipeline: Wan's examples load it so
-        made["image_encoder"] = (
-            lambda: CLIPVisionEncoder(image_encoder, dtype=jnp.float32, rngs=nnx.Rngs(0)),
-            IMAGE_ENCODER,
-        )
-    return made
-
-
-def _transformer_maker(checkpoint: Checkpoint, dtype: DTypeLike) -> tuple:
-    return lambda: WanTransformer(checkpoint.transformer, dtype=dtype, rngs=nnx.Rngs(0)), TRANSFORMER
-
-
-def jitted(module: nnx.Module) -> Callable:
-    """The module's call as one compiled function of arrays, its parameters an argument and not a constant."""
-    graph, state = nnx.split(module)
-    run = jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments))
-    return lambda *arguments: run(state, *arguments)
-
-
-def default_dtype(device: jax.Device) -> str:
-    """bfloat16 on accelerators, float32 on a CPU."""
-    return "float32" if device.platform == "cpu" else "bfloat16"
-
-
-def check_dtype(name: str, value: str | None) -> None:
-    """Raises ValueError for a dtype that is not offered."""
-    if value is not None and value not in DTYPES:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(DTYPES)}")
+# Small pure functions
 
 
 def check_output_type(value: str) -> None:
     """Raises ValueError for an output_type that is not offered."""
     if value not in OUTPUT_TYPES:
         raise ValueError(f"output_type={value!r} is not one of {', '.join(OUTPUT_TYPES)}")
-
-
-# Small pure functions
 
 
 def to_public(latents: np.ndarray) -> np.ndarray:
@@ -411,6 +316,3 @@ def _to_pil(video: np.ndarray) -> list:
     from PIL import Image
 
     return [Image.fromarray(frame) for frame in (video * 255).round().astype(np.uint8)]
-
-
-__all__ = ["Output", "WanPipeline", "load_image", "load_pipeline"]

@@ -1,0 +1,338 @@
+"""Images and videos in and out: files, PIL images and arrays to float32 pixels in [0, 1], and frames to mp4 or png.
+
+8-bit input (files, PIL, uint8 arrays) is resized where a size is asked for; float arrays must have it already.
+"""
+
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+# PIL and av are imported where they are used, so their types cannot stand in signatures.
+Image = Any  # PIL.Image.Image in RGB, or a float32 array (H, W, 3) in [0, 1]
+ImageSource = Any  # a path, a PIL image, or an array (H, W, 3): uint8, or float in [0, 1]
+VideoSource = Any  # a path, a sequence of PIL images, or an array (F, H, W, 3): uint8, or float in [0, 1]
+
+
+# Input
+
+
+def load_image(source: ImageSource, what: str = "image") -> Image:
+    """A PIL image in RGB, turned upright by its EXIF tag; float arrays come back as float32.
+
+    Raises OSError for a file that is missing or unreadable, ValueError for pixels of another shape, depth or range.
+    Source: diffusers utils/loading_utils.py:load_image.
+    """
+    import PIL.Image
+
+    if isinstance(source, str | Path):
+        return _read_image(Path(source), what)
+    if isinstance(source, PIL.Image.Image):
+        return _upright_rgb(source, what)
+    pixels = _checked(source, ("H", "W", 3), what)
+    return PIL.Image.fromarray(pixels) if pixels.dtype == np.uint8 else pixels
+
+
+def load_video(
+    source: VideoSource, what: str = "video", *, max_frames: int | None = None
+) -> tuple[UInt8[np.ndarray, "f h w 3"] | Float[np.ndarray, "f h w 3"], Fraction | None]:
+    """The first `max_frames` frames (all by default) and, of a file, its frame rate.
+
+    Raises OSError for a file that is missing or unreadable, ValueError for frames of another shape, depth or range.
+    """
+    if isinstance(source, str | Path):
+        return _read_video(Path(source), what, max_frames)
+    if isinstance(source, list | tuple):
+        return _stacked(source[:max_frames], what), None
+    return _checked(source, ("F", "H", "W", 3), what)[:max_frames], None
+
+
+def resize_image(image: Image, height: int, width: int, what: str = "image") -> Float[np.ndarray, "{height} {width} 3"]:
+    """Pixels in [0, 1] of what `load_image` returned, stretched to the size by Lanczos (aspect not kept).
+
+    Raises ValueError for a float array of another size: Diffusers would sample it to the nearest pixel.
+    Source: diffusers image_processor.py:VaeImageProcessor.preprocess.
+    """
+    import PIL.Image
+
+    if isinstance(image, np.ndarray):
+        _check_size(image.shape[:2], height, width, what)
+        return image
+    resized = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return np.asarray(resized).astype(np.float32) / 255.0
+
+
+def resize_video(
+    frames: UInt8[np.ndarray, "f h w 3"] | Float[np.ndarray, "f h w 3"], height: int, width: int, what: str = "video"
+) -> Float[np.ndarray, "f {height} {width} 3"]:
+    """`resize_image` of every frame that `load_video` returned."""
+    import PIL.Image
+
+    if frames.dtype != np.uint8:
+        _check_size(frames.shape[1:3], height, width, what)
+        return frames
+    return np.stack([resize_image(PIL.Image.fromarray(frame), height, width) for frame in frames])
+
+
+def fit_size(image_height: int, image_width: int, area: int, stride: int) -> tuple[int, int]:
+    """(height, width) of about `area` pixels in an image's aspect ratio, each rounded down to a multiple of `stride`.
+
+    A 1080 x 1920 image at area 480 * 832 and stride 16: (464, 832).
+    Source: diffusers pipelines/wan/pipeline_wan_i2v.py, its example.
+    """
+    aspect = image_height / image_width
+    height = round(math.sqrt(area * aspect)) // stride * stride
+    width = round(math.sqrt(area / aspect)) // stride * stride
+    if not height or not width:
+        raise ValueError(f"an image of {image_height} x {image_width} is too narrow for {area} pixels in {stride}s")
+    return height, width
+
+
+def load_image_processor(folder: str | Path) -> Any:
+    """The CLIP image processor of a checkpoint's `image_processor` folder.
+
+    Always the PIL one: the class that transformers picks by itself gives other pixels where torchvision is installed.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no preprocessor_config.json, which the image encoder's input needs")
+    return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+
+
+def clip_pixels(image: Image, processor: Any) -> Float[np.ndarray, "h w 3"]:
+    """The image encoder's input: what `load_image` returned, unresized, normalised by `load_image_processor`'s object.
+
+    Diffusers lets the processor divide by 255 once more what is already in [0, 1]. This does the same with a float
+    array, to give the same video, and warns: the image encoder then sees an almost black image.
+    Source: diffusers pipelines/wan/pipeline_wan_i2v.py:WanImageToVideoPipeline.encode_image.
+    """
+    layout = {}
+    if isinstance(image, np.ndarray):
+        layout = {"input_data_format": "channels_last"}
+        warnings.warn(
+            "the image encoder sees a float image almost black, as in Diffusers; give uint8 or PIL", stacklevel=2
+        )
+    return processor(images=image, return_tensors="np", **layout)["pixel_values"][0].transpose(1, 2, 0)
+
+
+def _read_image(path: Path, what: str) -> Image:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+            return _upright_rgb(image, what)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} {path} does not exist") from error
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # PIL tells broken PNGs by SyntaxError
+        raise OSError(f"{what} {path} is no readable image ({error})") from error
+
+
+def _upright_rgb(image: Any, what: str) -> Image:
+    import PIL.ImageOps
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"{what} has pixels of mode {image.mode}, which PIL would clip: convert it to 8 bits")
+    return PIL.ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _read_video(path: Path, what: str, max_frames: int | None) -> tuple[UInt8[np.ndarray, "f h w 3"], Fraction | None]:
+    import av
+    import av.error
+
+    try:
+        # As a file object: of a name, ffmpeg would also take protocols.
+        with path.open("rb") as file, av.open(file, "r") as container:
+            if not container.streams.video:
+                raise ValueError(f"{what} {path} has no video stream")
+            stream = container.streams.video[0]
+            frames = [_upright(frame) for frame in islice(container.decode(stream), max_frames)]
+            rate = stream.average_rate or stream.guessed_rate
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} {path} does not exist") from error
+    except (OSError, av.error.FFmpegError) as error:
+        raise OSError(f"{what} {path} is no readable video ({error})") from error
+    if not frames:
+        raise ValueError(f"{what} {path} has no frames")
+    return np.stack(frames), rate
+
+
+def _upright(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def _stacked(images: Sequence[Any], what: str) -> UInt8[np.ndarray, "f h w 3"]:
+    import PIL.Image
+
+    for i, image in enumerate(images):
+        if not isinstance(image, PIL.Image.Image):
+            raise ValueError(f"frame {i} of {what} is a {type(image).__name__}; a sequence must hold PIL images only")
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"the frames of {what} must have one size, got {sorted(sizes) or 'no frames'}")
+    return np.stack([np.asarray(_upright_rgb(image, f"frame {i} of {what}")) for i, image in enumerate(images)])
+
+
+def _checked(source: Any, axes: tuple, what: str) -> UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]:
+    """`source` as uint8 or float32 array, proved to have `axes` and, if float, values in [0, 1]."""
+    pixels = np.asarray(source)
+    if pixels.ndim != len(axes) or pixels.shape[-1] != 3 or not pixels.size:
+        raise ValueError(f"{what} has shape {pixels.shape}, must be ({', '.join(map(str, axes))})")
+    if pixels.dtype == np.uint8:
+        return pixels
+    _check_range(pixels, what)
+    return pixels.astype(np.float32)
+
+
+def _check_range(pixels: np.ndarray, what: str) -> None:
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"{what} has dtype {pixels.dtype}, must be uint8, or float in [0, 1]")
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 1):  # written so that NaN fails
+        raise ValueError(f"{what} has values from {low} to {high}, float pixels must lie in [0, 1]")
+
+
+def _check_size(size: tuple[int, ...], height: int, width: int, what: str) -> None:
+    if size != (height, width):
+        raise ValueError(
+            f"{what} is a float array of {size[0]} x {size[1]} but {height} x {width} is asked for; "
+            "only uint8 and PIL images are resized"
+        )
+
+
+# Output
+
+
+def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
+    """Float pixels in [0, 1] as 8-bit ones, rounded to nearest; uint8 stays. ValueError outside the range, or NaN.
+
+    Source: diffusers image_processor.py:VaeImageProcessor.numpy_to_pil.
+    """
+    frames = np.asarray(frames)
+    if frames.dtype == np.uint8:
+        return frames
+    _check_range(frames, what)
+    return (frames * 255).round().astype(np.uint8)
+
+
+def check_output(path: str | Path, num_frames: int) -> Path:
+    """Prove that `num_frames` frames can be saved as `path`, before anything costly, leaving nothing behind.
+
+    Raises ValueError for a suffix that is not .mp4 (or .png, for one frame), OSError where nothing can be written.
+    """
+    path = Path(path)
+    allowed = [".mp4", ".png"] if num_frames == 1 else [".mp4"]
+    if path.suffix.lower() not in allowed:
+        raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
+    if path.suffix.lower() == ".mp4":
+        import av
+
+        if "libx264" not in av.codecs_available:
+            raise OSError("the installed av package cannot encode H.264: it was built without libx264")
+    return check_writable(path)
+
+
+def check_writable(path: str | Path) -> Path:
+    """Prove that a file can be written as `path`, whose folder may have to be made first. Raises OSError."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"output {path} is a folder")
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return path
+    except OSError as error:
+        raise OSError(f"output folder {existing} cannot be written ({error.strerror})") from error
+
+
+def save_image(frame: Any, path: str | Path) -> None:
+    """Write one frame (H, W, 3), uint8 or float in [0, 1], as png; an existing file is replaced once all is written."""
+    import PIL.Image
+
+    with _replacing(Path(path)) as temporary:
+        PIL.Image.fromarray(to_uint8(frame)).save(temporary, format="PNG")
+
+
+def save_video(frames: Iterable[Any], path: str | Path, fps: int | float | Fraction) -> None:
+    """Write frames (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as H.264 mp4.
+
+    8 bit 4:2:0, limited range, BT.709, index in front: what browsers play while loading. An existing file is replaced,
+    once all is written. Raises ValueError for no frames, frames of several or odd sizes, or fps that is not positive.
+    """
+    import av
+
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps} must be a positive number")
+    rate = Fraction(fps).limit_denominator(1001)  # 23.976 and 30000/1001 stay what they are
+    options = {"movflags": "+faststart"}
+    with _replacing(Path(path)) as temporary, av.open(f"file:{temporary}", "w", format="mp4", options=options) as file:
+        stream = None
+        for i, frame in enumerate(_on_host(frames)):
+            pixels = to_uint8(frame, f"frame {i}")
+            if stream is None:
+                stream = _h264_stream(file, rate, pixels.shape)
+            if pixels.shape != (stream.height, stream.width, 3):
+                raise ValueError(f"frame {i} has shape {pixels.shape}, frame 0 is {stream.height} x {stream.width}")
+            file.mux(stream.encode(_yuv_frame(pixels, i, rate)))
+        if stream is None:
+            raise ValueError(f"there are no frames to save as {path}")
+        file.mux(stream.encode())
+
+
+def save_npz(path: str | Path, **arrays: np.ndarray) -> None:
+    """Write named arrays as .npz; an existing file is replaced once all is written."""
+    with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _on_host(frames: Iterable[Any]) -> Iterable[Any]:
+    """A device array is fetched once and not frame by frame."""
+    return np.asarray(frames) if hasattr(frames, "__array__") else frames
+
+
+def _h264_stream(file: Any, rate: Fraction, shape: tuple[int, ...]) -> Any:
+    from av.video.reformatter import ColorRange, Colorspace
+
+    if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
+        raise ValueError(f"frames have shape {shape}, an mp4 needs (H, W, 3) with even H and W")
+    # crf 18: the eye sees no loss. With mbtree, x264's assembly gives small frames other bits in one run of thirty.
+    stream = file.add_stream("libx264", rate=rate, options={"crf": "18", "mbtree": "0"})
+    stream.height, stream.width, stream.pix_fmt = shape[0], shape[1], "yuv420p"
+    context = stream.codec_context
+    context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
+    context.color_primaries = context.color_trc = 1  # ffmpeg's number of BT.709, for both
+    return stream
+
+
+def _yuv_frame(pixels: UInt8[np.ndarray, "h w 3"], index: int, rate: Fraction) -> Any:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    frame.pts, frame.time_base = index, 1 / rate
+    return frame
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new name in the folder of `path`; what is written there becomes `path` on success and vanishes on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

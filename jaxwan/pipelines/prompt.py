@@ -1,0 +1,131 @@
+"""Prompts: cleaned as Diffusers cleans them, tokenized by the checkpoint's own tokenizer.json, encoded one by one."""
+
+import html
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+MAX_TOKENS = 512  # the length every Wan model was trained with; image-to-video 2.1 even splits its context there
+
+# As published, with full-width commas, which cleaning makes ASCII.
+# Source: Wan2.2 wan/configs/shared_config.py:sample_neg_prompt.
+OFFICIAL_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A checkpoint's tokenizer: `backend` is a tokenizers.Tokenizer that neither cuts nor pads."""
+
+    backend: Any
+    pad_id: int
+
+
+def clean_prompt(text: str) -> str:
+    """Text as the model saw it in training: broken encodings repaired, HTML unescaped, every white space one blank.
+
+    ftfy also turns full-width and curly characters into ASCII, so Chinese prompts get other tokens without it.
+    Source: diffusers pipelines/wan/pipeline_wan.py:prompt_clean.
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's `tokenizer` folder, every id taken from its files.
+
+    Raises FileNotFoundError without tokenizer.json (spiece.model is no substitute: it spells unknown characters as
+    bytes where tokenizer.json has one unknown token), ValueError when a file is malformed or the pad token unknown.
+    """
+    import tokenizers
+
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        instead = ", only spiece.model, which gives other tokens" if (folder / "spiece.model").is_file() else ""
+        raise FileNotFoundError(f"{folder} has no tokenizer.json{instead}: tokenizer.json is required")
+    if "model" not in _read_json(path):
+        raise ValueError(f"{path} describes no tokenizer: it has no 'model'")
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.no_truncation()
+    backend.no_padding()
+    pad = _pad_token(folder)
+    pad_id = backend.token_to_id(pad)
+    if pad_id is None:
+        raise ValueError(f"{path} does not know {pad!r}, the pad_token of its folder")
+    return Tokenizer(backend, pad_id)
+
+
+def check_unicode(text: str, what: str = "the prompt") -> None:
+    """Raises ValueError for half a surrogate pair, which JSON and broken command lines can carry."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{what} is no valid Unicode text: {text!r}")
+
+
+def tokenize(
+    tokenizer: Tokenizer, text: str, length: int = MAX_TOKENS
+) -> tuple[Int[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
+    """Token ids of a cleaned text, padded to `length`, and the mask that is true for what is no padding.
+
+    A longer text loses its end but keeps the closing token; a UserWarning then quotes what was lost. Raises ValueError
+    like `check_unicode`.
+    """
+    backend = tokenizer.backend
+    check_unicode(text)
+    body = backend.encode(text, add_special_tokens=False)
+    room = length - backend.num_special_tokens_to_add(is_pair=False)
+    if len(body.ids) > room:
+        lost = backend.decode(body.ids[room:])
+        warnings.warn(f"the prompt is longer than {length} tokens, its end is not read: {lost!r}", stacklevel=2)
+        body.truncate(room)
+    ids = backend.post_process(body).ids
+    padded = np.full(length, tokenizer.pad_id, np.int32)
+    padded[: len(ids)] = ids
+    return padded, np.arange(length) < len(ids)
+
+
+Encode = Callable[[Int[Array, "1 l"], Bool[Array, "1 l"]], Float[Array, "1 l c"]]
+
+
+def encode_prompts(
+    encode: Encode, tokenizer: Tokenizer, prompts: Sequence[str], *, length: int = MAX_TOKENS
+) -> Float[Array, "b l c"]:
+    """Context rows of each prompt, zero behind its last token.
+
+    encode: the text encoder as a jitted function of (tokens, mask). It is called with one prompt at a time, so that a
+    result never depends on what else is in the batch, and once for prompts that are equal after cleaning.
+    Source: diffusers pipelines/wan/pipeline_wan.py:WanPipeline._get_t5_prompt_embeds.
+    """
+    rows: dict[str, Float[Array, "1 l c"]] = {}
+    texts = [clean_prompt(prompt) for prompt in prompts]
+    for text in dict.fromkeys(texts):
+        tokens, mask = (jnp.asarray(a)[None] for a in tokenize(tokenizer, text, length))
+        rows[text] = jnp.where(mask[..., None], encode(tokens, mask), 0)
+    return jnp.concatenate([rows[text] for text in texts])
+
+
+def _pad_token(folder: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file() and (token := _read_json(folder / name).get("pad_token")) is not None:
+            return token["content"] if isinstance(token, dict) else token
+    raise ValueError(f"{folder} names no pad_token in tokenizer_config.json or special_tokens_map.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error})") from error

@@ -1,0 +1,353 @@
+"""Images and videos in and out: pixels against diffusers and transformers, files by round trip, every refusal."""
+
+import json
+import os
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image as diffusers_load_image
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from jaxwan.pipelines.media import (
+    check_output,
+    clip_pixels,
+    fit_size,
+    load_image,
+    load_image_processor,
+    load_video,
+    resize_image,
+    resize_video,
+    save_image,
+    save_video,
+    to_uint8,
+)
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth(num_frames, height=48, width=64):
+    """Float frames that H.264 keeps well: a colour ramp that moves."""
+    y, x = np.mgrid[0:height, 0:width]
+    ramp = np.stack([x / (width - 1), y / (height - 1), np.full_like(x, 0.5, float)], -1)
+    return np.stack([ramp * (1 - 0.05 * i) for i in range(num_frames)]).astype(np.float32)
+
+
+# Input
+
+
+@pytest.mark.parametrize("size", [(48, 64), (100, 30), (16, 16)])
+def test_lanczos_equals_diffusers_for_images_of_any_aspect(size):
+    image = Image.fromarray(noise(75, 50, 3))
+    expected = VaeImageProcessor(vae_scale_factor=8).preprocess(image, height=48, width=64)
+    actual = resize_image(load_image(image), 48, 64)
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(2 * actual - 1, expected[0].permute(1, 2, 0).numpy())
+
+
+def test_lanczos_equals_diffusers_for_videos():
+    frames = noise(3, 30, 90, 3)
+    images = [Image.fromarray(frame) for frame in frames]
+    expected = VideoProcessor(vae_scale_factor=8).preprocess_video(images, height=32, width=48)
+    for source in (images, frames):
+        loaded, fps = load_video(source)
+        assert fps is None
+        np.testing.assert_array_equal(2 * resize_video(loaded, 32, 48) - 1, expected[0].permute(1, 2, 3, 0).numpy())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1", "CMYK"])
+def test_a_file_is_read_as_diffusers_reads_it(tmp_path, mode):
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    Image.fromarray(noise(20, 30, 4), "RGBA").convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)
+    for source in (str(path), path, Image.open(path)):
+        np.testing.assert_array_equal(load_image(source), diffusers_load_image(str(path)))
+
+
+def test_a_photo_is_turned_upright_by_its_exif_tag(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(noise(20, 30, 3)).save(tmp_path / "photo.png", exif=exif)
+    image = load_image(tmp_path / "photo.png")
+    assert image.size == (20, 30)
+    np.testing.assert_array_equal(image, diffusers_load_image(str(tmp_path / "photo.png")))
+
+
+def test_a_uint8_array_is_an_image_and_a_float_array_stays_as_it_is():
+    pixels = noise(20, 30, 3)
+    np.testing.assert_array_equal(load_image(pixels), pixels)
+    floats = load_image(pixels / 255)  # float64
+    assert floats.dtype == np.float32
+    assert resize_image(floats, 20, 30) is floats
+    video, _ = load_video(np.stack([pixels / 255] * 2))
+    assert resize_video(video, 20, 30) is video
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"), [((1080, 1920), (464, 832)), ((512, 512), (624, 624)), ((1000, 500), (880, 432))]
+)
+def test_fit_size_keeps_the_aspect_at_the_area(image, expected):
+    assert fit_size(*image, 480 * 832, 16) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fit_size_equals_the_example_of_diffusers(seed):
+    h, w = map(int, np.random.default_rng(seed).integers(100, 3000, 2))
+    aspect_ratio = h / w
+    height = round(np.sqrt(720 * 1280 * aspect_ratio)) // 32 * 32
+    width = round(np.sqrt(720 * 1280 / aspect_ratio)) // 32 * 32
+    assert fit_size(h, w, 720 * 1280, 32) == (height, width)
+
+
+def test_fit_size_refuses_a_strip():
+    with pytest.raises(ValueError, match="1 x 9000 is too narrow"):
+        fit_size(1, 9000, 480 * 832, 16)
+
+
+@pytest.fixture(scope="module")
+def processor_folder(tmp_path_factory):
+    """preprocessor_config.json as the published image-to-video checkpoints have it."""
+    folder = tmp_path_factory.mktemp("image_processor")
+    published = dict(
+        crop_size=dict(height=224, width=224), do_center_crop=True, do_convert_rgb=True, do_normalize=True,
+        do_rescale=True, do_resize=True, image_processor_type="CLIPImageProcessor", resample=3,
+        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
+        rescale_factor=1 / 255, size=dict(shortest_edge=224),
+    )  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(published))
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (90, 60), (224, 224)])
+def test_clip_pixels_equal_what_diffusers_feeds(processor_folder, shape):
+    theirs, ours = AutoImageProcessor.from_pretrained(processor_folder), load_image_processor(processor_folder)
+    image = Image.fromarray(noise(*shape, 3))
+    expected = theirs(images=image, return_tensors="pt")["pixel_values"]
+    actual = clip_pixels(load_image(image), ours)
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(actual, expected[0].permute(1, 2, 0))
+
+
+def test_clip_pixels_of_a_float_array_equal_diffusers_with_a_warning(processor_folder):
+    pixels = noise(50, 70, 3).astype(np.float32) / 255
+    theirs = AutoImageProcessor.from_pretrained(processor_folder)
+    expected = theirs(images=torch.tensor(pixels).permute(2, 0, 1)[None], return_tensors="pt")["pixel_values"]
+    with pytest.warns(UserWarning, match="almost black"):
+        actual = clip_pixels(load_image(pixels), load_image_processor(processor_folder))
+    np.testing.assert_array_equal(actual, expected[0].permute(1, 2, 0))
+
+
+def test_a_folder_without_preprocessor_config_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no preprocessor_config.json"):
+        load_image_processor(tmp_path)
+
+
+NAN = np.full((4, 6, 3), np.nan)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (noise(4, 6), r"last_image has shape \(4, 6\), must be \(H, W, 3\)"),
+        (noise(4, 6, 4), r"has shape \(4, 6, 4\)"),
+        (noise(1, 4, 6, 3), r"has shape \(1, 4, 6, 3\)"),
+        (noise(0, 6, 3), r"has shape \(0, 6, 3\)"),
+        (noise(4, 6, 3).astype(np.int32), "has dtype int32, must be uint8, or float"),
+        (np.linspace(-1, 1, 72).reshape(4, 6, 3), "values from -1.0 to 1.0, float pixels must lie in"),
+        (NAN, "values from nan to nan"),
+        (Image.fromarray(noise(4, 6).astype(np.uint16) * 256), "mode I;16"),
+    ],
+)
+def test_pixels_of_another_shape_depth_or_range_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source, "last_image")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (noise(4, 6, 3), r"video has shape \(4, 6, 3\), must be \(F, H, W, 3\)"),
+        (NAN[None], "values from nan"),
+        ([], "no frames"),
+        ([Image.new("RGB", (4, 6)), Image.new("RGB", (6, 4))], r"one size, got \[\(4, 6\), \(6, 4\)\]"),
+        ([Image.new("RGB", (4, 6)), noise(6, 4, 3)], "frame 1 of video is a ndarray"),
+    ],
+)
+def test_frames_of_another_shape_or_range_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_video(source)
+
+
+def test_a_float_array_is_never_resized():
+    with pytest.raises(ValueError, match="image is a float array of 4 x 6 but 8 x 6 is asked for"):
+        resize_image(np.zeros((4, 6, 3), np.float32), 8, 6)
+    with pytest.raises(ValueError, match="video is a float array of 4 x 6 but 4 x 8 is asked for"):
+        resize_video(np.zeros((2, 4, 6, 3), np.float32), 4, 8)
+
+
+@pytest.mark.parametrize("load", [load_image, load_video])
+def test_files_that_are_missing_or_unreadable_are_refused_by_name(tmp_path, load):
+    with pytest.raises(FileNotFoundError, match="absent.mp4 does not exist"):
+        load(tmp_path / "absent.mp4")
+    (tmp_path / "text.png").write_text("no pixels")
+    with pytest.raises(OSError, match="text.png is no readable"):
+        load(tmp_path / "text.png")
+    with pytest.raises(OSError, match="is no readable"):
+        load(tmp_path)
+
+
+def test_a_truncated_image_is_refused(tmp_path):
+    Image.fromarray(noise(64, 64, 3)).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(OSError, match="half.png is no readable image"):
+        load_image(tmp_path / "half.png")
+
+
+def test_a_file_with_sound_alone_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "sound.wav"), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        file.mux(stream.encode(frame))
+    with pytest.raises(ValueError, match="sound.wav has no video stream"):
+        load_video(tmp_path / "sound.wav")
+
+
+# Output
+
+
+@pytest.mark.parametrize("fps", [16, 12.5, 23.976, Fraction(30000, 1001)])
+def test_an_mp4_gives_back_frames_size_and_rate(tmp_path, fps):
+    frames = smooth(9)
+    save_video(frames, tmp_path / "clip.mp4", fps)
+    loaded, rate = load_video(tmp_path / "clip.mp4")
+    assert loaded.shape == frames.shape
+    assert float(rate) == pytest.approx(float(fps), rel=1e-9)
+    # Halved chroma and compression cost 0.8 %; BT.601 taken for BT.709 would cost 2.3 %.
+    assert np.abs(loaded / 255 - frames).mean() < 0.012
+    first, _ = load_video(tmp_path / "clip.mp4", max_frames=2)
+    np.testing.assert_array_equal(first, loaded[:2])
+
+
+def test_an_mp4_is_what_browsers_play(tmp_path):
+    path = tmp_path / "clip.mp4"
+    save_video(smooth(5), path, 16)
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt, stream.frames) == ("h264", "yuv420p", 5)
+        tags = (context.color_range, context.colorspace, context.color_primaries, context.color_trc)
+    assert tags == (1, 1, 1, 1)  # limited range, BT.709 thrice
+    data = path.read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat")  # the index comes first
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (51, 102, 153)])
+def test_flat_colours_survive_an_mp4(tmp_path, colour):
+    save_video(np.full((3, 16, 16, 3), colour, np.uint8), tmp_path / "flat.mp4", 8)
+    loaded, _ = load_video(tmp_path / "flat.mp4")
+    assert np.abs(loaded.astype(int) - colour).max() <= 3  # 219 levels of luma for 256
+
+
+def test_frames_may_come_one_by_one(tmp_path):
+    frames = smooth(6)
+    save_video(frames, tmp_path / "whole.mp4", 8)
+    save_video((frame for frame in to_uint8(frames)), tmp_path / "streamed.mp4", 8)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "streamed.mp4").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="av cannot write a rotation")
+def test_a_turned_phone_video_is_read_upright(tmp_path):
+    frames = to_uint8(smooth(4))
+    with av.open(str(tmp_path / "phone.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(90)
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    loaded, _ = load_video(tmp_path / "phone.mp4")
+    assert loaded.shape == (4, 64, 48, 3)
+    assert np.abs(loaded.astype(float) - np.rot90(frames, axes=(1, 2))).mean() < 5  # 67 when turned the other way
+
+
+def test_a_png_gives_back_its_pixels_and_replaces_what_was_there(tmp_path):
+    path = tmp_path / "frame.png"
+    path.write_text("older")
+    frame = noise(16, 32, 3)
+    save_image(frame, path)
+    np.testing.assert_array_equal(load_image(path), frame)
+    assert os.listdir(tmp_path) == ["frame.png"]
+
+
+def test_rounding_to_8_bits_equals_diffusers():
+    frame = np.random.default_rng(0).random((40, 50, 3), np.float32)
+    frame[0, :5, 0] = [0, 1, 0.5 / 255, 1.5 / 255, 254.5 / 255]
+    np.testing.assert_array_equal(to_uint8(frame), VaeImageProcessor.numpy_to_pil(frame)[0])
+
+
+@pytest.mark.parametrize("bad", [-0.001, 1.001, np.nan])
+def test_frames_out_of_range_are_not_wrapped_around(bad):
+    with pytest.raises(ValueError, match="float pixels must lie in"):
+        to_uint8(np.array([[0.5, bad]], np.float32))
+
+
+def broken(frames):
+    yield from frames
+    raise RuntimeError("the decoder failed")
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "error", "message"),
+    [
+        ([], 8, ValueError, "no frames to save"),
+        (broken(smooth(3)), 8, RuntimeError, "decoder failed"),
+        ([smooth(1)[0], smooth(1)[0, :16]], 8, ValueError, r"frame 1 has shape \(16, 64, 3\), frame 0 is 48 x 64"),
+        ([np.full((16, 16, 3), np.nan)], 8, ValueError, "frame 0 has values from nan"),
+        (noise(2, 15, 16, 3), 8, ValueError, "even H and W"),
+        (noise(2, 16, 16), 8, ValueError, r"shape \(16, 16\)"),
+        (smooth(2), 0, ValueError, "fps=0 must be a positive number"),
+        (smooth(2), float("nan"), ValueError, "fps=nan"),
+    ],
+)
+def test_a_failed_mp4_leaves_the_folder_as_it_was(tmp_path, frames, fps, error, message):
+    (tmp_path / "clip.mp4").write_text("older")
+    with pytest.raises(error, match=message):
+        save_video(frames, tmp_path / "clip.mp4", fps)
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_text() == "older"
+
+
+def test_an_output_is_checked_beforehand_without_leaving_anything(tmp_path):
+    assert check_output(tmp_path / "new" / "deep" / "clip.mp4", 81) == tmp_path / "new" / "deep" / "clip.mp4"
+    check_output(str(tmp_path / "frame.png"), 1)
+    check_output(tmp_path / "frame.MP4", 1)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames", "message"),
+    [
+        ("clip.png", 81, r"must end in .mp4 for 81 frame"),
+        ("clip.gif", 1, r"must end in .mp4 or .png for 1 frame"),
+        ("clip", 81, "must end in .mp4"),
+    ],
+)
+def test_an_output_of_another_kind_is_refused(tmp_path, name, num_frames, message):
+    with pytest.raises(ValueError, match=message):
+        check_output(tmp_path / name, num_frames)
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file cannot be written"):
+        check_output(tmp_path / "file" / "clip.mp4", 81)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder.mp4 is a folder"):
+        check_output(tmp_path / "folder.mp4", 81)
