@@ -108,9 +108,10 @@ class WanPipeline:
         stages = stages or Stages(progress=self.progress)
         text = self._context(job, stages)
         size = (job.num_frames, job.height, job.width)
-        with stages.stage("encode", 1):
+        with stages.stage("encode", 1) as update:
             conditioning = self._conditioning(job, size)
             latents = self._starting_latents(job)
+            update(1)
         inputs = self._inputs(job, text, conditioning, latents.shape)
         latents = self._denoise(job, latents, inputs, stages, callback_on_step_end)
         seeds = tuple(r.seed for r in job.requests)
@@ -212,7 +213,7 @@ class WanPipeline:
             noise = to_internal(job.latents)
         if job.video is None:
             return noise
-        clean = np.asarray(self.parts.coder.encode(2 * resize_video(job.video, job.height, job.width)[None] - 1))[0]
+        clean = self.parts.coder.encode(2 * resize_video(job.video, job.height, job.width)[None] - 1)[0]
         sigmas = [float(r.table.sigmas[0]) for r, _ in _videos(job)]
         return np.stack([np.asarray(add_noise(clean, jnp.asarray(n), s)) for n, s in zip(noise, sigmas, strict=True)])
 
