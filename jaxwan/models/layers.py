@@ -4,6 +4,8 @@ Parameters are created by `nnx.Rngs` (random models for tests and the built-in c
 `nnx.eval_shape`; a checkpoint fills them by path (`jaxwan.convert`).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,16 @@ from jaxtyping import Array, Float
 def param(value: Array) -> nnx.Param:
     """A parameter with no sharding of its own: placement is the loader's business."""
     return nnx.Param(value)
+
+
+def fan_in_normal(shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> Array:
+    """A random kernel [..., out] of variance 1 / fan-in.
+
+    Drawn flat and in few sizes: every shape of random numbers is a program of its own, slow to compile.
+    """
+    size = math.prod(shape)
+    drawn = jax.random.normal(rngs.params(), (1 << (size - 1).bit_length(),), jnp.float32)
+    return (drawn[:size].reshape(shape) * math.prod(shape[:-1]) ** -0.5).astype(dtype)
 
 
 class Linear(nnx.Module):

@@ -1,0 +1,136 @@
+"""Convolutions of the VAE: causal in time, run chunk by chunk with the frames before a chunk as an explicit halo.
+
+A causal convolution of 3 frames needs the 2 frames ahead of its input. For a video's first chunk, which is one frame,
+these are zeros: only the last tap of the kernel counts and the convolution is one of images. For later chunks they are
+the last frames of its input in the chunk before. `Chunk` hands them from chunk to chunk.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxwan.models.layers import fan_in_normal, param
+
+Cache = tuple[Array, ...]  # the halos that one chunk leaves to the next, in the order of their convolutions
+Formulation = Literal["direct", "taps"]
+
+
+class Chunk:
+    """What convolutions need besides their input: the halos of the chunk before, and how to convolve.
+
+    Lives while one chunk is traced. Every causal convolution takes its halo and leaves the next one, so that `halos()`
+    after the last convolution is the cache for the next chunk. A cache of None makes this the first chunk of a video.
+    """
+
+    def __init__(self, cache: Cache | None, formulation: Formulation | None = None):
+        self.first = cache is None
+        self.formulation: Formulation = formulation or default_formulation()
+        self._before = iter(cache or ())
+        self._after: list[Array] = []
+
+    def extend(self, x: Float[Array, "b f h w c"], halo: int) -> Float[Array, "b e h w c"]:
+        """`x` behind its `halo` frames, of which a first chunk has none; the last `halo` frames are kept."""
+        if self.first:
+            missing = halo - x.shape[1]
+            self._after.append(jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0))))
+            return x
+        x = jnp.concatenate([next(self._before), x], axis=1)
+        self._after.append(x[:, -halo:])
+        return x
+
+    def skip(self, x: Float[Array, "b f h w c"], halo: int) -> None:
+        """Keep `halo` zero frames: the convolution does not run, and the next chunk is not to see `x`."""
+        assert self.first
+        self._after.append(jnp.zeros((x.shape[0], halo, *x.shape[2:]), x.dtype))
+
+    def halos(self) -> Cache:
+        """The cache for the next chunk, once all convolutions have run."""
+        assert next(self._before, None) is None
+        return tuple(self._after)
+
+
+def default_formulation() -> Formulation:
+    """On CPUs XLA convolves images 1.5 to 7 times faster than videos (few channels: the most)."""
+    return "taps" if jax.default_backend() == "cpu" else "direct"
+
+
+def conv(
+    x: Float[Array, "b f h w i"],
+    kernel: Float[Array, "kt kh kw i o"],
+    bias: Float[Array, " o"],
+    formulation: Formulation,
+    *,
+    stride: tuple[int, int] = (1, 1),
+) -> Float[Array, "b g h2 w2 o"]:
+    """Convolution of a video, the one place where pixels of other frames, rows and columns are read.
+
+    stride is (time, space). Time is not padded. Space is padded with zeros: all around for stride 1, below and to the
+    right only for stride 2.
+    """
+    frames = (x.shape[1] - kernel.shape[0]) // stride[0] + 1
+    if formulation == "direct" and kernel.shape[0] > 1:
+        return _conv3d(x, kernel, stride) + bias.astype(x.dtype)
+    reach = (frames - 1) * stride[0] + 1
+    y = sum(_conv2d(x[:, t : t + reach : stride[0]], tap, stride[1]) for t, tap in enumerate(kernel))
+    return (y + bias).astype(x.dtype)
+
+
+def _conv3d(x: Array, kernel: Array, stride: tuple[int, int]) -> Array:
+    padding = [(0, 0), *(_padding(size, stride[1]) for size in kernel.shape[1:3])]
+    strides = (stride[0], stride[1], stride[1])
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+
+def _conv2d(x: Array, kernel: Array, stride: int) -> Array:
+    """Each frame by itself, the result in float32 so that taps are summed unrounded."""
+    if kernel.shape[:2] == (1, 1):
+        return jnp.matmul(x, kernel[0, 0], preferred_element_type=jnp.float32)
+    images = x.reshape(-1, *x.shape[2:])
+    padding = [_padding(size, stride) for size in kernel.shape[:2]]
+    y = jax.lax.conv_general_dilated(
+        images, kernel, (stride, stride), padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _padding(size: int, stride: int) -> tuple[int, int]:
+    return (size // 2 if stride == 1 else 0, size // 2)
+
+
+class Conv2d(nnx.Module):
+    """A convolution of each frame by itself."""
+
+    def __init__(self, c_in: int, c_out: int, size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.kernel = param(fan_in_normal((size, size, c_in, c_out), dtype, rngs))
+        self.bias = param(jnp.zeros(c_out, dtype))
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "b f h w i"], chunk: Chunk) -> Float[Array, "b f h2 w2 o"]:
+        return conv(x, self.kernel[...][None], self.bias[...], chunk.formulation, stride=(1, self.stride))
+
+
+class CausalConv3d(nnx.Module):
+    """A convolution over `size` = (frames, pixels) that sees no later frame; with time_stride 2 it halves the frames.
+
+    Source: diffusers autoencoder_kl_wan.py:WanCausalConv3d and the cache handling around its calls.
+    """
+
+    def __init__(self, c_in: int, c_out: int, size: tuple[int, int], *, time_stride: int = 1, dtype: DTypeLike,
+                 rngs: nnx.Rngs):  # fmt: skip
+        self.kernel = param(fan_in_normal((size[0], size[1], size[1], c_in, c_out), dtype, rngs))
+        self.bias = param(jnp.zeros(c_out, dtype))
+        self.time_stride = time_stride
+        self.halo = size[0] - time_stride
+
+    def __call__(self, x: Float[Array, "b f h w i"], chunk: Chunk) -> Float[Array, "b g h w o"]:
+        kernel = self.kernel[...]
+        if self.halo > 0:
+            x = chunk.extend(x, self.halo)
+            if chunk.first:
+                kernel = kernel[-1:]  # the others meet the zeros ahead of the video
+        return conv(x, kernel, self.bias[...], chunk.formulation, stride=(self.time_stride, 1))

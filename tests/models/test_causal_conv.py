@@ -1,0 +1,56 @@
+"""The one convolution of the VAE against PyTorch's, in both formulations, and its halos against whole videos."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from oracle import relative_error
+
+from jaxwan.models.causal_conv import CausalConv3d, Chunk, conv
+
+TOLERANCE = 1e-6  # float32 sums in another order
+
+
+@pytest.mark.parametrize("formulation", ["direct", "taps"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [
+        ((3, 3, 3), (1, 1), (1, 1, 1, 1)),
+        ((3, 1, 1), (1, 1), (0, 0, 0, 0)),
+        ((3, 1, 1), (2, 1), (0, 0, 0, 0)),
+        ((1, 3, 3), (1, 1), (1, 1, 1, 1)),
+        ((1, 3, 3), (1, 2), (0, 1, 0, 1)),  # right and below only
+        ((1, 1, 1), (1, 1), (0, 0, 0, 0)),
+    ],
+)
+def test_both_formulations_equal_torch(formulation, kernel, stride, padding):
+    rng = np.random.default_rng(0)
+    x, k, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 6, 8, 3), (*kernel, 3, 7), (7,)))
+    actual = conv(jnp.asarray(x), jnp.asarray(k), jnp.asarray(b), formulation, stride=stride)
+    padded = torch.nn.functional.pad(torch.from_numpy(np.moveaxis(x, -1, 1).copy()), padding)
+    weight = torch.from_numpy(k.transpose(4, 3, 0, 1, 2).copy())
+    expected = torch.nn.functional.conv3d(padded, weight, torch.from_numpy(b), (stride[0], stride[1], stride[1]))
+    assert relative_error(actual, np.moveaxis(expected.numpy(), 1, -1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("formulation", ["direct", "taps"])
+def test_chunks_with_halos_equal_the_whole_video_behind_zeros(formulation):
+    layer = CausalConv3d(3, 5, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 4, 6, 3))
+    behind_zeros = jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
+    whole = conv(behind_zeros, layer.kernel[...], layer.bias[...], formulation)
+    cache, parts = None, []
+    for start, stop in ((0, 1), (1, 2), (2, 6), (6, 8)):
+        chunk = Chunk(cache, formulation)
+        parts.append(layer(x[:, start:stop], chunk))
+        cache = chunk.halos()
+        assert [halo.shape for halo in cache] == [(2, 2, 4, 6, 3)]
+    assert relative_error(jnp.concatenate(parts, 1), whole) < TOLERANCE
+
+
+def test_taps_are_summed_in_float32_for_bfloat16():
+    x, k = jnp.full((1, 3, 1, 1, 1), 1.0, jnp.bfloat16), jnp.array([256.0, 1.0, 1.0], jnp.bfloat16)
+    y = conv(x, k.reshape(3, 1, 1, 1, 1), jnp.zeros(1, jnp.bfloat16), "taps")
+    assert y.dtype == jnp.bfloat16 and float(y[0, 0, 0, 0, 0]) == 258.0  # 256 + 1 is 256 in bfloat16
