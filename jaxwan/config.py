@@ -149,6 +149,9 @@ class Defaults:
     sampler: str | None = None  # None: the scheduler_config.json's
     flow_shift: int | float | None = None
     negative_prompt: str = ""
+    strength: int | float = 0.8  # of video to video
+    boundary_ratio: int | float | None = None  # None: the model_index.json's
+    timesteps: tuple[int | float, ...] | None = None  # of sampler "renoise"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def attention(
 
 def _cudnn_fits(q: Array) -> bool:
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and sixteen_bit and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fits = sixteen_bit and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return fits and jax.default_backend() == "gpu"  # asked last: it starts the backend
 
 
 def attend(q: Float[Array, "b q n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Array:

@@ -15,6 +15,7 @@ Several prompts are one batch: repeat --prompt; a flag marked [per prompt] is th
 
 import argparse
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """Check everything that can be checked from configurations, then load, generate and write."""
-    mesh = MeshSpec.parse(args.mesh)
+    mesh, memory = MeshSpec.parse(args.mesh), parse_memory(args.device_memory)
     checkpoint = open_checkpoint(args)
     check_mesh(mesh, checkpoint)
     job = make_job(checkpoint, **job_arguments(args, checkpoint))
     if args.dry_run:
-        report = dry_run(checkpoint, mesh, job, args.dtype, args.vae_dtype, parse_memory(args.device_memory))
+        report = dry_run(checkpoint, mesh, job, args.dtype, args.vae_dtype, memory)
         print(report.to_json() if args.dry_run == "json" else report)
         return 0
     targets = output_paths(args, job)
@@ -66,6 +67,7 @@ def generate(args: argparse.Namespace) -> int:
     kind = devices.flat[0]
     if kind.platform == "cpu":
         print(f"no accelerator: {devices.size} virtual CPU device{'s' * (devices.size > 1)}")
+    checkpoint = with_weights(checkpoint, args.model)
     pipe = WanPipeline(checkpoint, load_parts(checkpoint, mesh, args.dtype, args.vae_dtype))
     stages = Stages()
     stages.seconds.update(pipe.parts.seconds)
@@ -80,11 +82,16 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The named checkpoint, or the built-in one; in a dry run only configuration files are fetched."""
+    """The named checkpoint, or the built-in one; of a hub id only the configuration files are fetched."""
     if args.model is None:
         print("no --model: a tiny built-in checkpoint with random weights, whose videos are noise", file=sys.stderr)
         return read_checkpoint(builtin_checkpoint())
-    return read_checkpoint(find_checkpoint(args.model, json_only=bool(args.dry_run)))
+    return read_checkpoint(find_checkpoint(args.model, json_only=True))
+
+
+def with_weights(checkpoint: Checkpoint, model: str | None) -> Checkpoint:
+    """The checkpoint with all of its files there: those of a hub id are fetched now that nothing speaks against it."""
+    return checkpoint if model is None else replace(checkpoint, folder=find_checkpoint(model))
 
 
 def job_arguments(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -114,9 +121,12 @@ def job_arguments(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
 def load_latents(path: str) -> np.ndarray:
     """The array of a .npy file, which is never unpickled."""
     try:
-        return np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"--latents {path} is no .npy file of plain numbers: {error}") from error
+        raise ValueError(f"--latents {path} is no .npy file of plain numbers ({error})") from error
+    except OSError as error:
+        raise OSError(f"--latents {path} cannot be read ({error.strerror})") from error
 
 
 def output_paths(args: argparse.Namespace, job: Job) -> list[Path]:
@@ -124,8 +134,8 @@ def output_paths(args: argparse.Namespace, job: Job) -> list[Path]:
     default = f"outputs/{datetime.now():%Y%m%d-%H%M%S}-{job.requests[0].seed}.mp4"
     path = Path(args.output or default)
     paths = [path] if job.batch == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(job.batch)]
-    if args.save_npz is not None:
-        check_writable(args.save_npz)
+    if args.save_npz is not None and check_writable(args.save_npz) in paths:
+        raise ValueError(f"--save-npz {args.save_npz} is also where the video goes: choose another name")
     return [check_output(p, job.num_frames) for p in paths]
 
 
@@ -133,7 +143,7 @@ def write(output: Output, targets: list[Path], npz: str | None, stages: Stages) 
     """Videos (or single frames) to their files, and the arrays to --save-npz."""
     with stages.stage("write", len(targets)) as update:
         for frames, path in zip(output.frames, targets, strict=True):
-            if path.suffix == ".png":
+            if path.suffix.lower() == ".png":
                 save_image(frames[0], path)
             else:
                 save_video(frames, path, output.fps)
@@ -187,7 +197,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--dry-run", nargs="?", const="text", choices=("text", "json"),
                        help="only say what it would take: tokens, stages, ticks, memory; reads no weights")  # fmt: skip
     where.add_argument("--device-memory", help="for --dry-run: memory of a device, such as 80GB")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device_memory is not None and not args.dry_run:
+        parser.error("--device-memory is for --dry-run: add it, or leave this out")
+    return args
 
 
 if __name__ == "__main__":

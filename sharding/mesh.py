@@ -66,7 +66,8 @@ def request_virtual_devices(count: int) -> None:
     what is missing.
     """
     try:
-        jax.config.update("jax_num_cpu_devices", max(8, count, jax.config.jax_num_cpu_devices))
+        present = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_num_cpu_devices", max(8, count, present))
     except RuntimeError:
         pass  # already initialised: its device count stands
 
@@ -85,7 +86,7 @@ def make_mesh(mesh: MeshSpec) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _too_few(mesh: MeshSpec, devices: list[jax.Device]) -> str:
+def _too_few(mesh: MeshSpec, devices: list) -> str:
     need, have = mesh.num_devices, len(devices)
     if devices[0].platform == "cpu":
         return (

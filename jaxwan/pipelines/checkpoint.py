@@ -138,7 +138,7 @@ def _boundary_ratio(folder: Path, index: dict[str, Any]) -> float | None:
     value = index.get("boundary_ratio")
     if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= 1):
         raise ConfigError(f"{folder}/model_index.json: boundary_ratio={value!r} must be a number from 0 to 1")
-    return value
+    return None if value is None else float(value)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -199,7 +199,10 @@ def _defaults(folder: Path, variant: Variant, experts: int) -> Defaults:
         )
     given = {key: value for key, value in given.items() if key in known and value is not None}
     for key, value in given.items():
-        check_kind(f"{folder}/generation_config.json: {key}", value, _KINDS.get(key, (int, float)))
+        for one in value if key == "timesteps" and isinstance(value, list) else [value]:
+            check_kind(f"{folder}/generation_config.json: {key}", one, _KINDS.get(key, (int, float)))
+    if isinstance(given.get("timesteps"), list):
+        given["timesteps"] = tuple(given["timesteps"])
     return replace(defaults, **given)
 
 

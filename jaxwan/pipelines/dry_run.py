@@ -176,7 +176,7 @@ def _decode_bytes(checkpoint: Checkpoint, job: Job, vae_dtype: DTypeLike) -> dic
     latent = jax.ShapeDtypeStruct((1, 1, height, width, checkpoint.vae.z_dim), jnp.float32)
 
     def step(state, cache, latent):
-        return nnx.merge(graph, state).decode_chunk(cache, latent)
+        return nnx.merge(graph, state).decode_chunk(cache, latent, formulation="direct")  # as on accelerators
 
     cache, _ = jax.eval_shape(lambda s, x: step(s, None, x), state, latent)
     return {

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER, image_encoder_rules
@@ -47,15 +48,12 @@ def load_parts(
     Raises ValueError or OSError before any tensor is read: for the mesh, for a file that is missing or truncated, for
     tensors that do not fit.
     """
-    check_mesh(mesh, checkpoint)
-    check_dtype("dtype", dtype)
-    check_dtype("vae_dtype", vae_dtype)
+    devices = place(checkpoint, mesh, dtype, vae_dtype)
     folder = checkpoint.folder
     tokenizer = load_tokenizer(folder / "tokenizer")
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(folder / "image_processor") if clip else None
     files = prove_components(checkpoint)
-    devices = make_mesh(mesh)
     first = devices.devices.flat[0]
     dtype = dtype or default_dtype(first)
     stages = Stages(progress=progress)
@@ -77,6 +75,14 @@ def load_parts(
         encode_clip=_clip_encoder(modules["image_encoder"], processor) if clip else None,
         seconds=stages.seconds,
     )
+
+
+def place(checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None, vae_dtype: str) -> Mesh:
+    """The devices for a checkpoint. Raises ValueError for a mesh it does not fit or too few devices, or a dtype."""
+    check_mesh(mesh, checkpoint)
+    check_dtype("dtype", dtype)
+    check_dtype("vae_dtype", vae_dtype)
+    return make_mesh(mesh)
 
 
 def prove_components(checkpoint: Checkpoint) -> dict[str, TensorFiles]:

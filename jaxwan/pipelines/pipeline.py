@@ -1,7 +1,7 @@
 """WanPipeline: a checkpoint on a mesh, from prompts (and images or a video) to videos."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jaxwan.pipelines.condition import (
     renoise_noise,
 )
 from jaxwan.pipelines.denoise import RENOISINGS, Controls, Inputs, Loop
-from jaxwan.pipelines.load import Parts, load_parts
+from jaxwan.pipelines.load import Parts, load_parts, place
 from jaxwan.pipelines.media import resize_video
 from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.pipelines.request import Job, make_job
@@ -71,7 +71,9 @@ class WanPipeline:
         float32), float32 on a CPU. Raises ValueError or OSError before anything heavy is read.
         """
         spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.parse(mesh)
-        checkpoint = read_checkpoint(find_checkpoint(model))
+        checkpoint = read_checkpoint(find_checkpoint(model, json_only=True))
+        place(checkpoint, spec, dtype, vae_dtype)
+        checkpoint = replace(checkpoint, folder=find_checkpoint(model))  # of a hub id, the weights too
         return cls(checkpoint, load_parts(checkpoint, spec, dtype, vae_dtype, progress=progress), progress=progress)
 
     def __call__(
@@ -231,7 +233,9 @@ class WanPipeline:
                 if callback is not None:
                     self._look_on(callback, index, loop, inputs)
         latents = loop.latents()
-        if inputs.first is not None:  # the solver moved the given frames too: put them back
+        if (
+            inputs.first is not None and inputs.has_first is not None
+        ):  # the solver moved the given frames too: put them back
             latents = np.where(inputs.has_first[:, None, None, None, None] & _is_first(latents), inputs.first, latents)
         return to_public(latents)
 

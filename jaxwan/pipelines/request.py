@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from jaxwan.config import ImageInput
-from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.media import fit_size, load_image, load_video
-from jaxwan.schedulers.table import Table, first_used_step, make_table
+from jaxwan.pipelines.checkpoint import Checkpoint, check_kind
+from jaxwan.pipelines.media import fit_size, load_image, load_video, resize_image, resize_video
+from jaxwan.pipelines.prompt import check_unicode
+from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, first_used_step, make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 SEEDS = 2**64
-DEFAULT_STRENGTH = 0.8
+Number = int | float
 FLF_ROWS = 514  # position embeddings of the first-last-frame model: two images of 257 CLIP rows
 
 
@@ -73,23 +74,23 @@ def make_job(
     checkpoint: Checkpoint,
     *,
     prompt: str | Sequence[str] | None = None,
-    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
     image: Any = None,
     last_image: Any = None,
     video: Any = None,
-    strength: float | None = None,
+    strength: Number | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
-    fps: float | None = None,
-    num_inference_steps: int | Sequence[int] | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    guidance_scale_2: float | Sequence[float] | None = None,
-    boundary_ratio: float | None = None,
-    flow_shift: float | Sequence[float] | None = None,
-    sampler: str | Sequence[str] | None = None,
-    timesteps: Sequence[float] | None = None,
-    seed: int | Sequence[int] | None = None,
+    fps: Number | None = None,
+    num_inference_steps: int | Sequence[int | None] | None = None,
+    guidance_scale: Number | Sequence[Number | None] | None = None,
+    guidance_scale_2: Number | Sequence[Number | None] | None = None,
+    boundary_ratio: Number | None = None,
+    flow_shift: Number | Sequence[Number | None] | None = None,
+    sampler: str | Sequence[str | None] | None = None,
+    timesteps: Sequence[Number] | np.ndarray | None = None,
+    seed: int | Sequence[int | None] | None = None,
     latents: Any = None,
     prompt_embeds: Any = None,
     negative_prompt_embeds: Any = None,
@@ -99,25 +100,24 @@ def make_job(
 
     Raises ValueError (OSError for files) in a sentence: what came, what is allowed, the nearest valid value.
     """
-    prompts, embeds, negative_embeds = _texts(
+    prompts, negatives, embeds, negative_embeds = _texts(
         checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds
     )
     count = len(prompts)
     num_videos = _whole("num_videos_per_prompt", num_videos_per_prompt, 1)
+    num_frames = None if num_frames is None else _whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
-    frames, video_fps = _video(checkpoint, video, strength)
+    frames, video_fps = _video(video, num_frames, strength)
     notes: list[str] = []
     height, width = _size(checkpoint, height, width, images, frames, notes)
     num_frames = _num_frames(checkpoint, num_frames, frames, notes)
     checkpoint.geometry.check_size(num_frames, height, width)
     _check_rope(checkpoint, num_frames, height, width)
+    _check_pixels(images, last_images, frames, (num_frames, height, width))
     tables = _tables(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, frames, strength)
-    guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2)
+    boundary = _boundary(checkpoint, boundary_ratio)
+    guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
     seeds = _seeds(count, seed, notes)
-    default = checkpoint.defaults.negative_prompt
-    negatives = _per_prompt("negative_prompt", default if negative_prompt is None else negative_prompt, count, str)
-    if negative_embeds is not None:
-        negatives = [None] * count
     return Job(
         requests=tuple(
             Request(*r)
@@ -130,7 +130,7 @@ def make_job(
         height=height,
         width=width,
         fps=_positive("fps", _first(fps, video_fps, checkpoint.defaults.fps)),
-        boundary_ratio=_boundary(checkpoint, boundary_ratio),
+        boundary_ratio=boundary,
         video=None if frames is None else frames[:num_frames],
         latents=_latents(checkpoint, latents, count * num_videos, (num_frames, height, width)),
         prompt_embeds=embeds,
@@ -158,8 +158,8 @@ def _others(mesh: MeshSpec) -> tuple[int, int, int, int]:
 # Texts
 
 
-def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds) -> tuple[list, Any, Any]:
-    """(prompts or Nones, prompt_embeds, negative_prompt_embeds), one source for each."""
+def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds) -> tuple[list, list, Any, Any]:
+    """(prompts, negative prompts, prompt_embeds, negative_prompt_embeds); texts are None where embeddings are given."""
     if prompt is not None and prompt_embeds is not None:
         raise ValueError("prompt and prompt_embeds are both given: give one of them")
     if negative is not None and negative_embeds is not None:
@@ -170,13 +170,21 @@ def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_emb
         prompt_embeds = _embeds(checkpoint, "prompt_embeds", prompt_embeds, None)
         prompts: list = [None] * len(prompt_embeds)
     else:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        wrong = [type(p).__name__ for p in prompts if not isinstance(p, str)]
-        if wrong or not prompts:
-            raise ValueError(f"prompt must be a text or a list of texts, not {wrong[0] if wrong else 'an empty list'}")
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        for text in prompts:
+            check_kind("prompt", text, str)
+        if not prompts:
+            raise ValueError("prompt is an empty list: give a text, or a list of texts")
     if negative_embeds is not None:
         negative_embeds = _embeds(checkpoint, "negative_prompt_embeds", negative_embeds, len(prompts))
-    return prompts, prompt_embeds, negative_embeds
+        negatives: list = [None] * len(prompts)
+    else:
+        default = checkpoint.defaults.negative_prompt
+        negatives = _per_prompt("negative_prompt", negative, len(prompts), str, default)
+    for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
+        for text in texts:
+            check_unicode(text or "", name)
+    return prompts, negatives, prompt_embeds, negative_embeds
 
 
 def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None) -> np.ndarray:
@@ -197,12 +205,14 @@ def _images(checkpoint: Checkpoint, count: int, image: Any, last_image: Any, vid
     name, kind = checkpoint.variant.name, checkpoint.image_input
     if image is not None and video is not None:
         raise ValueError("image and video are both given: give one of them")
+    if video is not None and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
+        raise ValueError(f"this is an image-to-video model (built like {name}): it takes no video")
     images = _media("image", image, count)
     last_images = _media("last_image", last_image, count)
     given = [i is not None for i in images]
     if any(given) and kind is ImageInput.NONE:
         raise ValueError(f"this is a text-to-video model (built like {name}): it takes no image")
-    if not all(given) and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP) and video is None:
+    if not all(given) and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
         raise ValueError(f"this is an image-to-video model (built like {name}): it needs an image for every prompt")
     lasts = [i is not None for i in last_images]
     if any(lasts) and not checkpoint.variant.last_image:
@@ -212,9 +222,13 @@ def _images(checkpoint: Checkpoint, count: int, image: Any, last_image: Any, vid
         raise ValueError("last_image needs an image too, the first frame")
     if checkpoint.transformer.pos_embed_seq_len is not None and not all(lasts):
         raise ValueError(f"this is a first-last-frame model (built like {name}): it needs a last image too")
-    load = {"image": images, "last_image": last_images}
-    loaded = {k: [None if v is None else load_image(v, k) for v in values] for k, values in load.items()}
-    return loaded["image"], loaded["last_image"]
+    return _loaded("image", images), _loaded("last_image", last_images)
+
+
+def _loaded(name: str, sources: list) -> list:
+    """The images; a source that several prompts share is loaded once and stays one object."""
+    made = {id(source): None if source is None else load_image(source, name) for source in sources}
+    return [made[id(source)] for source in sources]
 
 
 def _media(name: str, value: Any, count: int) -> list:
@@ -225,15 +239,14 @@ def _media(name: str, value: Any, count: int) -> list:
     return [value] * count
 
 
-def _video(checkpoint: Checkpoint, video: Any, strength: float | None) -> tuple[Any, float | None]:
-    """(frames, their own fps) of a source video, or (None, None)."""
+def _video(video: Any, num_frames: int | None, strength: Any) -> tuple[Any, float | None]:
+    """(frames, their own fps) of a source video, read as far as needed; or (None, None)."""
     if video is None:
         if strength is not None:
             raise ValueError(f"strength={strength} is for video to video: give a video, or leave it out")
         return None, None
-    if checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
-        raise ValueError(f"this is an image-to-video model (built like {checkpoint.variant.name}): it takes no video")
-    return load_video(video)
+    frames, fps = load_video(video, max_frames=num_frames)
+    return frames, None if fps is None else float(fps)
 
 
 def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, notes: list[str]) -> tuple[int, int]:
@@ -244,7 +257,7 @@ def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, note
     if height is not None:
         return _whole("height", height, 1), _whole("width", width, 1)
     defaults = checkpoint.defaults
-    source = images[0] if frames is None else frames[0]
+    source = _first(*images) if frames is None else frames[0]
     if source is None:
         return defaults.height, defaults.width
     h, w = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
@@ -254,8 +267,6 @@ def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, note
 
 
 def _num_frames(checkpoint: Checkpoint, num_frames: int | None, frames: Any, notes: list[str]) -> int:
-    if num_frames is not None:
-        num_frames = _whole("num_frames", num_frames, 1)
     if frames is None:
         return checkpoint.defaults.num_frames if num_frames is None else num_frames
     step = checkpoint.geometry.temporal
@@ -272,6 +283,19 @@ def _check_rope(checkpoint: Checkpoint, num_frames: int, height: int, width: int
     grid, most = checkpoint.geometry.token_grid(num_frames, height, width), checkpoint.transformer.rope_max_seq_len
     if max(grid) > most:
         raise ValueError(f"{num_frames}x{height}x{width} is {grid} tokens, and the model counts to {most} on each axis")
+
+
+def _check_pixels(images: list, lasts: list, frames: Any, size: tuple[int, int, int]) -> None:
+    """What could otherwise be told only when the pixels are encoded."""
+    num_frames, height, width = size
+    if num_frames == 1 and any(last is not None for last in lasts):
+        raise ValueError("num_frames=1 has no last frame beside the first: leave last_image out, or take 5 frames")
+    for name, values in (("image", images), ("last_image", lasts)):
+        for pixels in values:
+            if isinstance(pixels, np.ndarray):
+                resize_image(pixels, height, width, name)  # a float array is not resized: its size is checked
+    if frames is not None and frames.dtype != np.uint8:
+        resize_video(frames[:1], height, width)
 
 
 def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, int, int]) -> np.ndarray | None:
@@ -291,58 +315,81 @@ def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, 
 
 def _tables(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, frames, strength) -> list[Table]:
     defaults, own = checkpoint.defaults, checkpoint.sampler
-    samplers = _per_prompt("sampler", _first(sampler, defaults.sampler, own.sampler), count, str)
-    shifts = _per_prompt("flow_shift", _first(shift, defaults.flow_shift, own.shift), count, (int, float))
-    silent = None if timesteps is not None else defaults.num_inference_steps
-    counts = _per_prompt("num_inference_steps", _first(steps, silent), count, int)
+    samplers = _per_prompt("sampler", sampler, count, str, _first(defaults.sampler, own.sampler))
+    shifts = _per_prompt("flow_shift", shift, count, (int, float), _first(defaults.flow_shift, own.shift))
+    if sampler is None and steps is None:
+        timesteps = _first(timesteps, defaults.timesteps)
+    timesteps = _timesteps(timesteps)
+    silent = defaults.num_inference_steps if timesteps is None else len(timesteps)
+    counts = _per_prompt("num_inference_steps", steps, count, int, silent)
     tables = []
     for name, value, n in zip(samplers, shifts, counts, strict=True):
+        _check_range("flow_shift", value, *SHIFT_RANGE)
+        if timesteps is None:
+            _check_range("num_inference_steps", n, 1, MAX_STEPS)
+        elif n != len(timesteps):
+            raise ValueError(f"num_inference_steps={n} for {len(timesteps)} timesteps: leave it out")
         first = 0
         if frames is not None:
-            total = len(timesteps) if n is None and timesteps is not None else n
-            first = first_used_step(total, DEFAULT_STRENGTH if strength is None else _number("strength", strength))
+            first = first_used_step(n, _number("strength", _first(strength, defaults.strength)))
         tables.append(make_table(name, n, value, order=own.order, timesteps=timesteps, first_step=first))
     return tables
 
 
-def _guidance(checkpoint: Checkpoint, count: int, high: Any, low: Any) -> list[tuple[float, float]]:
-    """(high-noise, low-noise) guidance a prompt: the defaults' pair only when neither is given, as in Diffusers."""
+def _timesteps(given: Any) -> list | None:
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple, np.ndarray)):
+        raise ValueError(f"timesteps={given!r} must be a list of numbers, such as 1000 750 500 250")
+    return _per_prompt("timesteps", given, len(given), (int, float), float("nan"))
+
+
+def _guidance(
+    checkpoint: Checkpoint, count: int, high: Any, low: Any, boundary: float | None
+) -> list[tuple[float, float]]:
+    """(high-noise, low-noise) guidance a prompt: the defaults' pair only when neither is given."""
     if low is not None and checkpoint.num_experts == 1:
         raise ValueError(f"guidance_scale_2={low} is for a second expert, and this model has one: use guidance_scale")
+    if low is not None and boundary is None:
+        raise ValueError(f"guidance_scale_2={low} needs a boundary_ratio too, which this checkpoint does not set")
     defaults = checkpoint.defaults
-    if high is None and low is None:
-        low = defaults.guidance_scale_2
-    highs = _per_prompt("guidance_scale", _first(high, defaults.guidance_scale), count, (int, float))
+    highs = _per_prompt("guidance_scale", high, count, (int, float))
     lows = _per_prompt("guidance_scale_2", low, count, (int, float))
-    return [(float(h), float(h if x is None else x)) for h, x in zip(highs, lows, strict=True)]
+    pairs = []
+    for high, low in zip(highs, lows, strict=True):
+        if high is None and low is None:
+            low = defaults.guidance_scale_2
+        high = _first(high, defaults.guidance_scale)
+        pairs.append((float(high), float(_first(low, high))))
+    return pairs
 
 
-def _boundary(checkpoint: Checkpoint, given: float | None) -> float | None:
+def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
     if given is None:
-        return checkpoint.boundary_ratio if checkpoint.num_experts == 2 else None
+        own = _first(checkpoint.defaults.boundary_ratio, checkpoint.boundary_ratio)
+        return own if checkpoint.num_experts == 2 else None
     if checkpoint.num_experts == 1:
         raise ValueError(f"boundary_ratio={given} is for a second expert, and this model has one")
-    if not 0 <= _number("boundary_ratio", given) <= 1:
-        raise ValueError(f"boundary_ratio={given} is outside 0 to 1: nearest is {min(max(given, 0), 1)}")
+    _check_range("boundary_ratio", _number("boundary_ratio", given), 0, 1)
     return float(given)
 
 
 def _seeds(count: int, seed: Any, notes: list[str]) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        notes.append(f"seed {seed}")
     seeds = _per_prompt("seed", seed, count, int)
+    if None in seeds:
+        drawn = secrets.randbelow(2**32)
+        notes.append(f"seed {drawn}")
+        seeds = [drawn if value is None else value for value in seeds]
     for value in seeds:
-        if not 0 <= value < SEEDS:
-            raise ValueError(f"seed={value} is outside 0 to {SEEDS - 1}: nearest is {min(max(value, 0), SEEDS - 1)}")
+        _check_range("seed", value, 0, SEEDS - 1)
     return seeds
 
 
 # Plain values
 
 
-def _per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...]) -> list:
-    """One value a prompt, from one value or a list of them; None stays None."""
+def _per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...], default: Any = None) -> list:
+    """One value a prompt, from one value or a list of them; None, alone or in the list, means the default."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
@@ -350,16 +397,16 @@ def _per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...]
         raise ValueError(f"{name} is a list of {len(values)} for {count} prompts: give one value, or one a prompt")
     values = [v.item() if isinstance(v, np.generic) else v for v in values]
     for v in values:
-        if v is not None and (not isinstance(v, kind) or isinstance(v, bool)):
-            wanted = "a text" if kind is str else "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name}={v!r} must be {wanted}")
+        if v is not None:
+            check_kind(name, v, kind)
         if isinstance(v, float) and not np.isfinite(v):
             raise ValueError(f"{name}={v} is not finite")
-    return values
+    return [default if v is None else v for v in values]
 
 
-def _number(name: str, value: Any) -> float:
-    return _per_prompt(name, value, 1, (int, float))[0]
+def _number(name: str, value: Any) -> Number:
+    (number,) = _per_prompt(name, value, 1, (int, float))
+    return number
 
 
 def _whole(name: str, value: Any, least: int) -> int:
@@ -367,6 +414,11 @@ def _whole(name: str, value: Any, least: int) -> int:
     if value is None or value < least:
         raise ValueError(f"{name}={value} must be a whole number from {least}")
     return value
+
+
+def _check_range(name: str, value: Number, low: Number, high: Number) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
 
 
 def _positive(name: str, value: Any) -> float:

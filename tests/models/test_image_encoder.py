@@ -57,7 +57,9 @@ def run_reference(folder, pixels, dtype=torch.float32):
 def load(folder, cfg, dtype=jnp.float32):
     files = TensorFiles.find(folder)
     return load_module(
-        lambda: CLIPVisionEncoder(cfg, dtype=dtype, rngs=nnx.Rngs(0)), files, image_encoder_rules(files.shapes, cfg.num_hidden_layers)
+        lambda: CLIPVisionEncoder(cfg, dtype=dtype, rngs=nnx.Rngs(0)),
+        files,
+        image_encoder_rules(files.shapes, cfg.num_hidden_layers),
     )
 
 

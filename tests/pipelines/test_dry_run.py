@@ -1,0 +1,245 @@
+"""What a call would take, against what it takes: bytes after loading, ticks executed, and the published sizes."""
+
+import gc
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from functools import cache
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from published import write_configs
+
+from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.denoise import Denoiser, Loop, abstract_weights
+from jaxwan.pipelines.dry_run import dry_run, largest_buffer, parameter_bytes, parse_memory, tree_bytes
+from jaxwan.pipelines.load import DTYPES
+from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.pipelines.request import make_job
+from jaxwan.sharding.mesh import MeshSpec
+from jaxwan.sharding.ring import RingPlan, RingState
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """name -> checkpoint of full-size configurations."""
+    return cache(lambda name: read_checkpoint(write_configs(tmp_path_factory.mktemp("published"), name)))
+
+
+@pytest.fixture(scope="module")
+def told(published):
+    """name -> the report of a plain call in bfloat16 on four stages of 80 GB."""
+    return cache(lambda name: report(published(name)))
+
+
+def report(checkpoint, mesh=None, dtype="bfloat16", device_memory=80 * GB, **arguments):
+    job = make_job(checkpoint, **{"prompt": "a cat"} | arguments)
+    return dry_run(checkpoint, mesh or MeshSpec(pp=4), job, dtype, "float32", device_memory)
+
+
+# Against what happens
+
+
+def resident_bytes(load):
+    """(what `load` returns, bytes that it left on each device)."""
+    before = {id(array): array for array in jax.live_arrays()}
+    loaded = load()
+    gc.collect()
+    resident = Counter()
+    for array in jax.live_arrays():
+        if id(array) not in before:
+            for shard in array.addressable_shards:
+                resident[shard.device.id] += shard.data.nbytes
+    return loaded, resident
+
+
+@pytest.mark.parametrize(
+    ("family", "stages", "dtype"),
+    [("t2v-A14B", 1, "float32"), ("t2v-A14B", 2, "bfloat16"), ("t2v-A14B", 3, "float32"), ("2.1-i2v", 2, "bfloat16")],
+)
+def test_parameter_bytes_are_those_on_each_device_after_loading(folder, family, stages, dtype):
+    path = folder(family)
+    expected = parameter_bytes(read_checkpoint(path), stages, dtype, "float32")
+    pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, f"pp={stages}", dtype, progress=False))
+    assert [resident[device.id] for device in jax.devices()[:stages]] == expected
+    assert sum(resident.values()) == sum(expected)
+    assert pipe.checkpoint.folder == path
+
+
+@pytest.mark.parametrize("steps", [[4, 6, 3], [1, 2, 1]])
+def test_ticks_are_those_executed(pipeline, steps):
+    pipe, loops = pipeline("t2v-A14B", "pp=2"), []
+    arguments = dict(prompt=["a", "b", "c"], num_inference_steps=steps, height=32, width=48, num_frames=5, seed=0)
+
+    def start(*given):
+        loops.append(original(*given))
+        return loops[-1]
+
+    original = Denoiser.start
+    with mock.patch.object(Denoiser, "start", lambda *given: start(*given)):
+        pipe(output_type="latent", **arguments)
+    (loop,) = loops
+    assert int(loop._state.tick) == report(pipe.checkpoint, MeshSpec(pp=2), "float32", **arguments).ticks
+
+
+@pytest.mark.parametrize(
+    ("stages", "arguments"),
+    [
+        (1, {"num_inference_steps": 5}),
+        (4, {"num_inference_steps": 5, "guidance_scale": 1.0}),
+        (3, {"prompt": ["a", "b"], "num_inference_steps": [7, 2], "num_videos_per_prompt": 2}),
+        (4, {"prompt": ["a", "b"], "guidance_scale": [1.0, 2.0], "num_inference_steps": 3}),
+        (2, {"video": np.zeros((5, 32, 48, 3), np.uint8), "strength": 0.5, "num_inference_steps": 6}),
+        (3, {"sampler": "renoise", "timesteps": [1000, 500]}),
+    ],
+)
+def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, stages, arguments):
+    """With a ring that only counts."""
+    checkpoint = read_checkpoint(folder("t2v-A14B"))
+    size = {"height": 32, "width": 48, "num_frames": 5}
+    expected = report(checkpoint, MeshSpec(pp=stages), **size, **arguments)
+    job = make_job(checkpoint, **{"prompt": "a cat"} | size | arguments)
+    steps = np.array([r.table.num_steps for r in job.requests for _ in range(job.num_videos)])
+    handed = []
+    plan = RingPlan(stages, job.batch, 2 if job.guided else 1)
+    loop = Loop(plan, steps, lambda state, ticks: handed.append(int(ticks)), RingState(None, None, None))
+    for index in range(loop.rounds):
+        loop.advance(index + 1)
+    assert sum(handed) == expected.ticks == loop.ticks
+    assert min(handed) > 0
+    assert (expected.microbatches, expected.period) == (plan.microbatches, plan.period)
+
+
+def test_the_largest_buffer_is_found_inside_loops():
+    def function(x):
+        def body(carry, _):
+            return carry + jnp.outer(x, x).sum(), None
+
+        return jax.lax.scan(body, 0.0, None, length=3)[0]
+
+    assert largest_buffer(function, jax.ShapeDtypeStruct((50,), jnp.float32)) == 4 * 50 * 50
+
+
+# The published sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "tokens"),
+    [
+        ("Wan2.2-T2V-A14B", 14.288, 75_600),
+        ("Wan2.2-TI2V-5B", 5.000, 27_280),
+        ("Wan2.1-T2V-1.3B", 1.419, 32_760),
+        ("Wan2.1-T2V-14B", 14.288, 75_600),
+    ],
+)
+def test_parameters_and_tokens_of_the_published_models(published, name, billions, tokens):
+    checkpoint = published(name)
+    _, weights = abstract_weights(checkpoint.transformer, 1, 1, jnp.float32)
+    assert tree_bytes(weights) / 4e9 == pytest.approx(billions, abs=5e-4)
+    d = checkpoint.defaults
+    assert checkpoint.geometry.num_tokens(d.num_frames, d.height, d.width) == tokens
+
+
+def test_a14b_on_four_stages(told):
+    told = told("Wan2.2-T2V-A14B")
+    assert told.tokens == 75_600
+    assert told.layers_per_stage == [10] * 4
+    assert told.latent_shape == (21, 90, 160)
+    assert (told.microbatches, told.period, told.ticks) == (2, 5, 200)
+    assert told.utilisation == pytest.approx(0.4)
+    # two experts in bfloat16, a quarter of the layers each, and all of what is not a layer (0.24 billion, the fifth of
+    # it being kept in float32)
+    assert told.parameter_bytes[1] == told.parameter_bytes[3] == pytest.approx(15.1 * GB, rel=0.01)
+    assert told.parameter_bytes[1] > 2 * 14.288 * GB * 2 / 4
+    # the first device also has UMT5 (5.68 billion) in bfloat16 and the VAE (0.127 billion) in float32
+    assert told.parameter_bytes[0] - told.parameter_bytes[1] == pytest.approx((2 * 5.68 + 4 * 0.127) * GB, rel=0.01)
+    assert told.fits and max(told.needed_bytes) < 80 * GB
+    assert told.needed_bytes[0] == told.parameter_bytes[0] + max(
+        sum(buffers.values()) for buffers in told.activation_bytes.values()
+    )
+    assert told.needed_bytes[2] == told.parameter_bytes[2] + sum(told.activation_bytes["denoise"].values())
+    hidden = told.activation_bytes["denoise"]["hidden state, held and received"]
+    assert hidden == 2 * 75_600 * 5120 * 2
+
+
+def test_float32_takes_twice_the_bytes_of_the_dit(published):
+    half, full = (parameter_bytes(published("Wan2.1-T2V-1.3B"), 4, dtype, "float32")[1] for dtype in DTYPES)
+    assert 1.9 * half < full < 2 * half  # some modules are float32 in either
+
+
+@pytest.mark.parametrize(("stages", "layers"), [(1, [5]), (3, [2, 2, 1]), (4, [2, 2, 1, 0]), (5, [1] * 5)])
+def test_layers_that_do_not_divide_fill_the_first_stages(folder, stages, layers):
+    told = report(read_checkpoint(folder("t2v-A14B")), MeshSpec(pp=stages), height=16, width=16, num_frames=1)
+    assert told.layers_per_stage == layers
+    assert len(told.parameter_bytes) == len(told.needed_bytes) == stages
+
+
+def test_more_videos_fill_the_ring(published, told):
+    alone, eight = told("Wan2.1-T2V-1.3B"), report(published("Wan2.1-T2V-1.3B"), num_videos_per_prompt=8)
+    assert "fill the idle stages" in str(alone) and alone.utilisation < 0.5
+    assert eight.utilisation > 0.99 and "fill the idle stages" not in str(eight)
+    assert eight.microbatches == 16
+    name = "latents, x0 history and velocity of all requests (6 x float32)"
+    assert eight.activation_bytes["denoise"][name] == 8 * alone.activation_bytes["denoise"][name]
+
+
+def test_an_image_model_has_its_channels_and_clip(published):
+    image = Image.new("RGB", (832, 480))
+    told = report(published("Wan2.1-I2V-14B"), image=image)
+    latent = 21 * 60 * 104
+    assert told.activation_bytes["denoise"]["image rows and channels"] == 4 * (257 * 1280 + latent * 20)
+    clip = told.parameter_bytes[0] - told.parameter_bytes[1] - (2 * 5.68 + 4 * 0.127) * GB
+    assert clip == pytest.approx(4 * 0.632 * GB, rel=0.1)  # ViT-H/14 in float32
+
+
+# The report
+
+
+def test_the_report_says_whether_it_fits(published, told):
+    assert "fits: " in str(told("Wan2.2-T2V-A14B"))
+    small = report(published("Wan2.2-T2V-A14B"), device_memory=24 * GB)
+    assert small.fits is False and "DOES NOT FIT: " in str(small)
+    unknown = report(published("Wan2.2-T2V-A14B"), device_memory=None)  # no accelerator here
+    assert unknown.fits is None and "each device must have " in str(unknown)
+
+
+def test_the_report_as_json_holds_everything(told):
+    told = told("Wan2.1-T2V-1.3B")
+    data = json.loads(told.to_json())
+    assert data == json.loads(json.dumps(asdict(told)))
+    assert data["tokens"] == 32_760 and data["device_memory"] == 80 * GB
+    for name, size in told.activation_bytes["denoise"].items():
+        assert name in str(told) and size >= 0
+
+
+def test_a_given_memory_means_an_accelerator_and_bfloat16(folder):
+    checkpoint = read_checkpoint(folder("t2v-A14B"))
+    for memory, dtype in ((GB, "bfloat16"), (None, "float32")):  # without one, what the CPU here would use
+        given = dict(dtype=None, device_memory=memory, height=16, width=16, num_frames=1)
+        assert report(checkpoint, **given).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(None, None), ("80GB", 80 * GB), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12), ("512", 512), (" 24000 MB ", 24 * GB)],
+)
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "80 gigabytes", "-80GB", "0GB", "nanGB", "infGB", "8O GB", "80GBB"])
+def test_what_is_no_size_of_memory_is_refused(text):
+    with pytest.raises(ValueError, match="is no size above 0, such as 80GB or 80GiB"):
+        parse_memory(text)
+
+
+def test_bytes_of_a_tree():
+    tree = {"a": jnp.zeros((3, 5), jnp.bfloat16), "b": [jax.ShapeDtypeStruct((), jnp.float32)]}
+    assert tree_bytes(tree) == 3 * 5 * 2 + 4 == math.prod((3, 5, 2)) + 4

@@ -1,0 +1,441 @@
+"""A call's arguments: what they mean and what is refused, from configurations alone (no folder here has a tensor)."""
+
+import inspect
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from published import PUBLISHED, edit, write_configs
+
+from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.condition import choose_expert
+from jaxwan.pipelines.media import save_video
+from jaxwan.pipelines.request import check_mesh, make_job
+from jaxwan.sharding.mesh import MeshSpec
+
+T2V, I2V, TI2V = "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"
+T2V_21, I2V_21, FLF = "Wan2.1-T2V-1.3B", "Wan2.1-I2V-14B", "Wan2.1-FLF2V-14B"
+SIZE = {"height": 64, "width": 96, "num_frames": 9}  # (3, 8, 12) latents
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8))
+CLIP = np.random.default_rng(1).integers(0, 256, (10, 48, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name of the variant -> its checkpoint, tiny but for the table's row."""
+    root = tmp_path_factory.mktemp("configs")
+    return {name: read_checkpoint(write_configs(root / str(i), name, tiny=True)) for i, name in enumerate(PUBLISHED)}
+
+
+@pytest.fixture
+def job(checkpoints):
+    """make_job of the two-expert text-to-video checkpoint, for one prompt unless told otherwise."""
+
+    def make(name=T2V, **arguments):
+        return make_job(checkpoints[name], **({} if "prompt_embeds" in arguments else {"prompt": "a cat"}) | arguments)
+
+    return make
+
+
+def scales(job):
+    return [(r.guidance_scale, r.guidance_scale_2) for r in job.requests]
+
+
+# What a call means
+
+
+def test_what_is_left_out_comes_from_the_checkpoint(job):
+    made = job()
+    (request,) = made.requests
+    assert (made.height, made.width, made.num_frames, made.fps) == (720, 1280, 81, 16.0)
+    assert (made.num_videos, made.batch, made.boundary_ratio) == (1, 1, 0.875)
+    assert (request.prompt, request.negative_prompt) == ("a cat", "")
+    assert (request.image, request.last_image, made.video, made.latents) == (None,) * 4
+    assert request.table.num_steps == 40
+    assert request.table.timesteps[:3].tolist() == [999, 991, 982]  # UniPC at shift 3, the scheduler config's
+    assert request.guided and made.guided
+
+
+def test_a_generation_config_speaks_where_the_call_is_silent(tmp_path):
+    folder = write_configs(tmp_path, T2V_21, tiny=True)
+    (folder / "generation_config.json").write_text("{}")
+    given = {"sampler": "euler", "flow_shift": 5, "num_inference_steps": 4, "negative_prompt": "dull", "fps": 8}
+    edit(folder / "generation_config.json", **SIZE, **given)
+    made = make_job(read_checkpoint(folder), prompt="x")
+    assert (made.height, made.width, made.num_frames, made.fps) == (64, 96, 9, 8.0)
+    (request,) = made.requests
+    assert request.negative_prompt == "dull"
+    # FlowMatchEulerDiscreteScheduler at shift 5
+    np.testing.assert_allclose(request.table.timesteps[:5], [1000, 909.70715, 717.31744, 24.414066, 0], rtol=1e-6)
+    assert make_job(read_checkpoint(folder), prompt="x", negative_prompt="").requests[0].negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        (T2V, {}, (4.0, 3.0)),  # the table's pair holds only when neither is given
+        (T2V, {"guidance_scale": 6}, (6.0, 6.0)),
+        (T2V, {"guidance_scale_2": 2.5}, (4.0, 2.5)),
+        (T2V, {"guidance_scale": 6.0, "guidance_scale_2": 2}, (6.0, 2.0)),
+        (TI2V, {}, (5.0, 5.0)),
+        (T2V_21, {"guidance_scale": 1.5}, (1.5, 1.5)),
+    ],
+)
+def test_guidance_of_the_two_experts(job, name, given, expected):
+    assert scales(job(name, **given)) == [expected]
+
+
+def test_guidance_is_on_by_the_first_scale_alone(job):
+    assert not job(guidance_scale=1.0, guidance_scale_2=5.0).guided
+    assert job(guidance_scale=1.5, guidance_scale_2=0.5).guided
+    mixed = job(prompt=["a", "b"], guidance_scale=[1.0, 3.0])
+    assert [r.guided for r in mixed.requests] == [False, True] and mixed.guided
+
+
+def test_lists_are_one_value_a_prompt_and_values_are_for_all(job):
+    made = job(
+        prompt=["a", "b"], negative_prompt=["x", ""], num_inference_steps=[3, 7], guidance_scale=[2, 3],
+        guidance_scale_2=1.5, sampler=["euler", "unipc3"], flow_shift=[5, 8.0], seed=[1, 2**64 - 1],
+    )  # fmt: skip
+    a, b = made.requests
+    assert (a.prompt, a.negative_prompt, a.seed) == ("a", "x", 1)
+    assert (b.prompt, b.negative_prompt, b.seed) == ("b", "", 2**64 - 1)
+    assert (a.table.num_steps, b.table.num_steps) == (3, 7)
+    assert scales(made) == [(2.0, 1.5), (3.0, 1.5)]
+    np.testing.assert_allclose(a.table.timesteps[:4], [1000, 834.71, 24.414, 0], rtol=1e-3)
+    assert b.table.timesteps[1] == 979  # shift 8
+    shared = job(prompt=["a", "b", "c"], seed=7, num_inference_steps=(2, 3, 4))
+    assert [r.seed for r in shared.requests] == [7, 7, 7]
+    assert [r.table.num_steps for r in shared.requests] == [2, 3, 4]
+
+
+def test_none_in_a_list_is_that_prompts_default(job):
+    made = job(
+        prompt=["a", "b", "c"], negative_prompt=["x", None, None], sampler=[None, "euler", None],
+        guidance_scale=[6, None, None], guidance_scale_2=[None, 2.5, None], num_inference_steps=[None, None, 3],
+        flow_shift=[None, 5, None], seed=[None, 7, None],
+    )  # fmt: skip
+    assert [r.negative_prompt for r in made.requests] == ["x", "", ""]
+    assert scales(made) == [(6.0, 6.0), (4.0, 2.5), (4.0, 3.0)]
+    assert [int(r.table.num_steps) for r in made.requests] == [40, 40, 3]
+    assert [r.table.timesteps[0] for r in made.requests] == [999, 1000, 999]
+    first, _, last = [r.seed for r in made.requests]
+    assert first == last and made.notes == (f"seed {first}",)
+
+
+def test_several_videos_of_a_prompt_make_the_batch(job):
+    made = job(prompt=["a", "b"], num_videos_per_prompt=3, latents=np.zeros((6, 16, 3, 8, 12)), **SIZE)
+    assert (made.num_videos, made.batch, len(made.requests)) == (3, 6, 2)
+    assert made.latents is not None and made.latents.dtype == np.float32
+
+
+def test_a_seed_left_out_is_drawn_and_said(job):
+    first, second = job(prompt=["a", "b"]), job()
+    (seed,) = {r.seed for r in first.requests}
+    assert first.notes == (f"seed {seed}",)
+    assert seed != second.requests[0].seed
+    assert job(seed=0).notes == ()
+
+
+def test_embeddings_stand_in_for_texts(job):
+    embeds = np.ones((2, 512, 24))
+    made = job(prompt_embeds=jnp.asarray(embeds, jnp.bfloat16), negative_prompt=["x", "y"])
+    assert [(r.prompt, r.negative_prompt) for r in made.requests] == [(None, "x"), (None, "y")]
+    assert made.prompt_embeds.dtype == np.float32 and made.prompt_embeds.shape == (2, 512, 24)
+    made = job(prompt=["a", "b"], negative_prompt_embeds=embeds)
+    assert [(r.prompt, r.negative_prompt) for r in made.requests] == [("a", None), ("b", None)]
+
+
+def test_a_boundary_left_out_is_the_checkpoints_and_one_expert_has_none(job):
+    assert job().boundary_ratio == 0.875
+    assert job(boundary_ratio=0).boundary_ratio == 0
+    assert job(TI2V).boundary_ratio is None
+    timesteps = np.array([[999.0, 875.0, 874.0, 0.0]])
+    assert choose_expert(timesteps, 0.875).tolist() == [[0, 0, 1, 1]]  # at the boundary still high noise
+    assert choose_expert(timesteps, None).tolist() == [[0, 0, 0, 0]]
+    assert choose_expert(timesteps, 0.0).tolist() == [[0, 0, 0, 0]]
+
+
+def test_a_distilled_checkpoint_names_its_few_steps_and_a_named_sampler_leaves_them(tmp_path):
+    folder = write_configs(tmp_path / "distilled", "Wan2.2-T2V-A14B")
+    given = {"sampler": "renoise", "timesteps": [1000, 757, 522], "guidance_scale": 1, "boundary_ratio": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    checkpoint = read_checkpoint(folder)
+    silent = make_job(checkpoint, prompt="a", seed=1)
+    assert silent.requests[0].table.timesteps[:4].tolist() == [1000, 757, 522, 0]
+    assert silent.boundary_ratio == 0.5
+    assert make_job(checkpoint, prompt="a", seed=1, sampler="euler").requests[0].table.num_steps == 40
+
+
+def test_renoise_takes_its_timesteps_as_they_are(job):
+    (request,) = job(sampler="renoise", timesteps=[1000, 757.5, 522]).requests
+    assert request.table.num_steps == 3
+    assert request.table.timesteps[:4].tolist() == [1000, 757.5, 522, 0]
+    np.testing.assert_allclose(request.table.sigmas[:4], [1, 0.7575, 0.522, 0], rtol=1e-6)
+    both = job(sampler="renoise", timesteps=np.array([900, 500]), num_inference_steps=2, flow_shift=9).requests[0]
+    np.testing.assert_allclose(both.table.sigmas[:3], [0.9, 0.5, 0], rtol=1e-6)
+
+
+# Images and videos
+
+
+def test_the_size_follows_the_aspect_of_the_image_and_is_said(job):
+    made = job(I2V, image=PHOTO, seed=1)
+    assert (made.height, made.width) == (672, 1344)  # 1:2 at 720 x 1280, multiples of 16
+    assert made.notes == ("size 1344x672, from the image's 100x50",)
+    given = job(I2V, image=PHOTO, seed=1, **SIZE)
+    assert (given.height, given.width, given.notes) == (64, 96, ())
+    assert job(TI2V, image=PHOTO).height % 32 == 0
+
+
+def test_one_image_is_for_all_prompts_or_one_for_each(job):
+    made = job(I2V, prompt=["a", "b"], image=PHOTO, **SIZE)
+    assert made.requests[0].image.size == made.requests[1].image.size == (100, 50)
+    other = np.zeros((20, 30, 3), np.uint8)
+    made = job(I2V, prompt=["a", "b"], image=[PHOTO, other], last_image=[other, PHOTO], **SIZE)
+    assert [r.image.size for r in made.requests] == [(100, 50), (30, 20)]
+    assert [r.last_image.size for r in made.requests] == [(30, 20), (100, 50)]
+
+
+def test_only_ti2v_takes_an_image_for_some_prompts(job):
+    made = job(TI2V, prompt=["a", "b"], image=[None, PHOTO], seed=1)
+    assert [r.image is None for r in made.requests] == [True, False]
+    assert made.notes == ("size 1312x640, from the image's 100x50",)
+    assert job(TI2V).requests[0].image is None
+
+
+def test_images_may_be_files(job, tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    made = job(I2V_21, image=str(tmp_path / "photo.png"), **SIZE)
+    np.testing.assert_array_equal(made.requests[0].image, PHOTO)
+    assert job(FLF, image=tmp_path / "photo.png", last_image=PHOTO, **SIZE).requests[0].last_image.size == (100, 50)
+
+
+def test_a_video_gives_frames_rate_and_size(job, tmp_path):
+    save_video(CLIP, tmp_path / "clip.mp4", 12.5)
+    made = job(T2V_21, video=tmp_path / "clip.mp4", seed=1)
+    assert (made.num_frames, made.fps, made.height, made.width) == (9, 12.5, 544, 720)
+    assert made.notes == ("size 720x544, from the video's 64x48", "9 frames, the largest 4k+1 in the video's 10")
+    assert len(made.video) == 9
+    short = job(T2V_21, video=str(tmp_path / "clip.mp4"), height=64, width=96, num_frames=5, fps=30, seed=1)
+    assert (short.num_frames, short.fps, len(short.video), short.notes) == (5, 30.0, 5, ())
+    of_images = job(T2V, video=[PHOTO] * 5, seed=1)
+    assert (of_images.num_frames, of_images.fps) == (5, 16.0)  # no rate of its own: the table's
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "remaining"),
+    [(None, 50, 40), (0.8, 50, 40), (1, 50, 50), (0.5, 5, 2), (0.02, 50, 1), (0.34, 3, 1)],
+)
+def test_strength_decides_how_many_steps_remain(job, strength, steps, remaining):
+    (request,) = job(T2V_21, video=CLIP, strength=strength, num_inference_steps=steps).requests
+    (whole,) = job(T2V_21, num_inference_steps=steps).requests
+    assert request.table.num_steps == remaining
+    np.testing.assert_array_equal(request.table.timesteps[:remaining], whole.table.timesteps[steps - remaining : steps])
+    np.testing.assert_array_equal(request.table.corrector[0], np.eye(6)[0])  # the solver warms up from there
+
+
+def test_strength_of_renoise_counts_its_timesteps(job):
+    given = {"sampler": "renoise", "timesteps": [1000, 750, 500, 250]}
+    (request,) = job(T2V_21, video=CLIP, strength=0.5, **given).requests
+    assert request.table.timesteps[:3].tolist() == [500, 250, 0]
+
+
+# What is refused: arguments -> words of the sentence (what came, what is allowed, the nearest valid value)
+
+
+def floats(*shape):
+    return np.zeros(shape, np.float32)
+
+
+BAD = [
+    # sizes
+    ({"height": 500, "width": 100}, "height=500 is no multiple of 16: nearest are 496 and 512; width=100 is no"),
+    ({"height": 64, "width": 0}, "width=0 must be a whole number from 1"),
+    ({"height": -16, "width": 64}, "height=-16 must be"),
+    ({"height": 64}, "height=64 without width: give both, or neither"),
+    ({"width": 64}, "width=64 without height"),
+    ({"num_frames": 80}, "num_frames=80 is not 4k+1: nearest are 77 and 81"),
+    ({"num_frames": 0}, "num_frames=0 must be a whole number from 1"),
+    ({"num_frames": 5000}, "num_frames=5000 is not 4k+1: nearest are 4997 and 5001"),
+    ({"num_frames": 5001}, "5001x720x1280 is (1251, 45, 80) tokens, and the model counts to 1024"),
+    ({"height": 64, "width": 160_000}, "counts to 1024"),
+    ({"fps": 0}, "fps=0 must be above 0"),
+    ({"fps": float("nan")}, "fps=nan is not finite"),
+    ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0 must be a whole number from 1"),
+    # texts
+    ({"prompt": None}, 'a prompt is missing (an empty one, "", is allowed)'),
+    ({"prompt": []}, "prompt is an empty list"),
+    ({"prompt": "cut in \ud83d half"}, "prompt is no valid Unicode text: 'cut in \\ud83d half'"),
+    ({"negative_prompt": "\udfff"}, "negative_prompt is no valid Unicode text"),
+    ({"prompt_embeds": floats(1, 512, 24), "prompt": "a"}, "prompt and prompt_embeds are both given"),
+    ({"negative_prompt": "a", "negative_prompt_embeds": floats(1, 512, 24)}, "negative_prompt_embeds are both given"),
+    ({"prompt_embeds": floats(1, 511, 24)}, "prompt_embeds has shape (1, 511, 24), expected (B, 512, 24)"),
+    ({"prompt_embeds": floats(512, 24)}, "prompt_embeds has shape (512, 24), expected (B, 512, 24)"),
+    ({"prompt_embeds": floats(0, 512, 24)}, "has shape (0, 512, 24)"),
+    ({"prompt_embeds": np.full((1, 512, 24), np.nan)}, "prompt_embeds holds values that are not finite"),
+    ({"negative_prompt_embeds": floats(2, 512, 24)}, "has shape (2, 512, 24), expected (1, 512, 24)"),
+    # lists
+    ({"prompt": ["a", "b"], "negative_prompt": ["x"]}, "negative_prompt is a list of 1 for 2 prompts: give one value"),
+    ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "seed is a list of 3 for 2 prompts"),
+    ({"prompt": ["a", "b"], "num_inference_steps": [4]}, "num_inference_steps is a list of 1 for 2 prompts"),
+    ({"prompt": ["a", "b"], "guidance_scale": [4.0] * 3}, "guidance_scale is a list of 3 for 2 prompts"),
+    ({"prompt": ["a", "b"], "guidance_scale_2": [4.0] * 3}, "guidance_scale_2 is a list of 3 for 2 prompts"),
+    ({"prompt": ["a", "b"], "sampler": ["euler"]}, "sampler is a list of 1 for 2 prompts"),
+    ({"prompt": ["a", "b"], "flow_shift": [3.0]}, "flow_shift is a list of 1 for 2 prompts"),
+    ({"seed": [1, 2]}, "seed is a list of 2 for 1 prompts"),
+    # sampling
+    ({"num_inference_steps": 0}, "num_inference_steps=0 is outside 1 to 128: nearest is 1"),
+    ({"num_inference_steps": 129}, "num_inference_steps=129 is outside 1 to 128: nearest is 128"),
+    ({"num_inference_steps": True}, "num_inference_steps=True must be a whole number"),
+    ({"sampler": "unipcc"}, "sampler='unipcc' is not one of unipc, unipc1"),
+    ({"sampler": "Euler a"}, "nearest is euler"),
+    ({"flow_shift": 0}, "flow_shift=0 is outside 0.01 to 100.0: nearest is 0.01"),
+    ({"flow_shift": float("inf")}, "flow_shift=inf is not finite"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan is not finite"),
+    ({"boundary_ratio": 1.5}, "boundary_ratio=1.5 is outside 0 to 1: nearest is 1"),
+    ({"boundary_ratio": -1}, "boundary_ratio=-1 is outside 0 to 1: nearest is 0"),
+    ({"seed": -1}, "seed=-1 is outside 0 to 18446744073709551615: nearest is 0"),
+    ({"seed": 2**64}, "nearest is 18446744073709551615"),
+    ({"timesteps": [1000, 500]}, "timesteps are for sampler='renoise' only"),
+    ({"sampler": "renoise"}, "timesteps are missing: sampler='renoise' takes 2 to 9 timesteps in (0, 1000]"),
+    ({"sampler": "renoise", "timesteps": []}, "timesteps has 0 values"),
+    ({"sampler": "renoise", "timesteps": [1000]}, "timesteps has 1 values"),
+    ({"sampler": "renoise", "timesteps": list(range(1000, 900, -10))}, "timesteps has 10 values"),
+    ({"sampler": "renoise", "timesteps": [500, 500]}, "strictly decreasing"),
+    ({"sampler": "renoise", "timesteps": [1001, 500]}, "in (0, 1000]"),
+    ({"sampler": "renoise", "timesteps": [500, 0]}, "in (0, 1000]"),
+    ({"sampler": "renoise", "timesteps": [900, 500], "num_inference_steps": 4}, "num_inference_steps=4 for 2 timest"),
+    # latents, for 9 frames of 64 x 96
+    ({"latents": floats(1, 16, 3, 8, 11), **SIZE}, "(1, 16, 3, 8, 11), expected floats of shape (1, 16, 3, 8, 12"),
+    ({"latents": floats(2, 16, 3, 8, 12), **SIZE}, "expected floats of shape (1, 16, 3, 8, 12)"),
+    ({"latents": floats(1, 3, 8, 12, 16), **SIZE}, "expected floats of shape (1, 16, 3, 8, 12)"),
+    ({"latents": np.zeros((1, 16, 3, 8, 12), int), **SIZE}, "latents are int64"),
+    ({"latents": np.full((1, 16, 3, 8, 12), np.inf), **SIZE}, "latents hold values that are not finite"),
+    # images and videos
+    ({"image": PHOTO}, "this is a text-to-video model (built like Wan2.2-T2V-A14B): it takes no image"),
+    ({"last_image": PHOTO}, "takes no last image"),
+    ({"strength": 0.5}, "strength=0.5 is for video to video: give a video, or leave it out"),
+    ({"video": CLIP, "image": PHOTO}, "image and video are both given: give one of them"),
+    ({"video": CLIP, "strength": 0}, "strength=0 is outside 0.025 to 1.0, which keeps at least one of 40 steps"),
+    ({"video": CLIP, "strength": 1.2}, "strength=1.2 is outside 0.025 to 1.0"),
+    ({"video": CLIP, "strength": 0.02}, "nearest is 0.025"),
+    ({"video": CLIP, "num_frames": 13}, "num_frames=13 but the video has 10 frames: the largest is 9"),
+    ({"video": CLIP, "num_frames": 6}, "num_frames=6 is not 4k+1: nearest are 5 and 9"),
+    ({"video": []}, "must have one size, got no frames"),
+    ({"video": CLIP / 255.0, "height": 64, "width": 96}, "video is a float array of 48 x 64 but 64 x 96 is asked for"),
+    ({"video": CLIP[0]}, "video has shape (48, 64, 3), must be (F, H, W, 3)"),
+]  # fmt: skip
+
+BAD_FOR = [
+    (T2V_21, {"guidance_scale_2": 3.0}, "guidance_scale_2=3.0 is for a second expert, and this model has one: use gui"),
+    (TI2V, {"guidance_scale_2": 3.0}, "guidance_scale_2=3.0 is for a second expert"),
+    (T2V_21, {"boundary_ratio": 0.9}, "boundary_ratio=0.9 is for a second expert, and this model has one"),
+    (I2V, {}, "this is an image-to-video model (built like Wan2.2-I2V-A14B): it needs an image for every prompt"),
+    (I2V_21, {}, "built like Wan2.1-I2V-14B): it needs an image for every prompt"),
+    (I2V, {"prompt": ["a", "b"], "image": [PHOTO, None]}, "needs an image for every prompt"),
+    (I2V, {"prompt": ["a", "b"], "image": [PHOTO]}, "image is a list of 1 for 2 prompts: give one, or one a prompt"),
+    (I2V, {"image": PHOTO, "last_image": [PHOTO, PHOTO]}, "last_image is a list of 2 for 1 prompts"),
+    (I2V, {"last_image": PHOTO}, "needs an image for every prompt"),
+    (I2V, {"image": PHOTO, "last_image": PHOTO, "num_frames": 1}, "num_frames=1 has no last frame beside the first"),
+    (I2V, {"video": CLIP}, "this is an image-to-video model (built like Wan2.2-I2V-A14B): it takes no video"),
+    (I2V_21, {"video": CLIP}, "it takes no video"),
+    (FLF, {"video": CLIP}, "it takes no video"),
+    (I2V, {"video": CLIP, "image": PHOTO}, "image and video are both given"),
+    (TI2V, {"video": CLIP, "image": PHOTO}, "image and video are both given"),
+    (TI2V, {"image": PHOTO, "last_image": PHOTO}, "(built like Wan2.2-TI2V-5B) takes no last image"),
+    (I2V_21, {"image": PHOTO, "last_image": PHOTO}, "takes no last image (its pos_embed_seq_len is not 514)"),
+    (FLF, {"image": PHOTO}, "this is a first-last-frame model (built like Wan2.1-FLF2V-14B): it needs a last image"),
+    (TI2V, {"height": 48, "width": 64}, "height=48 is no multiple of 32: nearest are 32 and 64"),
+    (TI2V, {"latents": floats(1, 16, 3, 4, 6), **SIZE}, "expected floats of shape (1, 48, 3, 4, 6)"),
+    (I2V, {"image": PHOTO, "latents": floats(1, 36, 3, 8, 12), **SIZE}, "expected floats of shape (1, 16, 3, 8, 12)"),
+    (I2V, {"image": floats(50, 100, 3), **SIZE}, "image is a float array of 50 x 100 but 64 x 96 is asked for"),
+    (I2V, {"image": PHOTO, "last_image": floats(9, 9, 3), **SIZE}, "last_image is a float array of 9 x 9"),
+    (I2V, {"image": floats(64, 96, 3) + 2, **SIZE}, "image has values from 2.0 to 2.0"),
+    (I2V, {"image": floats(64, 96)}, "image has shape (64, 96), must be (H, W, 3)"),
+]  # fmt: skip
+
+
+def assert_one_sentence(text):
+    assert "\n" not in text and len(text) < 300
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD)
+def test_bad_input_is_refused_in_a_sentence(job, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        job(**arguments)
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), BAD_FOR)
+def test_what_a_model_does_not_take_is_refused_in_a_sentence(job, name, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        job(name, **arguments)
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(("name", "argument"), [(I2V, "image"), (T2V, "video")])
+def test_a_file_that_cannot_be_read_is_an_os_error(job, tmp_path, name, argument):
+    with pytest.raises(FileNotFoundError, match=f"{argument} {tmp_path}/none does not exist"):
+        job(name, **{argument: tmp_path / "none"})
+    (tmp_path / "text").write_text("no pixels")
+    with pytest.raises(OSError, match=f"{argument} {tmp_path}/text is no readable {argument}"):
+        job(name, **{argument: str(tmp_path / "text")})
+
+
+def test_a_second_scale_needs_a_boundary(tmp_path):
+    folder = write_configs(tmp_path, T2V, tiny=True)
+    edit(folder / "model_index.json", boundary_ratio=None)
+    checkpoint = read_checkpoint(folder)
+    assert make_job(checkpoint, prompt="a").boundary_ratio is None
+    assert make_job(checkpoint, prompt="a", guidance_scale_2=2.0, boundary_ratio=0.9).boundary_ratio == 0.9
+    with pytest.raises(ValueError, match="guidance_scale_2=2.0 needs a boundary_ratio too"):
+        make_job(checkpoint, prompt="a", guidance_scale_2=2.0)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (MeshSpec(pp=6), "mesh pp=6 has 6 stages for 5 layers: the largest is pp=5"),
+        (MeshSpec(pp=40), "the largest is pp=5"),
+        (MeshSpec(tp=2), "mesh tp=2: tp=2 is not built yet, only pp may exceed 1 (such as pp=1)"),
+        (MeshSpec(dp=2, cfg=2, pp=4), "dp=2, cfg=2 is not built yet, only pp may exceed 1 (such as pp=4)"),
+        (MeshSpec(sp=2), "sp=2 is not built yet"),
+    ],
+)
+def test_a_mesh_that_a_checkpoint_does_not_fit_is_refused(checkpoints, mesh, words):
+    with pytest.raises(ValueError) as caught:
+        check_mesh(mesh, checkpoints[T2V])
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))
+    check_mesh(MeshSpec(pp=5), checkpoints[T2V])  # as many stages as layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": 5}, "prompt=5 must be a text"),
+        ({"prompt": ["a", None]}, "prompt=None must be a text"),
+        ({"negative_prompt": 5}, "negative_prompt=5 must be a text"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"seed": "1"}, "seed='1' must be a whole number"),
+        ({"num_inference_steps": 4.0}, "num_inference_steps=4.0 must be a whole number"),
+        ({"num_frames": "9"}, "num_frames='9' must be a whole number"),
+        ({"height": 64.0, "width": 64}, "height=64.0 must be a whole number"),
+        ({"guidance_scale": "4"}, "guidance_scale='4' must be a number"),
+        ({"sampler": 3}, "sampler=3 must be a text"),
+        ({"timesteps": 4}, "timesteps=4 must be a list of numbers"),
+        ({"timesteps": ["1000", "500"]}, "timesteps='1000' must be a number"),
+        ({"sampler": "renoise", "timesteps": [1000, None]}, "timesteps=[1000, nan]: sampler='renoise' takes"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_a_sentence(checkpoints, arguments, words):
+    plain = inspect.unwrap(make_job)  # without the type checks of the tests, whose own refusal would come first
+    with pytest.raises(ValueError) as caught:
+        plain(checkpoints[T2V], **{"prompt": "a"} | arguments)
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))

@@ -1,0 +1,177 @@
+"""Mesh specifications, the devices behind them, and specs in their one canonical form."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxwan.sharding.mesh import AXES, MeshSpec, make_mesh, position, request_virtual_devices, sharding, shift, spec
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh", "said"),
+    [
+        (None, MeshSpec(), "pp=1"),
+        ("", MeshSpec(), "pp=1"),
+        ("pp=4", MeshSpec(pp=4), "pp=4"),
+        ("pp=4,dp=2", MeshSpec(dp=2, pp=4), "dp=2,pp=4"),
+        (" tp=2 , sp=3 ", MeshSpec(sp=3, tp=2), "sp=3,tp=2"),
+        ("cfg=2,pp=1", MeshSpec(cfg=2), "cfg=2"),
+    ],
+)
+def test_a_mesh_is_read_and_said(text, mesh, said):
+    assert MeshSpec.parse(text) == mesh
+    assert str(mesh) == said
+    assert MeshSpec.parse(said) == mesh
+
+
+def test_devices_are_the_product_of_the_axes():
+    mesh = MeshSpec(dp=2, cfg=2, pp=3, sp=1, tp=5)
+    assert mesh.num_devices == 60
+    assert dict(zip(AXES, mesh.sizes, strict=True)) == {"dp": 2, "cfg": 2, "pp": 3, "sp": 1, "tp": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cgf=4", "mesh 'cgf=4' has no axis 'cgf' (did you mean cfg?): axes are dp, cfg, pp, sp, tp"),
+        ("pipe=4", "has no axis 'pipe'"),
+        ("4", "has no axis '4': axes are dp, cfg, pp, sp, tp"),
+        ("PP=4", "has no axis 'PP'"),
+        ("pp=4,pp=2", "names pp twice"),
+        ("pp=0", "pp=0 must be a whole number from 1"),
+        ("pp=-1", "pp=-1 must be a whole number from 1"),
+        ("pp=2.5", "pp=2.5 must be"),
+        ("pp", "pp=? must be"),
+        ("pp=²", "pp=² must be"),
+        ("pp=4=2", "pp=4=2 must be"),
+    ],
+)
+def test_what_is_no_mesh_is_refused(text, words):
+    with pytest.raises(ValueError) as caught:
+        MeshSpec.parse(text)
+    assert words in str(caught.value)
+
+
+# Devices
+
+
+def test_a_mesh_has_all_five_axes_and_takes_the_first_devices():
+    for size in (1, 3, 8):
+        mesh = make_mesh(MeshSpec(pp=size))
+        assert mesh.axis_names == AXES
+        assert dict(mesh.shape) == {"dp": 1, "cfg": 1, "pp": size, "sp": 1, "tp": 1}
+        assert list(mesh.devices.flat) == jax.devices()[:size]
+    assert make_mesh(MeshSpec(dp=2, pp=4)).devices.shape == (2, 1, 4, 1, 1)
+
+
+def test_too_few_cpu_devices_are_told_with_the_line_to_add():
+    with pytest.raises(ValueError) as caught:
+        make_mesh(MeshSpec(pp=9))
+    assert str(caught.value) == (
+        "mesh pp=9 needs 9 devices and JAX is already initialised with 8 on the CPU: "
+        "add jax.config.update('jax_num_cpu_devices', 9) before the first use of JAX"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "present", "words"),
+    [
+        (MeshSpec(pp=4), 2, "mesh pp=4 needs 4 devices and there are 2 (H200): the largest that fits is pp=2"),
+        (
+            MeshSpec(dp=2, pp=4),
+            7,
+            "mesh dp=2,pp=4 needs 8 devices and there are 7 (H200): the largest that fits is pp=3",
+        ),
+        (MeshSpec(dp=4, pp=2), 3, "mesh dp=4,pp=2 needs 8 devices and there are 3 (H200): no pp fits"),
+    ],
+)
+def test_too_few_accelerators_are_told_with_the_largest_mesh_and_the_way_to_the_cpu(monkeypatch, mesh, present, words):
+    device = SimpleNamespace(platform="gpu", device_kind="H200")
+    monkeypatch.setattr(jax, "devices", lambda: [device] * present)
+    with pytest.raises(ValueError) as caught:
+        make_mesh(mesh)
+    assert str(caught.value) == f"{words}; or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
+
+
+def test_once_jax_runs_its_device_count_stands():
+    request_virtual_devices(99)
+    assert len(jax.devices()) == 8
+
+
+def run_python(text):
+    """stdout of a program with a JAX of its own, on the CPU and nowhere else."""
+    code = textwrap.dedent(text)
+    kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = kept | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return run.stdout.split()
+
+
+def test_virtual_devices_are_there_by_themselves_and_importing_starts_nothing():
+    assert run_python(
+        """
+        import jax, jaxwan
+        from jax._src import xla_bridge
+        from jaxwan.sharding.mesh import MeshSpec, make_mesh
+        print(xla_bridge.backends_are_initialized())
+        first = make_mesh(MeshSpec(pp=3))
+        print(first.devices.size, len(jax.devices()), make_mesh(MeshSpec(pp=8)).devices.size)
+        """
+    ) == ["False", "3", "8", "8"]
+
+
+def test_at_least_eight_devices_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda name, count: asked.append((name, count)))
+    request_virtual_devices(3)
+    request_virtual_devices(11)
+    assert asked == [("jax_num_cpu_devices", 8), ("jax_num_cpu_devices", 11)]
+
+
+def test_a_larger_count_that_was_asked_for_stays():
+    assert run_python(
+        """
+        import jax
+        jax.config.update("jax_num_cpu_devices", 13)
+        from jaxwan.sharding.mesh import MeshSpec, make_mesh
+        make_mesh(MeshSpec(pp=11))
+        print(len(jax.devices()))
+        """
+    ) == ["13"]
+
+
+# Specs and collectives
+
+
+def test_specs_have_one_form_without_axes_of_size_one():
+    mesh = make_mesh(MeshSpec(dp=2, pp=3))
+    assert spec(mesh, "dp", "pp") == P("dp", "pp")
+    assert spec(mesh, None, "pp", "tp", None) == P(None, "pp")
+    assert spec(mesh, "cfg", "tp") == spec(mesh) == P()
+    assert sharding(mesh, "tp", "pp").spec == P(None, "pp")
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_shift_passes_to_the_next_and_position_counts(size):
+    mesh = make_mesh(MeshSpec(pp=size))
+
+    def body(x):
+        return shift(x, "pp"), x * 0 + position("pp")
+
+    places = spec(mesh, "pp")
+    shifted, counted = jax.shard_map(body, mesh=mesh, in_specs=places, out_specs=places)(jnp.arange(size))
+    assert shifted.tolist() == [(i - 1) % size for i in range(size)]
+    assert counted.tolist() == list(range(size))
+
+
+def test_an_axis_of_size_one_brings_no_collective():
+    mesh = make_mesh(MeshSpec())
+    run = jax.shard_map(lambda x: shift(x, "pp"), mesh=mesh, in_specs=P(), out_specs=P())
+    assert "ppermute" not in str(jax.make_jaxpr(run)(jnp.zeros(3)))

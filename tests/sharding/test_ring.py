@@ -1,0 +1,278 @@
+"""The ring: its tick arithmetic against a simulation that knows nothing of it, and the program against a plain loop."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+
+from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding, spec
+from jaxwan.sharding.ring import RingPlan, RingState, Stage, Turns, make_ring, slot_at
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+# Tick arithmetic
+
+
+class Simulation:
+    """Micro-batches moved by hand: in the first ticks of every period stage 0 takes them in one by one, each request as
+    long as it has steps left. Steps are counted when they come back."""
+
+    def __init__(self, plan: RingPlan, num_steps, start=None, period=None):
+        self.plan, self.num_steps = plan, num_steps
+        self.start = start or [0] * plan.requests
+        self.period = period or plan.period
+        self.order = list(itertools.product(range(plan.requests), range(plan.branches)))
+        self.held = [None] * plan.stages  # (request, branch, step) at each stage
+        self.entered = dict.fromkeys(self.order, 0)
+        self.done = [0] * plan.requests  # steps finished
+        self.tick = self.busy = 0
+
+    def run_tick(self):
+        """One tick; returns what each stage worked on."""
+        place, index = self.tick % self.period, self.tick // self.period
+        if place < len(self.order) and self._rides(self.order[place][0], index):
+            r, g = self.order[place]
+            assert self.done[r] == self.entered[r, g], "a step entered before the one before it was finished"
+            self.held[0] = (r, g, self.entered[r, g])
+            self.entered[r, g] += 1
+        worked, returned = list(self.held), self.held[-1]
+        self.busy += sum(h is not None for h in worked)
+        self.held = [None, *self.held[:-1]]
+        if returned is not None and returned[1] == self.plan.branches - 1:
+            assert self.done[returned[0]] == returned[2]
+            self.done[returned[0]] += 1
+        self.tick += 1
+        return worked
+
+    def _rides(self, request, index):
+        return self.start[request] <= index < self.start[request] + self.num_steps[request]
+
+
+def plans():
+    for stages, requests, branches in itertools.product((1, 2, 3, 4, 7), (1, 2, 3, 5), (1, 2)):
+        yield RingPlan(stages, requests, branches)
+
+
+STEPS = [4, 1, 3, 7, 2]
+
+
+@pytest.mark.parametrize("plan", plans(), ids=str)
+def test_ticks_and_utilisation_equal_a_simulation(plan):
+    steps = STEPS[: plan.requests]
+    simulation = Simulation(plan, steps)
+    after = []  # steps finished after each tick
+    while simulation.done != steps:
+        simulation.run_tick()
+        after.append(list(simulation.done))
+    assert plan.ticks(steps) == len(after)
+    assert plan.utilisation(steps) == pytest.approx(simulation.busy / (plan.stages * len(after)))
+    for index in range(max(steps)):
+        done = after[min(plan.ticks_of_round(index), len(after)) - 1]
+        assert done == [min(n, index + 1) for n in steps]
+
+
+@pytest.mark.parametrize("plan", [p for p in plans() if p.period > p.microbatches], ids=str)
+def test_no_shorter_period_would_do(plan):
+    """Nor would one below the micro-batches: stage 0 takes one in a tick."""
+    with pytest.raises(AssertionError, match="before the one before it was finished"):
+        simulation = Simulation(plan, [3] * plan.requests, period=plan.period - 1)
+        for _ in range(3 * plan.period):
+            simulation.run_tick()
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "start"),
+    [
+        (RingPlan(4, 1, 2), [3], [0]),
+        (RingPlan(3, 3, 2), [2, 4, 1], [0, 0, 0]),
+        (RingPlan(2, 3, 1), [3, 2, 2], [0, 2, 1]),
+        (RingPlan(5, 2, 2), [1, 3], [3, 0]),
+        (RingPlan(1, 2, 1), [2, 2], [1, 0]),
+    ],
+)
+def test_every_device_works_out_what_it_holds(plan, steps, start):
+    simulation, turns = Simulation(plan, steps, start), Turns(jnp.array(start), jnp.array(steps))
+    ticks = 8 * plan.period
+    u = jnp.arange(ticks)[:, None] - jnp.arange(plan.stages)  # tick - position
+    slots = jax.jit(jax.vmap(jax.vmap(lambda u: slot_at(plan, turns, u))))(u)
+    slots = jax.tree.map(np.asarray, slots)
+    for tick in range(ticks):
+        for place, held in enumerate(simulation.run_tick()):
+            at = jax.tree.map(lambda x, i=(tick, place): x[i].item(), slots)
+            assert at.active == (held is not None)
+            assert held in (None, (at.request, at.branch, at.step))
+            assert 0 <= at.request < plan.requests and 0 <= at.step < steps[at.request]  # also where nothing rides
+
+
+def test_the_worked_example_of_the_module():
+    plan, turns = RingPlan(2, 1, 2), Turns(jnp.array([0]), jnp.array([2]))
+    shown = {}
+    for place in range(2):
+        slots = jax.jit(jax.vmap(lambda u: slot_at(plan, turns, u)))(jnp.arange(6) - place)
+        rows = zip(*(x.tolist() for x in (slots.branch, slots.step, slots.active)), strict=True)
+        shown[place] = [f"{'cu'[branch]}{step}" if active else "." for branch, step, active in rows]
+    assert plan.period == 3
+    assert shown[0] == ["c0", "u0", ".", "c1", "u1", "."]
+    assert shown[1] == [".", "c0", "u0", ".", "c1", "u1"]
+    assert plan.ticks([2]) == 6
+    assert plan.utilisation([2]) == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "period", "ticks"),
+    [
+        (RingPlan(1, 1, 2), [40], 2, 80),  # one device: a tick for each of 2 x 40 evaluations
+        (RingPlan(4, 1, 2), [40], 5, 200),  # one request cannot fill four stages: 3 idle ticks in 5
+        (RingPlan(4, 2, 2), [40, 40], 5, 202),
+        (RingPlan(4, 4, 1), [40] * 4, 4, 163),  # four requests without guidance fill them
+        (RingPlan(4, 3, 2), [40] * 3, 6, 243),
+    ],
+)
+def test_literal_tick_counts(plan, steps, period, ticks):
+    assert (plan.period, plan.ticks(steps)) == (period, ticks)
+
+
+# The program, on a toy model of whole numbers: every order of operations but the right one gives another result
+
+
+class Toy(NamedTuple):
+    """What the toy's loop changes: x, the cond branch's result, and how many steps were taken."""
+
+    x: Array  # [R, K]
+    cond: Array  # [R, K]
+    steps: Array  # [R]
+
+
+def enter_toy(weights, inputs, carry, slot):
+    return carry.x[slot.request] * 3 + inputs[slot.request, slot.branch] * (slot.step + 1)
+
+
+def toy_layer(hidden, layer):
+    """All-zero parameters are an identity."""
+    scale, bias = layer
+    return hidden + scale * hidden + bias
+
+
+def run_toy_layers(weights, inputs, hidden, slot):
+    return jax.lax.scan(lambda h, layer: (toy_layer(h, layer), None), hidden, weights)[0]
+
+
+def retire_toy(branches):
+    def retire(weights, inputs, carry, hidden, slot):
+        r, last = slot.request, slot.branch == branches - 1
+        x = carry.x[r] + (2 * carry.cond[r] if branches == 2 else 0) - hidden
+        new = Toy(jnp.where(last, x, carry.x[r]), hidden, carry.steps[r] + last)
+        return jax.tree.map(lambda rows, n: rows.at[r].set(jnp.where(slot.active, n, rows[r])), carry, new)
+
+    return retire
+
+
+def plain_loop(layers, inputs, x, steps, branches):
+    """Each request alone, step by step, layer by layer, in NumPy."""
+    for r, count in enumerate(steps):
+        for step in range(count):
+            outs = []
+            for branch in range(branches):
+                hidden = x[r] * 3 + inputs[r, branch] * (step + 1)
+                for layer in zip(*layers, strict=True):
+                    hidden = toy_layer(hidden, layer)
+                outs.append(hidden)
+            x[r] += (2 * outs[0] if branches == 2 else 0) - outs[-1]
+    return x
+
+
+class Problem:
+    """Five layers, three requests of different lengths that start in different rounds."""
+
+    layers, steps, start, width = 5, [3, 1, 4], [0, 2, 1], 2
+
+    def __init__(self, stages, branches):
+        rng = np.random.default_rng(0)
+        self.branches, self.plan = branches, RingPlan(stages, len(self.steps), branches)
+        self.weights = [rng.integers(-9, 9, (self.layers, self.width), np.int32) for _ in range(2)]
+        self.inputs = rng.integers(-9, 9, (3, branches, self.width), np.int32)
+        self.x = rng.integers(-9, 9, (3, self.width), np.int32)
+        self.mesh = make_mesh(MeshSpec(pp=stages))
+        staged = spec(self.mesh, "pp")
+        stage = Stage(enter_toy, run_toy_layers, retire_toy(branches))
+        self.run = make_ring(self.mesh, self.plan, stage, [staged, staged])
+        short = -self.layers % stages  # padding layers, of zeros
+        padded = [np.pad(w, ((0, short), (0, 0))) for w in self.weights]
+        self.placed = (
+            jax.device_put(padded, sharding(self.mesh, "pp")),
+            jax.device_put(self.inputs, sharding(self.mesh)),
+            jax.device_put(Turns(np.int32(self.start), np.int32(self.steps)), sharding(self.mesh)),
+        )
+
+    def first_state(self):
+        rows = Toy(self.x, np.zeros_like(self.x), np.zeros(3, np.int32))
+        stages = self.plan.stages
+        rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
+        garbage = np.full((stages, self.width), 12345, np.int32)
+        state = RingState(np.int32(0), garbage, rows)
+        everywhere, position = sharding(self.mesh), sharding(self.mesh, "pp")
+        return jax.device_put(state, RingState(everywhere, position, position))
+
+    def segments(self, *ticks):
+        state = self.first_state()
+        for count in ticks:
+            state = self.run(*self.placed, state, np.int32(count))
+        return state
+
+    @property
+    def total(self):
+        """Ticks until all are done; late starters count from their round."""
+        plan, last = self.plan, max(s + n for s, n in zip(self.start, self.steps, strict=True)) - 1
+        return plan.ticks_of_round(last)
+
+
+def truth(state):
+    """The carry of stage 0."""
+    return jax.tree.map(lambda x: np.asarray(x)[0], state.carry)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
+def test_the_ring_equals_a_plain_loop_bit_for_bit(stages, branches):
+    problem = Problem(stages, branches)
+    done = truth(problem.segments(problem.total))
+    expected = plain_loop(problem.weights, problem.inputs, problem.x.copy(), problem.steps, branches)
+    np.testing.assert_array_equal(done.x, expected)
+    assert done.steps.tolist() == problem.steps
+    # ticks beyond the end change nothing
+    more = truth(problem.segments(problem.total + 3))
+    np.testing.assert_array_equal(more.x, expected)
+    assert more.steps.tolist() == problem.steps
+
+
+def test_any_segmentation_gives_the_same_state_with_one_executable():
+    def listen(event, _, **__):
+        events.append(event)
+
+    problem, events = Problem(3, 2), []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        whole = problem.segments(problem.total)
+        assert COMPILED in events
+        events.clear()
+        for ticks in ([1] * problem.total, [0, 5, 0, problem.total - 5], [7, problem.total - 7]):
+            state = problem.segments(*ticks)
+            assert int(state.tick) == problem.total
+            jax.tree.map(np.testing.assert_array_equal, state, whole)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert COMPILED not in events
+
+
+def test_a_state_between_two_rounds_holds_finished_steps_alone():
+    problem = Problem(4, 2)
+    state, finished = problem.first_state(), []
+    for index in range(5):
+        ticks = problem.plan.ticks_of_round(index) - int(state.tick)
+        state = problem.run(*problem.placed, state, np.int32(ticks))
+        finished.append(truth(state).steps.tolist())
+    assert finished == [[1, 0, 0], [2, 0, 1], [3, 1, 2], [3, 1, 3], [3, 1, 4]]
