@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxwan.convert.files import TensorFiles
@@ -76,20 +77,26 @@ def load_arrays(
     """
     stacks: dict[str, _Stack] = {}
     whole: dict[str, Array] = {}
+
+    def place(prefix: tuple[int, ...], slot: Slot, tensor: np.ndarray) -> int:
+        """Takes the tensor as an argument, so that no name keeps it while the next one is read."""
+        target, sharding = targets[slot.path]
+        row = prefix if slot.layer is None else (*prefix, slot.layer)
+        if not row:
+            value = np.ascontiguousarray(slot.transform.apply(tensor)).astype(target.dtype)
+            whole[slot.path] = jax.device_put(value, sharding)
+        else:
+            if slot.path not in stacks:  # not setdefault: that would allocate a stack for every tensor
+                stacks[slot.path] = _Stack(target, sharding)
+            stacks[slot.path].write(row, tensor, slot.transform.axes)
+        return tensor.nbytes
+
     for prefix, files, slots in sources:
         for key in files.shapes:
-            if key not in slots:
-                continue
-            slot, tensor = slots[key], files.read(key)
-            target, sharding = targets[slot.path]
-            row = prefix if slot.layer is None else (*prefix, slot.layer)
-            if row:
-                stacks.setdefault(slot.path, _Stack(target, sharding)).write(row, tensor, slot.transform.axes)
-            else:
-                value = np.ascontiguousarray(slot.transform.apply(tensor)).astype(target.dtype)
-                whole[slot.path] = jax.device_put(value, sharding)
-            if progress is not None:
-                progress(tensor.nbytes)
+            if key in slots:
+                placed = place(prefix, slots[key], files.read(key))
+                if progress is not None:
+                    progress(placed)
     return whole | {path: stack.array() for path, stack in stacks.items()}
 
 
@@ -98,22 +105,30 @@ class _Stack:
 
     def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding):
         self.target, self.sharding = target, sharding
-        self.index = sharding.addressable_devices_indices_map(target.shape)
-        local = sharding.shard_shape(target.shape)
-        self.shards = {device: jnp.zeros(local, target.dtype, device=device) for device in self.index}
+        zeros = _zeros(target.shape, jnp.dtype(target.dtype), sharding)
+        self.shards = {shard.device: shard.data for shard in zeros.addressable_shards}
+        self.held = {
+            shard.device: [range(*part.indices(size)) for part, size in zip(shard.index, target.shape, strict=True)]
+            for shard in zeros.addressable_shards
+        }
 
     def write(self, row: tuple[int, ...], tensor: np.ndarray, axes: tuple[int, ...] | None) -> None:
-        for device, index in self.index.items():
-            starts = [(s.start or 0) for s in index[: len(row)]]
-            stops = [self.target.shape[i] if s.stop is None else s.stop for i, s in enumerate(index[: len(row)])]
-            if all(a <= r < b for a, r, b in zip(starts, row, stops, strict=True)):
-                local = np.array([r - a for r, a in zip(row, starts, strict=True)], np.int32)
-                moved = jax.device_put(tensor, device)
-                self.shards[device] = _write_row(self.shards[device], moved, local, axes=axes).block_until_ready()
+        for device, held in self.held.items():
+            if all(r in own for r, own in zip(row, held, strict=False)):
+                local = np.array([r - own.start for r, own in zip(row, held, strict=False)], np.int32)
+                # put in the call, so that no name keeps one device's copy while the next is made
+                new = _write_row(self.shards[device], jax.device_put(tensor, device), local, axes=axes)
+                self.shards[device] = new.block_until_ready()
 
     def array(self) -> Array:
         shards = list(self.shards.values())
         return jax.make_array_from_single_device_arrays(self.target.shape, self.sharding, shards)
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding) -> Array:
+    """Zeros made where they belong: jnp.zeros(device=…) makes them on the first device and copies."""
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="axes")

@@ -1,0 +1,245 @@
+"""Checkpoint tensors into device arrays: what is placed where, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxwan.config import TransformerConfig
+from jaxwan.convert import load as convert_load
+from jaxwan.convert.diffusers import TRANSFORMER
+from jaxwan.convert.files import TensorFiles
+from jaxwan.convert.load import flat_shapes, load_module
+from jaxwan.convert.rules import CheckpointError, expected_sources
+from jaxwan.convert.save import save_arrays
+from jaxwan.models.transformer import WanTransformer
+from jaxwan.pipelines.denoise import load_weights
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
+
+CFG = TransformerConfig(num_attention_heads=2, attention_head_dim=12, text_dim=10, freq_dim=8, ffn_dim=20, num_layers=5)
+FILE = "diffusion_pytorch_model.safetensors"
+ROW = "blocks.3.ffn.net.2.weight"
+
+
+def make(dtype=jnp.float32):
+    return WanTransformer(CFG, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def random_arrays(cfg, seed):
+    abstract = nnx.eval_shape(lambda: WanTransformer(cfg, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    return {path: rng.standard_normal(s.shape, np.float32) for path, s in flat_shapes(nnx.state(abstract)).items()}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Two folders and what was written into them."""
+    made = []
+    for seed in (0, 1):
+        arrays = random_arrays(CFG, seed)
+        made.append((save_arrays(arrays, tmp_path_factory.mktemp("expert"), TRANSFORMER).parent, arrays))
+    return made
+
+
+@pytest.fixture
+def tensors(experts):
+    return load_file(experts[0][0] / FILE)
+
+
+def load(folder, dtype=jnp.float32):
+    return load_module(lambda: make(dtype), TensorFiles.find(folder), TRANSFORMER)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_sharded_stacks_equal_the_tensors_and_padded_layers_are_zero(experts, stages):
+    mesh = make_mesh(MeshSpec(pp=stages))
+    weights = load_weights(CFG, [TensorFiles.find(folder) for folder, _ in experts], mesh, jnp.float32)
+    blocks = flat_arrays(weights.blocks)
+    own = -(-CFG.num_layers // stages)
+    for path, value in blocks.items():
+        expected = np.stack([arrays[path] for _, arrays in experts])
+        np.testing.assert_array_equal(value[:, : CFG.num_layers], expected, err_msg=path)
+        assert value.shape[1] == own * stages and not np.any(value[:, CFG.num_layers :])
+        assert {shard.data.shape[1] for shard in value.addressable_shards} == {own}
+    ends = flat_arrays(weights.ends)
+    for path, value in ends.items():
+        np.testing.assert_array_equal(value, np.stack([arrays[path] for _, arrays in experts]), err_msg=path)
+        assert len(value.addressable_shards) == stages and value.sharding.is_fully_replicated
+    assert blocks.keys() | ends.keys() == experts[0][1].keys()
+
+
+def flat_arrays(state):
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def test_float32_tensors_become_bfloat16_as_numpy_rounds_them(experts):
+    folder, arrays = experts[0]
+    loaded = flat_arrays(nnx.state(load(folder, jnp.bfloat16)))
+    assert {value.dtype.name for value in loaded.values()} == {"float32", "bfloat16"}  # some modules stay in float32
+    for path, value in loaded.items():
+        np.testing.assert_array_equal(np.asarray(value), arrays[path].astype(value.dtype), err_msg=path)
+
+
+def test_sixteen_bit_tensors_become_float32_exactly(tmp_path, tensors):
+    tensors = {k: v.astype(ml_dtypes.bfloat16 if i % 2 else np.float16) for i, (k, v) in enumerate(tensors.items())}
+    save_file(tensors, tmp_path / FILE)
+    loaded = flat_arrays(nnx.state(load(tmp_path)))
+    for key, (slot, _) in expected_sources({p: v.shape for p, v in loaded.items()}, TRANSFORMER).items():
+        value = loaded[slot.path] if slot.layer is None else loaded[slot.path][slot.layer]
+        np.testing.assert_array_equal(np.asarray(value), slot.transform.apply(tensors[key]).astype(np.float32))
+
+
+def test_progress_counts_every_byte_once(experts, tensors):
+    placed = []
+    load_module(make, TensorFiles.find(experts[0][0]), TRANSFORMER, progress=placed.append)
+    assert sum(placed) == sum(value.nbytes for value in tensors.values()) and len(placed) == len(tensors)
+
+
+def test_a_stack_is_allocated_once_however_many_tensors_it_takes(experts, monkeypatch):
+    allocated = []
+    zeros = convert_load._zeros
+    monkeypatch.setattr(convert_load, "_zeros", lambda *args: allocated.append(args[0]) or zeros(*args))
+    load(experts[0][0])
+    stacked = [value.shape for path, value in experts[0][1].items() if path.startswith("blocks.")]
+    assert sorted(allocated) == sorted(stacked)
+
+
+# Shards
+
+
+def save_shards(folder, tensors, count):
+    """Write `tensors` as `count` files and their index, as Diffusers does."""
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    keys = sorted(tensors)
+    weight_map = {key: names[i * count // len(keys)] for i, key in enumerate(keys)}
+    for name in names:
+        save_file({k: tensors[k] for k in keys if weight_map[k] == name}, folder / name)
+    (folder / (FILE + ".index.json")).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return [folder / name for name in names]
+
+
+def test_shards_hold_what_one_file_holds(tmp_path, experts, tensors):
+    save_shards(tmp_path, tensors, 3)
+    whole, sharded = (flat_arrays(nnx.state(load(folder))) for folder in (experts[0][0], tmp_path))
+    assert whole.keys() == sharded.keys()
+    for path, value in whole.items():
+        np.testing.assert_array_equal(value, sharded[path], err_msg=path)
+
+
+def test_a_missing_shard_is_named_before_any_is_opened(tmp_path, tensors):
+    save_shards(tmp_path, tensors, 3)[1].unlink()
+    with pytest.raises(FileNotFoundError, match="lacks diffusion_pytorch_model-00002-of-00003.safetensors"):
+        TensorFiles.find(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path, tensors):
+    paths = save_shards(tmp_path, tensors, 2)
+    save_file(tensors, paths[1])
+    with pytest.raises(CheckpointError, match="00002-of-00002.safetensors holds .* a second time"):
+        load(tmp_path)
+
+
+def test_an_index_that_is_no_index_is_refused(tmp_path):
+    (tmp_path / (FILE + ".index.json")).write_text('{"metadata": {}')
+    with pytest.raises(CheckpointError, match="index.json is no index of shards"):
+        TensorFiles.find(tmp_path)
+
+
+# What is refused
+
+
+def test_a_folder_without_tensors_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no diffusion_pytorch_model.safetensors or model.safetensors"):
+        TensorFiles.find(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 2000, -1])
+def test_a_truncated_file_is_named(tmp_path, experts, kept):
+    path = tmp_path / FILE
+    path.write_bytes((experts[0][0] / FILE).read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=f"{FILE} is truncated or no safetensors file"):
+        load(tmp_path)
+
+
+def test_missing_extra_and_misshaped_tensors_are_one_error_that_names_the_folder(tmp_path, tensors):
+    del tensors["scale_shift_table"]
+    tensors = tensors | {"lora.up": np.zeros(1, np.float32), ROW: np.zeros((20, 24), np.float32)}
+    save_file(tensors, tmp_path / FILE)
+    with pytest.raises(CheckpointError) as error:
+        load_weights(CFG, [TensorFiles.find(tmp_path)], make_mesh(MeshSpec(pp=2)), jnp.float32)
+    assert str(error.value) == (
+        f"{tmp_path} does not fit its configuration: 1 missing (scale_shift_table); 1 unexpected (lora.up); "
+        f"1 of another shape ({ROW} (20, 24), expected (24, 20))"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float64, ml_dtypes.float8_e4m3fn])
+def test_a_dtype_that_no_published_file_has_is_refused_by_name(tmp_path, tensors, dtype):
+    save_file(tensors | {ROW: tensors[ROW].astype(dtype)}, tmp_path / FILE)
+    with pytest.raises(CheckpointError, match=f"{ROW} is [FI][0-9A-Z_]+; readable are F32, BF16, F16"):
+        load(tmp_path)
+
+
+# Memory
+
+WIDE = dataclasses.replace(
+    CFG, num_attention_heads=16, attention_head_dim=128, text_dim=64, freq_dim=64, ffn_dim=8192, num_layers=5
+)
+MEASURE = """
+import json, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jaxwan.config import TransformerConfig
+from jaxwan.convert.files import TensorFiles
+from jaxwan.pipelines.denoise import load_weights
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
+
+def status(field):
+    return next(int(l.split()[1]) * 1.024e-3 for l in Path("/proc/self/status").read_text().splitlines() if field in l)
+
+config, dtype, *folders = sys.argv[1:]
+mesh = make_mesh(MeshSpec(pp=2))
+files = [TensorFiles.find(Path(folder)) for folder in folders]
+jnp.zeros(1).block_until_ready()
+before = status("VmRSS")
+weights = load_weights(TransformerConfig.from_json(json.loads(config)), files, mesh, jnp.dtype(dtype))
+parameters = sum(s.data.nbytes for leaf in jax.tree.leaves(weights) for s in leaf.addressable_shards) / 1e6
+print(json.dumps({"before": before, "peak": status("VmHWM"), "parameters": parameters}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_experts(tmp_path_factory):
+    """Two experts of 1.5 GB in two files each; gone afterwards."""
+    root = tmp_path_factory.mktemp("wide")
+    shapes = {path: value.shape for path, value in random_arrays(WIDE, 0).items()}
+    keys = {key: shape for key, (_, shape) in expected_sources(shapes, TRANSFORMER).items()}
+    for name in ("transformer", "transformer_2"):
+        (root / name).mkdir()
+        save_shards(root / name, {key: np.full(shape, 0.5, np.float32) for key, shape in keys.items()}, 2)
+    yield [root / "transformer", root / "transformer_2"]
+    shutil.rmtree(root)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_no_more_memory_than_the_parameters_and_one_file(wide_experts, dtype):
+    sizes = [path.stat().st_size for folder in wide_experts for path in folder.glob("*.safetensors")]
+    assert len(sizes) >= 4 and sum(sizes) >= 2e9
+    # a process of its own: the peak of this one is that of the tests before
+    command = [sys.executable, "-c", MEASURE, json.dumps(dataclasses.asdict(WIDE)), dtype, *map(str, wide_experts)]
+    mb = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    mb["over"] = mb["peak"] - mb["parameters"]
+    print(f"\n{sum(sizes) / 1e9:.2f} GB in {len(sizes)} files as {dtype}, MB: {mb}")
+    assert mb["parameters"] >= sum(sizes) / 1e6 * jnp.dtype(dtype).itemsize / 4
+    assert mb["over"] <= max(sizes) / 1e6  # though this counts the interpreter and its libraries, too
