@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.rules import Rule, Slot, plan
+from jaxwan.convert.rules import Rule, Shape, Slot, plan
 
 Progress = Callable[[int], None]  # called with the bytes of each tensor once it is placed
 
@@ -34,19 +33,18 @@ def load_module(
     """The module that `make` builds (under eval_shape), its parameters read from `files` onto one device."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shapes = flat_shapes(abstract)
-    slots = prove(make, files, rules, what=what)
+    slots = prove({path: s.shape for path, s in shapes.items()}, files, rules, what=what)
     place = SingleDeviceSharding(device or jax.devices()[0])
     arrays = load_arrays({path: (s, place) for path, s in shapes.items()}, [((), files, slots)], progress)
     return nnx.merge(graph, fill(abstract, arrays))
 
 
-def prove(make: Callable[[], nnx.Module], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Slot]:
-    """Where each tensor of `files` goes in the module that `make` builds; only headers are read.
+def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Slot]:
+    """Where each tensor of `files` goes among parameters of these shapes; only headers are read.
 
-    Raises CheckpointError naming every missing, extra and mis-shaped tensor.
+    Raises CheckpointError naming every missing, extra and mis-shaped tensor, or those that hold no floats.
     """
-    shapes = flat_shapes(nnx.split(nnx.eval_shape(make))[1])
-    slots = plan(files.shapes, {path: s.shape for path, s in shapes.items()}, rules, what=what)
+    slots = plan(files.shapes, targets, rules, what=what)
     files.check_dtypes(slots)
     return slots
 
@@ -75,7 +73,8 @@ def load_arrays(
     A source is (prefix, files, slots): its tensors go to rows `prefix + (layer,)` of the parameters, where prefix is
     the expert. Shardings may split only those leading axes. Tensors are read in the order in which they lie on disk.
     """
-    stacks: dict[str, _Stack] = {}
+    rows = {slot.path for prefix, _, slots in sources for slot in slots.values() if prefix or slot.layer is not None}
+    stacks = {path: _Stack(zeros) for path, zeros in _zeros({path: targets[path] for path in sorted(rows)}).items()}
     whole: dict[str, Array] = {}
 
     def place(prefix: tuple[int, ...], slot: Slot, tensor: np.ndarray) -> int:
@@ -86,8 +85,6 @@ def load_arrays(
             value = np.ascontiguousarray(slot.transform.apply(tensor)).astype(target.dtype)
             whole[slot.path] = jax.device_put(value, sharding)
         else:
-            if slot.path not in stacks:  # not setdefault: that would allocate a stack for every tensor
-                stacks[slot.path] = _Stack(target, sharding)
             stacks[slot.path].write(row, tensor, slot.transform.axes)
         return tensor.nbytes
 
@@ -103,12 +100,11 @@ def load_arrays(
 class _Stack:
     """One stacked parameter under construction: its shard on every device of this process."""
 
-    def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding):
-        self.target, self.sharding = target, sharding
-        zeros = _zeros(target.shape, jnp.dtype(target.dtype), sharding)
+    def __init__(self, zeros: Array):
+        self.shape, self.sharding = zeros.shape, zeros.sharding
         self.shards = {shard.device: shard.data for shard in zeros.addressable_shards}
         self.held = {
-            shard.device: [range(*part.indices(size)) for part, size in zip(shard.index, target.shape, strict=True)]
+            shard.device: [range(*part.indices(size)) for part, size in zip(shard.index, self.shape, strict=True)]
             for shard in zeros.addressable_shards
         }
 
@@ -122,13 +118,17 @@ class _Stack:
 
     def array(self) -> Array:
         shards = list(self.shards.values())
-        return jax.make_array_from_single_device_arrays(self.target.shape, self.sharding, shards)
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
-def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding) -> Array:
-    """Zeros made where they belong: jnp.zeros(device=…) makes them on the first device and copies."""
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+def _zeros(targets: Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]]) -> dict[str, Array]:
+    """Zeros of every target, made where they belong (jnp.zeros(device=…) would copy from the first device).
+
+    One program for all of them: a program a shape takes seconds to compile.
+    """
+    shardings = {path: sharding for path, (_, sharding) in targets.items()}
+    make = jax.jit(lambda: {p: jnp.zeros(t.shape, t.dtype) for p, (t, _) in targets.items()}, out_shardings=shardings)
+    return make()
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="axes")

@@ -96,15 +96,13 @@ def load_weights(
     Raises CheckpointError when a tensor is missing, extra or of another shape.
     """
     _, abstract = abstract_weights(cfg, len(experts), mesh.shape["pp"], dtype)
-
-    def single():
-        return WanTransformer(cfg, dtype=dtype, rngs=nnx.Rngs(0))
-
     targets = {}
     for part, axes in zip(abstract, WEIGHT_AXES, strict=True):
         targets |= {path: (leaf, sharding(mesh, *axes)) for path, leaf in flat_shapes(part).items()}
+    one = {path: (cfg.num_layers, *leaf.shape[2:]) for path, leaf in flat_shapes(abstract.blocks).items()}
+    one |= {path: leaf.shape[1:] for path, leaf in flat_shapes(abstract.ends).items()}
     sources = [
-        ((i,), files, prove(single, files, TRANSFORMER, what=str(files.paths[0].parent)))
+        ((i,), files, prove(one, files, TRANSFORMER, what=str(files.paths[0].parent)))
         for i, files in enumerate(experts)
     ]
     arrays = load_arrays(targets, sources, progress)

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER, image_encoder_rules
 from jaxwan.convert.diffusers import VAE as VAE_RULES
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import load_module, prove
-from jaxwan.convert.rules import Rule
+from jaxwan.convert.load import flat_shapes, load_module, prove
+from jaxwan.convert.rules import Rule, Shape
 from jaxwan.models.image_encoder import CLIPVisionEncoder
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import WanTransformer
@@ -87,13 +87,18 @@ def place(checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None, vae_dtype: 
 
 def prove_components(checkpoint: Checkpoint) -> dict[str, TensorFiles]:
     """The files of every component, each proved to hold exactly what its configuration asks for; headers only."""
-    makers = component_makers(checkpoint, jnp.float32, jnp.float32)
-    for name in checkpoint.experts:
-        makers[name] = lambda: WanTransformer(checkpoint.transformer, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    files = {name: TensorFiles.find(checkpoint.folder / name) for name in makers}
-    for name, make in makers.items():
-        prove(make, files[name], component_rules(name, checkpoint, files[name]), what=str(checkpoint.folder / name))
+    shapes = {name: _shapes(make) for name, make in component_makers(checkpoint, jnp.float32, jnp.float32).items()}
+    expert = _shapes(lambda: WanTransformer(checkpoint.transformer, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    shapes |= dict.fromkeys(checkpoint.experts, expert)
+    files = {name: TensorFiles.find(checkpoint.folder / name) for name in shapes}
+    for name, targets in shapes.items():
+        prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=str(checkpoint.folder / name))
     return files
+
+
+def _shapes(make: Callable[[], nnx.Module]) -> dict[str, Shape]:
+    abstract = nnx.state(nnx.eval_shape(make), nnx.Param)
+    return {path: leaf.shape for path, leaf in flat_shapes(abstract).items()}
 
 
 def component_makers(
