@@ -6,7 +6,8 @@ implemented here is refused by name when it is off its default.
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 _C = TypeVar("_C", bound="_FromJson")
 
@@ -26,12 +27,33 @@ class _FromJson:
         for key, only in cls._fixed.items():
             if key in data and data[key] != only:
                 raise ConfigError(f"{cls.__name__}: {key}={data[key]!r} is not implemented (only {only!r})")
-        names = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-        return cls(**{k: _frozen(v) for k, v in data.items() if k in names})
+        kinds = {f.name: f.type for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+        given = {k: _frozen(v) for k, v in data.items() if k in kinds}
+        wrong = [f"{k}={v!r} is no {_name(kinds[k])}" for k, v in given.items() if not _is_kind(v, kinds[k])]
+        if wrong:
+            raise ConfigError(f"{cls.__name__}: {', '.join(wrong)}")
+        return cls(**given)
 
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of the annotated kind; a whole number is a float too, true and false are no numbers."""
+    if isinstance(kind, UnionType):
+        return any(_is_kind(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, tuple) else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_kind, value, kinds))
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)
 
 
 @dataclass(frozen=True)
@@ -121,6 +143,11 @@ class ImageEncoderConfig(_FromJson):
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
     hidden_act: str = "gelu"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an image: the class token's and one a patch."""
+        return (self.image_size // self.patch_size) ** 2 + 1
 
 
 # Variants: what the configurations alone say about a checkpoint

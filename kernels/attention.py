@@ -1,7 +1,8 @@
 """Scaled dot-product attention with no mask: one public function, named implementations.
 
 Reference (what every implementation computes): softmax(q k^T / sqrt(K)) v per head, softmax in float32.
-No implementation holds a queries x keys array: cuDNN streams over keys, the XLA one maps over chunks of queries.
+No implementation holds a queries x keys array beyond LOGITS_BYTES: cuDNN streams over keys, the XLA one maps over
+chunks of queries.
 """
 
 import jax

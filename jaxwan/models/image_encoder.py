@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxwan.config import ConfigError, ImageEncoderConfig
+from jaxwan.kernels.attention import attention
 from jaxwan.models.layers import LayerNorm, Linear, param, scan_layers, stack
 
 
@@ -31,11 +32,10 @@ class CLIPVisionEncoder(nnx.Module):
         _check(cfg)
         self.cfg = cfg
         pixels = cfg.patch_size * cfg.patch_size * cfg.num_channels
-        num_tokens = (cfg.image_size // cfg.patch_size) ** 2 + 1
         patch_shape = (cfg.patch_size, cfg.patch_size, cfg.num_channels, cfg.hidden_size)
         self.patch_embedding = param(jax.random.normal(rngs.params(), patch_shape, dtype) * pixels**-0.5)
         self.class_embedding = param(jax.random.normal(rngs.params(), (cfg.hidden_size,), dtype))
-        self.position_embedding = param(jax.random.normal(rngs.params(), (num_tokens, cfg.hidden_size), dtype))
+        self.position_embedding = param(jax.random.normal(rngs.params(), (cfg.num_rows, cfg.hidden_size), dtype))
         self.pre_norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps, affine=True, dtype=dtype)
         self.layers = stack(lambda rngs: _Layer(cfg, dtype=dtype, rngs=rngs), cfg.num_hidden_layers - 1, rngs)
 
@@ -79,7 +79,7 @@ class _Layer(nnx.Module):
         q_BSNK, k_BSNK, v_BSNK = (
             f(x).reshape(*x.shape[:-1], self.cfg.num_attention_heads, -1) for f in (self.q, self.k, self.v)
         )
-        return self.o(jax.nn.dot_product_attention(q_BSNK, k_BSNK, v_BSNK).reshape(x.shape))
+        return self.o(attention(q_BSNK, k_BSNK, v_BSNK).reshape(x.shape))
 
 
 def _check(cfg: ImageEncoderConfig) -> None:

@@ -66,6 +66,7 @@ class _Layer(nnx.Module):
         q_BLNK, k_BLNK, v_BLNK = (
             f(x).reshape(*x.shape[:-1], self.cfg.num_heads, self.cfg.d_kv) for f in (self.q, self.k, self.v)
         )
+        # XLA's own: a bias for every pair of 512 positions is what kernels/attention.py does not take
         bias_1NLL = self.position_bias[...].T[:, buckets][None]
         y = jax.nn.dot_product_attention(q_BLNK, k_BLNK, v_BLNK, bias=bias_1NLL, mask=visible, scale=1.0)
         return self.o(y.reshape(*x.shape[:-1], -1))

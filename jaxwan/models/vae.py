@@ -57,19 +57,29 @@ class VAE(nnx.Module):
 
         cache is what the chunk before returned; None for a video's first: one latent frame, which gives one frame.
         """
+        cache, frames = self.decode_chunk_unclamped(cache, latents, formulation=formulation)
+        return cache, jnp.clip(frames, -1.0, 1.0)
+
+    def decode_chunk_unclamped(
+        self, cache: Cache | None, latents: Float[Array, "b t y x z"], *, formulation: Formulation | None = None
+    ) -> tuple[Cache, Float[Array, "b f h w 3"]]:
+        """`decode_chunk` without the clamp, which has no gradient outside [-1, 1]: for training."""
         _check_chunk(cache, latents.shape[1], 1)
         chunk = Chunk(cache, formulation)
         center, scale = self._latent_statistics()
         z = latents.astype(jnp.float32) * scale + center
         x = self.decoder(self.post_quant_conv(z.astype(self.dtype), chunk), chunk)
         frames = unpatchify(x, self.cfg.patch_size or 1)
-        return chunk.halos(), jnp.clip(frames.astype(jnp.float32), -1.0, 1.0)
+        return chunk.halos(), frames.astype(jnp.float32)
 
     def _latent_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self.cfg.latents_mean, np.float32), np.array(self.cfg.latents_std, np.float32)
 
 
 def _check(cfg: VAEConfig) -> None:
+    if not len(cfg.latents_mean) == len(cfg.latents_std) == cfg.z_dim:
+        lengths = f"{len(cfg.latents_mean)} latents_mean and {len(cfg.latents_std)} latents_std"
+        raise ConfigError(f"VAE: {lengths} for z_dim={cfg.z_dim}")
     space = (cfg.patch_size or 1) * 2 ** (len(cfg.dim_mult) - 1)
     time = 2 ** sum(cfg.temperal_downsample)
     for name, given, built in (

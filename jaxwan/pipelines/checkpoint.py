@@ -72,7 +72,9 @@ def find_checkpoint(model: str | Path, *, json_only: bool = False) -> Path:
 
     Raises FileNotFoundError when there is no such folder and the text is no hub id, OSError when the hub cannot be had.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
+    if path.parts[:1] == ("~",):
+        path = path.expanduser()
     if path.is_dir():
         return path
     text = str(model)
@@ -165,7 +167,7 @@ def _other_layout(folder: Path) -> str:
 def _component(folder: Path, name: str, cls: type) -> Any:
     try:
         return cls.from_json(_read_json(folder, f"{name}/config.json"))
-    except TypeError as error:
+    except ConfigError as error:
         raise ConfigError(f"{folder}/{name}/config.json: {error}") from error
 
 
@@ -180,7 +182,10 @@ def _image_encoder(folder: Path, index: dict[str, Any], variant: Variant) -> Ima
     if not _present(index, "image_encoder"):
         raise ConfigError(f"{folder}/model_index.json names no image_encoder, which {variant.name} needs")
     data = _read_json(folder, "image_encoder/config.json")
-    return ImageEncoderConfig.from_json(data.get("vision_config", data))
+    try:
+        return ImageEncoderConfig.from_json(data.get("vision_config", data))
+    except (ConfigError, AttributeError) as error:
+        raise ConfigError(f"{folder}/image_encoder/config.json: {error}") from error
 
 
 def _defaults(folder: Path, variant: Variant, experts: int) -> Defaults:
@@ -223,9 +228,10 @@ def _check_channels(checkpoint: Checkpoint) -> None:
         problems.append(f"transformer channels {cfg.in_channels} -> {cfg.out_channels}, expected {wanted} -> {z}")
     if cfg.text_dim != checkpoint.text_encoder.d_model:
         problems.append(f"text_dim={cfg.text_dim} for a text encoder of width {checkpoint.text_encoder.d_model}")
-    if checkpoint.image_encoder is not None and cfg.image_dim != checkpoint.image_encoder.hidden_size:
-        problems.append(
-            f"image_dim={cfg.image_dim} for an image encoder of width {checkpoint.image_encoder.hidden_size}"
-        )
+    encoder = checkpoint.image_encoder
+    if encoder is not None and cfg.image_dim != encoder.hidden_size:
+        problems.append(f"image_dim={cfg.image_dim} for an image encoder of width {encoder.hidden_size}")
+    if encoder is not None and cfg.pos_embed_seq_len not in (None, 2 * encoder.num_rows):
+        problems.append(f"pos_embed_seq_len={cfg.pos_embed_seq_len} for two images of {encoder.num_rows} rows")
     if problems:
         raise ConfigError(f"{checkpoint.folder}: the parts do not fit each other: {'; '.join(problems)}")

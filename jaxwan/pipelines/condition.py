@@ -1,6 +1,6 @@
 """What a request brings to the loop: its noise, its image or video as latents, and its steps as rows of `Controls`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,18 +42,26 @@ def encode_images(
     CLIP rows are not made here: they see the image unresized.
     """
     num_frames, height, width = size
-    pixels = [None if i is None else 2 * resize_image(i, height, width) - 1 for i in images]
-    if kind is ImageInput.FIRST_FRAME:
-        return _first_frames(coder, pixels, size)
+
+    def pixels(image: Any) -> np.ndarray | None:
+        return None if image is None else 2 * resize_image(image, height, width) - 1
+
     if kind is ImageInput.NONE:
         return Conditioning()
-    lasts = [None if i is None else 2 * resize_image(i, height, width, "last_image") - 1 for i in last_images]
-    made: dict[tuple[int, int], np.ndarray] = {}  # one image for all prompts is one object: encoded once
-    keys = [(id(image), id(last)) for image, last in zip(images, last_images, strict=True)]
-    for key, first, last in zip(keys, pixels, lasts, strict=True):
-        if key not in made:
-            made[key] = image_channels(coder, first, last, num_frames)
-    return Conditioning(channels=np.stack([made[key] for key in keys]))
+    if kind is ImageInput.FIRST_FRAME:
+        rows = once_each(lambda image: _first_frame(coder, pixels(image), height, width), images)
+        return Conditioning(first=np.stack(rows), has_first=np.array([image is not None for image in images]))
+    rows = once_each(lambda *pair: image_channels(coder, *map(pixels, pair), num_frames), images, last_images)
+    return Conditioning(channels=np.stack(rows))
+
+
+def once_each(encode: Callable[..., np.ndarray], *columns: Sequence[Any]) -> list[np.ndarray]:
+    """`encode` of every row of objects; rows of the same objects, such as one image for all prompts, share a result."""
+    made: dict[tuple[int, ...], np.ndarray] = {}
+    for row in zip(*columns, strict=True):
+        if tuple(map(id, row)) not in made:
+            made[tuple(map(id, row))] = encode(*row)
+    return [made[tuple(map(id, row))] for row in zip(*columns, strict=True)]
 
 
 def image_channels(
@@ -77,13 +85,12 @@ def image_channels(
     return np.concatenate([mask, latents], axis=-1)
 
 
-def _first_frames(coder: VideoCoder, pixels: Sequence[np.ndarray | None], size: tuple[int, int, int]) -> Conditioning:
-    """The clean first latent frame of every video that has an image; zeros, not looked at, for the others."""
-    _, height, width = size
-    stride = coder.cfg.scale_factor_spatial
-    none = np.zeros((1, height // stride, width // stride, coder.cfg.z_dim), np.float32)
-    rows = [none if p is None else np.asarray(coder.encode(p[None, None]))[0] for p in pixels]
-    return Conditioning(first=np.stack(rows), has_first=np.array([p is not None for p in pixels]))
+def _first_frame(coder: VideoCoder, pixels: np.ndarray | None, height: int, width: int) -> np.ndarray:
+    """The clean first latent frame [1, H, W, Z] of an image; zeros, not looked at, without one."""
+    if pixels is None:
+        stride = coder.cfg.scale_factor_spatial
+        return np.zeros((1, height // stride, width // stride, coder.cfg.z_dim), np.float32)
+    return np.asarray(coder.encode(pixels[None, None]))[0]
 
 
 def make_controls(job: Job, conditioning: Conditioning, latent_frames: int) -> Controls:

@@ -1,4 +1,4 @@
-"""What a call would take: tokens, stages, ticks and memory, from the configuration files alone.
+"""What a call would take: tokens, stages, ticks, work and memory, from the configuration files alone.
 
 Parameter bytes are exact: the shapes that loading would allocate. Activation bytes are sums of named buffers, each
 described where it is counted; a compiler keeps a few more or fewer alive, so leave some room.
@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxwan.config import ImageInput, TransformerConfig
+from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.checkpoint import Checkpoint
@@ -23,7 +25,7 @@ from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights
 from jaxwan.pipelines.load import component_makers, default_dtype
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.pipelines.request import Job
-from jaxwan.sharding.mesh import MeshSpec
+from jaxwan.sharding.mesh import MeshSpec, request_virtual_devices
 from jaxwan.sharding.ring import RingPlan
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -48,6 +50,9 @@ class DryRun:
     period: int
     ticks: int
     utilisation: float
+    forwards: int  # model evaluations, all videos and branches
+    forward_tflop: dict[str, float]  # one of them, by where the work is
+    decode_tflop: float  # one video
     parameter_bytes: list[int]
     activation_bytes: dict[str, dict[str, int]]  # phase -> named buffers; all phases but denoise on device 0 alone
     needed_bytes: list[int]
@@ -67,6 +72,7 @@ class DryRun:
             f"stages      {len(self.layers_per_stage)} with {steps} layers",
             f"ring        {self.microbatches} micro-batches, a step every {self.period} ticks, {self.ticks} ticks, "
             f"{self.utilisation:.0%} used" + self._advice(),
+            f"work        {self._work()}",
         ]
         for phase, buffers in self.activation_bytes.items():
             lines.append(f"{phase:<11} {_gib(sum(buffers.values()))}")
@@ -75,6 +81,13 @@ class DryRun:
         rows = list(zip(self.parameter_bytes, self.needed_bytes, strict=True))
         lines += [f"{i:<8} {_gib(p)} {_gib(n)}" for i, (p, n) in enumerate(rows)]
         return "\n".join([*lines, self._verdict()])
+
+    def _work(self) -> str:
+        forward = sum(self.forward_tflop.values())
+        return (
+            f"{forward:,.4g} TFLOP a forward ({self.forward_tflop['self_attention'] / forward:.0%} self-attention), "
+            f"{self.forwards} forwards; decoding a video {self.decode_tflop:,.4g} TFLOP"
+        )
 
     def _advice(self) -> str:
         if self.utilisation > 0.99 or len(self.layers_per_stage) == 1:
@@ -101,6 +114,7 @@ def dry_run(
     dtype None: bfloat16 when device_memory names an accelerator's, else what the devices here would use.
     device_memory None: the present accelerator's, where there is one.
     """
+    request_virtual_devices(mesh.num_devices)  # a later pipeline is to find them, if this asks JAX for its devices
     if dtype is None:
         dtype = "bfloat16" if device_memory is not None else default_dtype(jax.devices()[0])
     if device_memory is None:
@@ -119,10 +133,28 @@ def dry_run(
         latent_shape=checkpoint.geometry.latent_shape(*size), tokens=checkpoint.geometry.num_tokens(*size),
         layers_per_stage=[min(full, max(0, cfg.num_layers - i * full)) for i in range(mesh.pp)],
         microbatches=plan.microbatches, period=plan.period, ticks=plan.ticks(steps),
-        utilisation=plan.utilisation(steps), parameter_bytes=parameters, activation_bytes=activations,
+        utilisation=plan.utilisation(steps), forwards=plan.branches * sum(steps),
+        forward_tflop=_forward_tflop(checkpoint, job),
+        decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
+        parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory,
         fits=None if device_memory is None else max(needed) <= device_memory,
     )  # fmt: skip
+
+
+def _forward_tflop(checkpoint: Checkpoint, job: Job) -> dict[str, float]:
+    cfg, size = checkpoint.transformer, (job.num_frames, job.height, job.width)
+    expand = checkpoint.variant.image_input is ImageInput.FIRST_FRAME
+    flops = transformer_flops(
+        cfg, checkpoint.geometry.num_tokens(*size), image_rows=image_rows(cfg),
+        timesteps=checkpoint.geometry.latent_shape(*size)[0] if expand else 1,
+    )  # fmt: skip
+    return {name: value / 1e12 for name, value in flops._asdict().items()}
+
+
+def image_rows(cfg: TransformerConfig) -> int:
+    """CLIP rows in cross-attention: 257 an image of 224 pixels, none for models that take no CLIP rows."""
+    return 0 if cfg.image_dim is None else cfg.pos_embed_seq_len or 257
 
 
 def parameter_bytes(checkpoint: Checkpoint, stages: int, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
@@ -151,7 +183,7 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
     hidden = tokens * cfg.dim * item
     _, weights = abstract_weights(cfg, 1, 1, jnp.bfloat16 if item == 2 else jnp.float32)
     chunk = query_chunk(1, tokens, tokens, cfg.num_attention_heads)
-    image = 4 * (cfg.pos_embed_seq_len or 257) * (cfg.image_dim or 0)
+    image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
     return {
         "latents, x0 history and velocity of all requests (6 x float32)": 6 * plan.requests * latent,

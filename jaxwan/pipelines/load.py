@@ -1,5 +1,6 @@
 """A checkpoint onto a mesh: every component's files proved to fit, then read to where they are used."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER, image_encoder_ru
 from jaxwan.convert.diffusers import VAE as VAE_RULES
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes, load_module, prove
-from jaxwan.convert.rules import Rule, Shape
+from jaxwan.convert.rules import CheckpointError, Rule, Shape
 from jaxwan.models.image_encoder import CLIPVisionEncoder
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import WanTransformer
@@ -55,6 +56,8 @@ def load_parts(
     processor = load_image_processor(folder / "image_processor") if clip else None
     files = prove_components(checkpoint)
     first = devices.devices.flat[0]
+    if first.platform == "cpu":
+        print(f"no accelerator: {devices.size} virtual CPU device{'s' * (devices.size > 1)}", file=sys.stderr)
     dtype = dtype or default_dtype(first)
     stages = Stages(progress=progress)
     with stages.stage("load", sum(f.total_bytes for f in files.values()), "B") as update:
@@ -86,13 +89,23 @@ def place(checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None, vae_dtype: 
 
 
 def prove_components(checkpoint: Checkpoint) -> dict[str, TensorFiles]:
-    """The files of every component, each proved to hold exactly what its configuration asks for; headers only."""
+    """The files of every component, each proved to hold exactly what its configuration asks for; headers only.
+
+    Raises one CheckpointError for the complaints of all components.
+    """
     shapes = {name: _shapes(make) for name, make in component_makers(checkpoint, jnp.float32, jnp.float32).items()}
     expert = _shapes(lambda: WanTransformer(checkpoint.transformer, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     shapes |= dict.fromkeys(checkpoint.experts, expert)
     files = {name: TensorFiles.find(checkpoint.folder / name) for name in shapes}
+    problems = []
     for name, targets in shapes.items():
-        prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=str(checkpoint.folder / name))
+        what = str(checkpoint.folder / name)
+        try:
+            prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=what)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("; ".join(problems))
     return files
 
 

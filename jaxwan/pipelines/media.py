@@ -84,6 +84,11 @@ def resize_video(
     return np.stack([resize_image(PIL.Image.fromarray(frame), height, width) for frame in frames])
 
 
+def to_unit_range(frames: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """uint8 pixels as float32 in [0, 1]; float ones as they are."""
+    return frames.astype(np.float32) / 255.0 if frames.dtype == np.uint8 else frames
+
+
 def fit_size(image_height: int, image_width: int, area: int, stride: int) -> tuple[int, int]:
     """(height, width) of about `area` pixels in an image's aspect ratio, each rounded down to a multiple of `stride`.
 
@@ -251,6 +256,7 @@ def check_writable(path: str | Path) -> Path:
         raise IsADirectoryError(f"output {path} is a folder")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     try:
+        (existing / path.name).exists()  # raises for a name that is too long
         with tempfile.TemporaryFile(dir=existing):
             return path
     except OSError as error:
@@ -330,7 +336,7 @@ def _yuv_frame(pixels: UInt8[np.ndarray, "h w 3"], index: int, rate: Fraction) -
 def _replacing(path: Path) -> Iterator[Path]:
     """A new name in the folder of `path`; what is written there becomes `path` on success and vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{uuid4().hex[:12]}.tmp")  # short: a name as long as the file system allows must do
     try:
         yield temporary
         os.replace(temporary, path)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array
 
 from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import (
     Conditioning,
     choose_expert,
@@ -19,11 +19,12 @@ from jaxwan.pipelines.condition import (
     frame_timesteps,
     initial_noise,
     make_controls,
+    once_each,
     renoise_noise,
 )
 from jaxwan.pipelines.denoise import RENOISINGS, Controls, Inputs, Loop
 from jaxwan.pipelines.load import Parts, load_parts, place
-from jaxwan.pipelines.media import resize_video
+from jaxwan.pipelines.media import load_video, resize_video, to_unit_range
 from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.pipelines.request import Job, make_job
 from jaxwan.pipelines.stages import Stages
@@ -69,7 +70,10 @@ class WanPipeline:
 
         dtype is the DiT's and text encoder's: bfloat16 by default on accelerators (with Diffusers' modules kept in
         float32), float32 on a CPU. Raises ValueError or OSError before anything heavy is read.
+
+        Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
+        keep_compiled_programs()
         spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.parse(mesh)
         checkpoint = read_checkpoint(find_checkpoint(model, json_only=True))
         place(checkpoint, spec, dtype, vae_dtype)
@@ -124,18 +128,31 @@ class WanPipeline:
 
     # The parts on their own
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Array:
-        """Context rows (B, 512, C) of cleaned prompts, zero behind each prompt's end."""
-        return encode_prompts(self.parts.encode_text, self.parts.tokenizer, list(prompts))
+    def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
+        """Context rows (B, 512, C), float32, of one prompt or several: cleaned, zero behind each prompt's end."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:
-        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3) in [0, 1]."""
-        pixels = 2 * np.asarray(frames, np.float32) - 1
-        return to_public(np.concatenate([np.asarray(self.parts.coder.encode(p[None])) for p in pixels]))
+        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3), uint8 or float in [0, 1].
+
+        Raises ValueError for another rank, sizes that do not fit the VAE, or values outside the range.
+        """
+        pixels = np.asarray(frames)
+        if pixels.ndim != 5 or pixels.shape[-1] != 3 or not len(pixels):
+            raise ValueError(f"frames have shape {pixels.shape}, expected (B, F, H, W, 3)")
+        videos = [2 * to_unit_range(load_video(video)[0]) - 1 for video in pixels]
+        return to_public(np.concatenate([np.asarray(self.parts.coder.encode(video[None])) for video in videos]))
 
     def decode(self, latents: ArrayLike) -> np.ndarray:
-        """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w)."""
-        return self._decode(np.asarray(latents, np.float32), Stages(progress=False))
+        """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w). ValueError for another shape."""
+        return self._decode(self._checked(latents), Stages(progress=False))
+
+    def _checked(self, latents: ArrayLike) -> np.ndarray:
+        array, channels = np.asarray(latents, np.float32), self.checkpoint.geometry.z_dim
+        if array.ndim != 5 or array.shape[1] != channels or 0 in array.shape:
+            raise ValueError(f"latents have shape {array.shape}, expected (B, {channels}, T, h, w)")
+        return array
 
     def predict(
         self, latents: ArrayLike, timestep: ArrayLike, prompt_embeds: ArrayLike, image: Any = None,
@@ -146,11 +163,11 @@ class WanPipeline:
         timestep: a number, [B], [B, T] (latent frames) or [B, S] (tokens); the expert is chosen by each sample's
         largest. For TI2V an image is mixed in as the first frame, whose timestep is 0.
         """
-        x = to_internal(np.asarray(latents, np.float32))
+        latents = self._checked(latents)
+        x = to_internal(latents)
         count, frames, geometry = len(x), x.shape[1], self.checkpoint.geometry
-        embeds = np.asarray(prompt_embeds, np.float32)
         blank = make_job(
-            self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
+            self.checkpoint, prompt_embeds=prompt_embeds, image=image, last_image=last_image, seed=0, latents=latents,
             **dict(zip(("num_frames", "height", "width"), geometry.pixel_shape(*x.shape[1:4]), strict=True)),
         )  # fmt: skip
         size = (blank.num_frames, blank.height, blank.width)
@@ -168,7 +185,7 @@ class WanPipeline:
             guided=np.zeros(count, bool),
         )
         noise = np.zeros((count, RENOISINGS, *x.shape[1:]), np.float32)
-        loop = self.parts.denoiser.start(x, Inputs(controls, jnp.asarray(embeds)[:, None], *conditioning, noise))
+        loop = self.parts.denoiser.start(x, Inputs(controls, blank.prompt_embeds[:, None], *conditioning, noise))
         loop.advance(1)
         return to_public(loop.velocity())
 
@@ -179,12 +196,12 @@ class WanPipeline:
         with stages.stage("text", 1) as update:
             cond = job.prompt_embeds
             if cond is None:
-                cond = np.asarray(self.encode_prompt([r.prompt or "" for r in job.requests]), np.float32)
+                cond = self.encode_prompt([r.prompt or "" for r in job.requests])
             branches = [cond]
             if job.guided:
                 uncond = job.negative_prompt_embeds
                 if uncond is None:
-                    uncond = np.asarray(self.encode_prompt([r.negative_prompt or "" for r in job.requests]), np.float32)
+                    uncond = self.encode_prompt([r.negative_prompt or "" for r in job.requests])
                 branches.append(uncond)
             update(1)
         return np.repeat(np.stack(branches, axis=1), job.num_videos, axis=0)
@@ -194,7 +211,7 @@ class WanPipeline:
         images, lasts = [r.image for r in job.requests], [r.last_image for r in job.requests]
         made = encode_images(self.checkpoint.image_input, self.parts.coder, images, lasts, size)
         if self.parts.encode_clip is not None:
-            made = made._replace(image=np.stack([self._clip_rows(*pair) for pair in zip(images, lasts, strict=True)]))
+            made = made._replace(image=np.stack(once_each(self._clip_rows, images, lasts)))
         return jax.tree.map(lambda x: np.repeat(x, job.num_videos, axis=0), made)
 
     def _clip_rows(self, image: Any, last: Any) -> np.ndarray:
@@ -233,31 +250,32 @@ class WanPipeline:
                 if callback is not None:
                     self._look_on(callback, index, loop, inputs)
         latents = loop.latents()
-        if (
-            inputs.first is not None and inputs.has_first is not None
-        ):  # the solver moved the given frames too: put them back
+        if inputs.first is not None and inputs.has_first is not None:
+            # the solver moved the given frames too: put them back
             latents = np.where(inputs.has_first[:, None, None, None, None] & _is_first(latents), inputs.first, latents)
         return to_public(latents)
 
     def _look_on(self, callback: Callback, index: int, loop: Loop, inputs: Inputs) -> None:
         steps = np.minimum(index, loop.num_steps - 1)
-        shown = inputs.controls.table.timesteps[np.arange(len(steps)), steps].tolist()
+        schedules = inputs.controls.table.timesteps
+        shown = schedules[np.arange(len(steps)), steps].tolist()
         given = {"latents": to_public(loop.latents())}
-        returned = callback(self, index, shown[0] if len(set(shown)) == 1 else shown, given)
+        returned = callback(self, index, shown[0] if (schedules == schedules[0]).all() else shown, given)
         if returned and any(returned[key] is not given.get(key) for key in returned):
             raise ValueError("callback_on_step_end may look on but not change: it returned other latents")
 
     def _decode(self, latents: np.ndarray, stages: Stages) -> np.ndarray:
-        """Frames of the public latents, one video at a time, so that a batch needs no more memory than one."""
-        videos = []
+        """Frames of the public latents, one video at a time, so that a device needs no more memory than for one."""
+        frames = np.empty((len(latents), *self.checkpoint.geometry.pixel_shape(*latents.shape[2:]), 3), np.float32)
         with stages.stage("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
-            for video in to_internal(latents):
-                chunks = []
+            for video, rows in zip(to_internal(latents), frames, strict=True):
+                start = 0
                 for chunk in _one_behind(self.parts.coder.decode_chunks(video[None])):
-                    chunks.append(np.asarray(chunk)[0] * 0.5 + 0.5)
+                    pixels = np.asarray(chunk)[0]
+                    rows[start : start + len(pixels)] = pixels * 0.5 + 0.5
+                    start += len(pixels)
                     update(1)
-                videos.append(np.concatenate(chunks))
-        return np.stack(videos)
+        return frames
 
 
 # Small pure functions

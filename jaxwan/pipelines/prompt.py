@@ -59,7 +59,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"{folder} has no tokenizer.json{instead}: tokenizer.json is required")
     if "model" not in _read_json(path):
         raise ValueError(f"{path} describes no tokenizer: it has no 'model'")
-    backend = tokenizers.Tokenizer.from_file(str(path))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} describes no tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     pad = _pad_token(folder)
@@ -102,19 +105,19 @@ Encode = Callable[[Int[Array, "1 l"], Bool[Array, "1 l"]], Float[Array, "1 l c"]
 
 def encode_prompts(
     encode: Encode, tokenizer: Tokenizer, prompts: Sequence[str], *, length: int = MAX_TOKENS
-) -> Float[Array, "b l c"]:
-    """Context rows of each prompt, zero behind its last token.
+) -> Float[np.ndarray, "b l c"]:
+    """Context rows of each prompt, float32 on the host, zero behind its last token.
 
     encode: the text encoder as a jitted function of (tokens, mask). It is called with one prompt at a time, so that a
     result never depends on what else is in the batch, and once for prompts that are equal after cleaning.
     Source: diffusers pipelines/wan/pipeline_wan.py:WanPipeline._get_t5_prompt_embeds.
     """
-    rows: dict[str, Float[Array, "1 l c"]] = {}
+    rows: dict[str, Float[np.ndarray, "1 l c"]] = {}
     texts = [clean_prompt(prompt) for prompt in prompts]
     for text in dict.fromkeys(texts):
         tokens, mask = (jnp.asarray(a)[None] for a in tokenize(tokenizer, text, length))
-        rows[text] = jnp.where(mask[..., None], encode(tokens, mask), 0)
-    return jnp.concatenate([rows[text] for text in texts])
+        rows[text] = np.where(mask[..., None], np.asarray(encode(tokens, mask), np.float32), np.float32(0))
+    return np.concatenate([rows[text] for text in texts])
 
 
 def _pad_token(folder: Path) -> str:
@@ -126,6 +129,9 @@ def _pad_token(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
+    return data

@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxwan.config import ImageInput
 from jaxwan.pipelines.checkpoint import Checkpoint, check_kind
 from jaxwan.pipelines.media import fit_size, load_image, load_video, resize_image, resize_video
-from jaxwan.pipelines.prompt import check_unicode
+from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, first_used_step, make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 SEEDS = 2**64
+FPS_RANGE = 0.01, 1000.0  # what a video file's fractions can say
 Number = int | float
-FLF_ROWS = 514  # position embeddings of the first-last-frame model: two images of 257 CLIP rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Job:
     width: int
     fps: float
     boundary_ratio: float | None
-    video: np.ndarray | list | None = None
+    video: np.ndarray | None = None
     latents: np.ndarray | None = None  # public axis order (B, C, T, h, w)
     prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
@@ -120,16 +121,14 @@ def make_job(
     seeds = _seeds(count, seed, notes)
     return Job(
         requests=tuple(
-            Request(*r)
-            for r in zip(
-                prompts, negatives, tables, *zip(*guidance, strict=True), seeds, images, last_images, strict=True
-            )
+            Request(prompts[i], negatives[i], tables[i], *guidance[i], seeds[i], images[i], last_images[i])
+            for i in range(count)
         ),
         num_videos=num_videos,
         num_frames=num_frames,
         height=height,
         width=width,
-        fps=_positive("fps", _first(fps, video_fps, checkpoint.defaults.fps)),
+        fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
         boundary_ratio=boundary,
         video=None if frames is None else frames[:num_frames],
         latents=_latents(checkpoint, latents, count * num_videos, (num_frames, height, width)),
@@ -188,8 +187,11 @@ def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_emb
 
 
 def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None) -> np.ndarray:
-    value = np.asarray(value, np.float32)
-    wanted = (count if count is not None else "B", 512, checkpoint.text_encoder.d_model)
+    try:
+        value = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from error
+    wanted = (count if count is not None else "B", MAX_TOKENS, checkpoint.text_encoder.d_model)
     if value.ndim != 3 or value.shape[1:] != wanted[1:] or len(value) == 0 or count not in (None, len(value)):
         raise ValueError(f"{name} has shape {value.shape}, expected ({', '.join(map(str, wanted))})")
     if not np.isfinite(value).all():
@@ -216,7 +218,7 @@ def _images(checkpoint: Checkpoint, count: int, image: Any, last_image: Any, vid
         raise ValueError(f"this is an image-to-video model (built like {name}): it needs an image for every prompt")
     lasts = [i is not None for i in last_images]
     if any(lasts) and not checkpoint.variant.last_image:
-        why = f" (its pos_embed_seq_len is not {FLF_ROWS})" if kind is ImageInput.CHANNELS_AND_CLIP else ""
+        why = " (it has no pos_embed_seq_len)" if kind is ImageInput.CHANNELS_AND_CLIP else ""
         raise ValueError(f"this model (built like {name}) takes no last image{why}")
     if any(last and not first for first, last in zip(given, lasts, strict=True)):
         raise ValueError("last_image needs an image too, the first frame")
@@ -303,7 +305,7 @@ def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, 
         return None
     latents = np.asarray(latents)
     wanted = (batch, checkpoint.geometry.z_dim, *checkpoint.geometry.latent_shape(*size))
-    if latents.shape != wanted or not np.issubdtype(latents.dtype, np.floating):
+    if latents.shape != wanted or not jnp.issubdtype(latents.dtype, jnp.floating):
         raise ValueError(f"latents are {latents.dtype} of shape {latents.shape}, expected floats of shape {wanted}")
     if not np.isfinite(latents).all():
         raise ValueError("latents hold values that are not finite")
@@ -356,11 +358,11 @@ def _guidance(
     highs = _per_prompt("guidance_scale", high, count, (int, float))
     lows = _per_prompt("guidance_scale_2", low, count, (int, float))
     pairs = []
-    for high, low in zip(highs, lows, strict=True):
-        if high is None and low is None:
-            low = defaults.guidance_scale_2
-        high = _first(high, defaults.guidance_scale)
-        pairs.append((float(high), float(_first(low, high))))
+    for first, second in zip(highs, lows, strict=True):
+        if first is None and second is None:
+            second = defaults.guidance_scale_2
+        first = _first(first, defaults.guidance_scale)
+        pairs.append((float(first), float(_first(second, first))))
     return pairs
 
 
@@ -421,10 +423,8 @@ def _check_range(name: str, value: Number, low: Number, high: Number) -> None:
         raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
 
 
-def _positive(name: str, value: Any) -> float:
-    value = _number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be above 0")
+def _fps(value: Any) -> float:
+    _check_range("fps", _number("fps", value), *FPS_RANGE)
     return float(value)
 
 

@@ -73,7 +73,7 @@ def read_scheduler(config: dict[str, Any]) -> SamplerDefaults:
     Raises ValueError for another class, and for settings that change the result and are not implemented, all named.
     """
     name = config.get("_class_name")
-    if name not in SUPPORTED:
+    if not isinstance(name, str) or name not in SUPPORTED:
         raise ValueError(f"scheduler_config.json: _class_name={name!r} is not one of {', '.join(SUPPORTED)}")
     wrong = [_complaint(config, key, *rule) for key, rule in SUPPORTED[name].items()]
     if any(wrong):

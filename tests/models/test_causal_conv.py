@@ -1,4 +1,4 @@
-"""The one convolution of the VAE against PyTorch's, in both formulations, and its halos against whole videos."""
+"""The one convolution of the VAE against PyTorch's, in all formulations, and its halos against whole videos."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxwan.models.causal_conv import CausalConv3d, Chunk, conv
 TOLERANCE = 1e-6  # float32 sums in another order
 
 
-@pytest.mark.parametrize("formulation", ["direct", "taps"])
+@pytest.mark.parametrize("formulation", ["direct", "taps", "joined"])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"),
     [
@@ -25,7 +25,7 @@ TOLERANCE = 1e-6  # float32 sums in another order
         ((1, 1, 1), (1, 1), (0, 0, 0, 0)),
     ],
 )
-def test_both_formulations_equal_torch(formulation, kernel, stride, padding):
+def test_all_formulations_equal_torch(formulation, kernel, stride, padding):
     rng = np.random.default_rng(0)
     x, k, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 6, 8, 3), (*kernel, 3, 7), (7,)))
     actual = conv(jnp.asarray(x), jnp.asarray(k), jnp.asarray(b), formulation, stride=stride)
@@ -35,7 +35,7 @@ def test_both_formulations_equal_torch(formulation, kernel, stride, padding):
     assert relative_error(actual, np.moveaxis(expected.numpy(), 1, -1)) < TOLERANCE
 
 
-@pytest.mark.parametrize("formulation", ["direct", "taps"])
+@pytest.mark.parametrize("formulation", ["direct", "taps", "joined"])
 def test_chunks_with_halos_equal_the_whole_video_behind_zeros(formulation):
     layer = CausalConv3d(3, 5, (3, 3), dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 8, 4, 6, 3))

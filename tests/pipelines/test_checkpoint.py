@@ -129,6 +129,13 @@ def test_clip_may_be_described_inside_a_whole_clip(written, tmp_path):
         ("text_encoder/config.json", {"feed_forward_proj": "relu"}, "feed_forward_proj='relu' is not implemented"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "'DDIMScheduler' is not one of UniPC"),
         ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True, only False"),
+        ("scheduler/scheduler_config.json", {"_class_name": ["x"]}, "_class_name=.'x'. is not one of UniPC"),
+        ("transformer/config.json", {"num_layers": "5"}, "transformer/config.json: .*num_layers='5' is no int"),
+        ("transformer/config.json", {"num_layers": True, "eps": "x"}, "eps='x' is no float, num_layers=True is no int"),
+        ("transformer/config.json", {"patch_size": 2}, "patch_size=2 is no tuple"),
+        ("vae/config.json", {"temperal_downsample": None}, "temperal_downsample=None is no tuple"),
+        ("vae/config.json", {"latents_mean": [0.0, "a"]}, "latents_mean=.0.0, 'a'. is no tuple"),
+        ("text_encoder/config.json", {"d_model": 4096.5}, "d_model=4096.5 is no int"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(t2v, file, values, message):
@@ -146,6 +153,8 @@ def test_what_is_not_implemented_is_refused_by_name(t2v, file, values, message):
         ("Wan2.2-TI2V-5B", "transformer/config.json", {"in_channels": 100}, "channels 100 -> 48, expected 48 -> 48"),
         ("Wan2.1-T2V-14B", "transformer/config.json", {"in_channels": 32}, "channels 32 -> 16, expected 36 -> 16"),
         ("Wan2.1-T2V-14B", "transformer/config.json", {"pos_embed_seq_len": 514}, "no Wan model takes its image as"),
+        ("Wan2.1-FLF2V-14B", "transformer/config.json", {"pos_embed_seq_len": 257}, "257 for two images of 257 rows"),
+        ("Wan2.1-I2V-14B", "image_encoder/config.json", {"image_size": "224"}, "image_encoder/config.json: .*'224'"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(written, tmp_path, name, file, values, message):

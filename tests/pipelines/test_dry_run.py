@@ -152,7 +152,7 @@ def test_a14b_on_four_stages(told):
     assert told.tokens == 75_600
     assert told.layers_per_stage == [10] * 4
     assert told.latent_shape == (21, 90, 160)
-    assert (told.microbatches, told.period, told.ticks) == (2, 5, 200)
+    assert (told.microbatches, told.period, told.ticks, told.forwards) == (2, 5, 200, 80)
     assert told.utilisation == pytest.approx(0.4)
     # two experts in bfloat16, a quarter of the layers each, and all of what is not a layer (0.24 billion, the fifth of
     # it being kept in float32)
@@ -167,6 +167,21 @@ def test_a14b_on_four_stages(told):
     assert told.needed_bytes[2] == told.parameter_bytes[2] + sum(told.activation_bytes["denoise"].values())
     hidden = told.activation_bytes["denoise"]["hidden state, held and received"]
     assert hidden == 2 * 75_600 * 5120 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "decode", "text"),
+    [
+        ("Wan2.2-T2V-A14B", 6523.4, 633.1,
+         "6,523 TFLOP a forward (72% self-attention), 80 forwards; decoding a video 633.1 TFLOP\n"),
+        ("Wan2.2-TI2V-5B", 517.0, 1999.1,
+         "517 TFLOP a forward (53% self-attention), 100 forwards; decoding a video 1,999 TFLOP\n"),
+    ],
+)  # fmt: skip
+def test_the_work_of_a_forward_and_of_decoding(told, name, forward, decode, text):
+    told = told(name)
+    assert [sum(told.forward_tflop.values()), told.decode_tflop] == pytest.approx([forward, decode], abs=0.1)
+    assert text in str(told)
 
 
 def test_float32_takes_twice_the_bytes_of_the_dit(published):
@@ -195,6 +210,8 @@ def test_an_image_model_has_its_channels_and_clip(published):
     told = report(published("Wan2.1-I2V-14B"), image=image)
     latent = 21 * 60 * 104
     assert told.activation_bytes["denoise"]["image rows and channels"] == 4 * (257 * 1280 + latent * 20)
+    self_attention, cross_attention = (told.forward_tflop[name] for name in ("self_attention", "cross_attention"))
+    assert cross_attention / self_attention == pytest.approx((512 + 257) / told.tokens)
     clip = told.parameter_bytes[0] - told.parameter_bytes[1] - (2 * 5.68 + 4 * 0.127) * GB
     assert clip == pytest.approx(4 * 0.632 * GB, rel=0.1)  # ViT-H/14 in float32
 

@@ -97,6 +97,13 @@ def rewritten(folder, target, name, **changes):
     return target
 
 
+@pytest.mark.parametrize("text", ["[]", '{"model": 3}', "{"])
+def test_a_malformed_tokenizer_is_refused_in_a_sentence(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer.json (describes no tokenizer|holds a list|is no JSON)"):
+        load_tokenizer(tmp_path)
+
+
 def test_the_pad_id_is_looked_up_and_not_assumed(folder, tmp_path):
     copy = rewritten(folder, tmp_path, "tokenizer_config.json", pad_token={"content": "<extra_id_0>", "lstrip": False})
     tokenizer = load_tokenizer(copy)
@@ -164,7 +171,7 @@ def encoder():
 def test_prompts_are_encoded_alone_and_equal_ones_once(tokenizer, encoder):
     encode, calls = encoder
     context = encode_prompts(encode, tokenizer, ["a cat", "", " a  cat\n", "the dog"])
-    assert context.shape == (4, 512, 3) and context.dtype == jnp.bfloat16
+    assert context.shape == (4, 512, 3) and context.dtype == np.float32
     assert calls == [(1, 512)] * 3
     np.testing.assert_array_equal(context[0], context[2])
     np.testing.assert_array_equal(context[3], encode_prompts(encode, tokenizer, ["the dog"])[0])

@@ -262,7 +262,7 @@ BAD = [
     ({"num_frames": 5000}, "num_frames=5000 is not 4k+1: nearest are 4997 and 5001"),
     ({"num_frames": 5001}, "5001x720x1280 is (1251, 45, 80) tokens, and the model counts to 1024"),
     ({"height": 64, "width": 160_000}, "counts to 1024"),
-    ({"fps": 0}, "fps=0 must be above 0"),
+    ({"fps": 0}, "fps=0 is outside 0.01 to 1000"),
     ({"fps": float("nan")}, "fps=nan is not finite"),
     ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0 must be a whole number from 1"),
     # texts
@@ -346,7 +346,7 @@ BAD_FOR = [
     (I2V, {"video": CLIP, "image": PHOTO}, "image and video are both given"),
     (TI2V, {"video": CLIP, "image": PHOTO}, "image and video are both given"),
     (TI2V, {"image": PHOTO, "last_image": PHOTO}, "(built like Wan2.2-TI2V-5B) takes no last image"),
-    (I2V_21, {"image": PHOTO, "last_image": PHOTO}, "takes no last image (its pos_embed_seq_len is not 514)"),
+    (I2V_21, {"image": PHOTO, "last_image": PHOTO}, "takes no last image (it has no pos_embed_seq_len)"),
     (FLF, {"image": PHOTO}, "this is a first-last-frame model (built like Wan2.1-FLF2V-14B): it needs a last image"),
     (TI2V, {"height": 48, "width": 64}, "height=48 is no multiple of 32: nearest are 32 and 64"),
     (TI2V, {"latents": floats(1, 16, 3, 4, 6), **SIZE}, "expected floats of shape (1, 48, 3, 4, 6)"),

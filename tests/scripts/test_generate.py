@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoints
 import numpy as np
 import pytest
+from oracle import relative_error
 from PIL import Image
 from published import edit, write_configs
+from runs import IMAGE, NEGATIVES, PROMPTS, run_diffusers, unit_noise
 
 from jaxwan import OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.convert.builtin import builtin_checkpoint
@@ -120,7 +123,7 @@ def test_without_any_model_a_mesh_of_four_ends_with_an_mp4_and_no_torch(tmp_path
     assert done.returncode == 0, done.stderr
     assert "a tiny built-in checkpoint with random weights, whose videos are noise" in done.stderr
     assert "no --prompt: 'a red circle" in done.stderr
-    assert "no accelerator: 4 virtual CPU devices" in done.stdout
+    assert "no accelerator: 4 virtual CPU devices" in done.stderr
     (seed,) = re.findall(r"^seed (\d+)$", done.stdout, re.MULTILINE)
     (path,) = (tmp_path / "outputs").iterdir()
     assert re.fullmatch(rf"\d{{8}}-\d{{6}}-{seed}\.mp4", path.name)
@@ -147,6 +150,31 @@ print(pipe.parts.denoiser.mesh.devices.size, len(jax.devices()))
 """
     done = python(code, tmp_path)
     assert done.stdout.split() == ["3", "8"], done.stderr
+
+
+def test_a_checkpoint_that_diffusers_saved_gives_diffusers_frames_on_four_stages(main, tmp_path):
+    folder = tmp_path / "model"
+    checkpoints.make_checkpoint(folder, "i2v-A14B")
+    size = {"height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4}
+    noise = unit_noise((1, 16, 3, 6, 4))
+    np.save(tmp_path / "noise.npy", noise)
+    IMAGE.save(tmp_path / "image.png")
+    flags = [text for key, value in size.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    status = main([
+        "--model", str(folder), "--mesh", "pp=4", "--prompt", PROMPTS[0], "--negative-prompt", NEGATIVES[0],
+        "--image", str(tmp_path / "image.png"), "--guidance-scale", "4", "--guidance-scale-2", "3", *flags,
+        "--latents", str(tmp_path / "noise.npy"), "--save-npz", str(tmp_path / "ours.npz"),
+        "--output", str(tmp_path / "video.mp4"),
+    ])  # fmt: skip
+    assert status == 0 and load_video(tmp_path / "video.mp4")[0].shape == (9, 48, 32, 3)
+    reference = checkpoints.load_reference(folder, "i2v-A14B")
+    expected = run_diffusers(
+        reference, latents=noise, prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], image=IMAGE, guidance_scale=4.0,
+        guidance_scale_2=3.0, **size,
+    )  # fmt: skip
+    with np.load(tmp_path / "ours.npz") as ours:  # the bound of a whole loop in float32
+        assert relative_error(ours["latents"], expected.latents) <= 1e-4
+        assert relative_error(ours["frames"], expected.frames) <= 1e-4
 
 
 def test_each_video_of_a_batch_is_a_file(run, model, made):
@@ -216,7 +244,7 @@ def test_every_flag_is_in_the_help(run):
         "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength "
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --mesh --dtype --vae-dtype "
-        "--output --save-npz --dry-run --device-memory"
+        "--output --save-npz --no-compilation-cache --dry-run --device-memory"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
 

@@ -1,0 +1,35 @@
+"""Compiled programs kept between runs: the first one compiles for minutes at full size, later ones read a file."""
+
+import os
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+VARIABLE = "JAXWAN_COMPILATION_CACHE"
+
+
+def keep_compiled_programs() -> Path | None:
+    """Let JAX keep what takes a second or longer to compile; the folder, or None where nothing is kept.
+
+    The folder is `jaxwan/compiled` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`), unless JAX was told
+    one already (`jax_compilation_cache_dir` or `$JAX_COMPILATION_CACHE_DIR`). With `JAXWAN_COMPILATION_CACHE=0` in the
+    environment, or without a home, JAX's settings stay as they are.
+    """
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is not None:
+        return Path(chosen)
+    folder = _folder()
+    if os.environ.get(VARIABLE) == "0" or folder is None:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    reset_cache()  # JAX asks for the folder once, when it first compiles, which may have been before
+    return folder
+
+
+def _folder() -> Path | None:
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "jaxwan" / "compiled"
+    except RuntimeError:  # no home
+        return None

@@ -1,0 +1,78 @@
+"""Compiled programs are kept for the next process, unless someone said otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxwan.convert.builtin import builtin_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
+COUNT = """
+import atexit, runpy, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[-1]))
+atexit.register(lambda: print("hits", events.count("cache_hits"), "misses", events.count("cache_misses")))
+"""
+SMALLEST = ("--prompt", "a", "--num-frames", "1", "--height", "32", "--width", "32", "--num-inference-steps", "2",
+            "--seed", "1", "--output", "a.png", "--save-npz", "a.npz")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return builtin_checkpoint(tmp_path_factory.mktemp("cache"))
+
+
+def python(code, folder, *arguments, **environment):
+    """Hits and misses (and what else was printed) of a process whose user's cache folder is in `folder`."""
+    kept = {name: value for name, value in os.environ.items() if name != "JAXWAN_COMPILATION_CACHE"}
+    environment = kept | {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu",
+                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"} | environment  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", COUNT + code, *arguments], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    return int(words[words.index("hits") + 1]), int(words[words.index("misses") + 1]), done.stderr
+
+
+def generate(folder, model, *flags, **environment):
+    code = f"sys.argv[0] = 'generate'\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    return python(code, folder, "--model", str(model), *SMALLEST, *flags, **environment)
+
+
+def test_a_second_process_compiles_nothing_large_and_makes_the_same_video(tmp_path, model):
+    hits, misses, _ = generate(tmp_path, model)
+    assert hits == 0 and misses > 0 and any((tmp_path / "cache" / "jaxwan" / "compiled").iterdir())
+    with np.load(tmp_path / "a.npz") as arrays:
+        first = arrays["frames"]
+    again, _, stderr = generate(tmp_path, model)
+    assert again > 0
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.testing.assert_array_equal(arrays["frames"], first)
+    assert "Error" not in stderr
+
+
+KEEP = """
+jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))  # JAX has compiled before
+from jaxwan.pipelines.compilation_cache import keep_compiled_programs
+print("folder", keep_compiled_programs())
+jax.block_until_ready(jax.jit(lambda x: jax.numpy.linalg.eigh(x @ x.T))(jax.numpy.ones((9, 9))))
+"""
+
+
+def test_what_is_compiled_after_the_call_is_kept_even_if_jax_was_in_use(tmp_path):
+    zero = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert python(KEEP, tmp_path, **zero)[0] == 0
+    assert python(KEEP, tmp_path, **zero)[0] > 0
+
+
+@pytest.mark.parametrize("environment", [{"JAXWAN_COMPILATION_CACHE": "0"}, {"JAX_COMPILATION_CACHE_DIR": "elsewhere"}])
+def test_the_environment_turns_it_off_or_elsewhere(tmp_path, environment):
+    python(KEEP, tmp_path, **environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
+    assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "elsewhere").exists() == ("JAX_COMPILATION_CACHE_DIR" in environment)
