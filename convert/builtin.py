@@ -132,7 +132,7 @@ def builtin_checkpoint(cache: Path | None = None) -> Path:
     cache: where it is kept; by default `jaxwan` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`).
     Raises OSError when it has to be made and cannot be written.
     """
-    cache = _cache_folder() if cache is None else cache
+    cache = cache_folder() if cache is None else cache
     target = cache / f"random-t2v-a14b-v{VERSION}"
     if target.is_dir():
         return target
@@ -150,7 +150,8 @@ def builtin_checkpoint(cache: Path | None = None) -> Path:
     return target
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """`jaxwan` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`). Raises OSError without a home."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():  # the XDG specification ignores any other
         return given / "jaxwan"

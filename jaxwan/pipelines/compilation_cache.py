@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from jaxwan.convert.builtin import cache_folder
+
 VARIABLE = "JAXWAN_COMPILATION_CACHE"
 
 
@@ -19,17 +21,12 @@ def keep_compiled_programs() -> Path | None:
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is not None:
         return Path(chosen)
-    folder = _folder()
-    if os.environ.get(VARIABLE) == "0" or folder is None:
+    if os.environ.get(VARIABLE) == "0":
+        return None
+    try:
+        folder = cache_folder() / "compiled"
+    except OSError:  # no home
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     reset_cache()  # JAX asks for the folder once, when it first compiles, which may have been before
     return folder
-
-
-def _folder() -> Path | None:
-    given = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(given) if given else Path.home() / ".cache") / "jaxwan" / "compiled"
-    except RuntimeError:  # no home
-        return None

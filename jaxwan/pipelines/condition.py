@@ -51,8 +51,11 @@ def encode_images(
     if kind is ImageInput.FIRST_FRAME:
         rows = once_each(lambda image: _first_frame(coder, pixels(image), height, width), images)
         return Conditioning(first=np.stack(rows), has_first=np.array([image is not None for image in images]))
-    rows = once_each(lambda *pair: image_channels(coder, *map(pixels, pair), num_frames), images, last_images)
-    return Conditioning(channels=np.stack(rows))
+
+    def channels(image: Any, last: Any) -> np.ndarray:
+        return image_channels(coder, 2 * resize_image(image, height, width) - 1, pixels(last), num_frames)
+
+    return Conditioning(channels=np.stack(once_each(channels, images, last_images)))
 
 
 def once_each(encode: Callable[..., np.ndarray], *columns: Sequence[Any]) -> list[np.ndarray]:

@@ -166,8 +166,9 @@ class WanPipeline:
         latents = self._checked(latents)
         x = to_internal(latents)
         count, frames, geometry = len(x), x.shape[1], self.checkpoint.geometry
+        embeds = np.asarray(prompt_embeds, np.float32)
         blank = make_job(
-            self.checkpoint, prompt_embeds=prompt_embeds, image=image, last_image=last_image, seed=0, latents=latents,
+            self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
             **dict(zip(("num_frames", "height", "width"), geometry.pixel_shape(*x.shape[1:4]), strict=True)),
         )  # fmt: skip
         size = (blank.num_frames, blank.height, blank.width)
@@ -185,7 +186,7 @@ class WanPipeline:
             guided=np.zeros(count, bool),
         )
         noise = np.zeros((count, RENOISINGS, *x.shape[1:]), np.float32)
-        loop = self.parts.denoiser.start(x, Inputs(controls, blank.prompt_embeds[:, None], *conditioning, noise))
+        loop = self.parts.denoiser.start(x, Inputs(controls, embeds[:, None], *conditioning, noise))
         loop.advance(1)
         return to_public(loop.velocity())
 

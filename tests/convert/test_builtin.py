@@ -132,7 +132,7 @@ def test_the_cache_folder_follows_the_xdg_specification(monkeypatch, value, expe
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-    assert builtin._cache_folder() == Path(expected)
+    assert builtin.cache_folder() == Path(expected)
 
 
 def test_it_is_made_without_torch_and_before_any_device_is_touched(tmp_path):

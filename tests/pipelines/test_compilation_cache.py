@@ -1,14 +1,18 @@
 """Compiled programs are kept for the next process, unless someone said otherwise."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from jaxwan.convert.builtin import builtin_checkpoint
+from jaxwan.pipelines import pipeline
+from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 COUNT = """
@@ -76,3 +80,39 @@ def test_the_environment_turns_it_off_or_elsewhere(tmp_path, environment):
     python(KEEP, tmp_path, **environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
     assert not (tmp_path / "cache").exists()
     assert (tmp_path / "elsewhere").exists() == ("JAX_COMPILATION_CACHE_DIR" in environment)
+
+
+@pytest.mark.parametrize(("flags", "times"), [([], 1), (["--no-compilation-cache"], 0)])
+def test_the_command_keeps_them_unless_told_not_to(model, monkeypatch, flags, times):
+    specification = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    calls = []
+
+    def stop(*_):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(script, "keep_compiled_programs", lambda: calls.append("kept"))
+    monkeypatch.setattr(script, "load_parts", stop)
+    assert script.main(["--model", str(model), *SMALLEST, *flags]) == 1
+    assert len(calls) == times
+
+
+def test_loading_a_pipeline_keeps_them(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pipeline, "keep_compiled_programs", lambda: calls.append("kept"))
+    with pytest.raises((ValueError, OSError)):
+        pipeline.WanPipeline.from_pretrained(tmp_path)
+    assert calls == ["kept"]
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    for name in ("JAXWAN_COMPILATION_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home"))))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert keep_compiled_programs() is None and jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
