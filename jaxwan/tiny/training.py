@@ -1,0 +1,254 @@
+"""What the trainers of the bundled model share: phases of so many steps, averaged parameters, saved states.
+
+Training can stop at any step and go on later, elsewhere: everything it needs is in `Saved`, and the random numbers of
+a step follow from the seed and the step's number. So the result depends neither on the speed of the machine nor on how
+often training was stopped.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxwan.tiny.muon import Params
+
+SAVE_MINUTES = 10.0
+
+Loss = Callable[[Params, PRNGKeyArray], Float[Array, ""]]
+Rate = Callable[[Float[Array, ""]], Float[Array, ""]]  # share of a phase that is done, 0 to 1 -> learning rate
+
+
+class TrainState(NamedTuple):
+    """What a training step changes. `average` follows `params` slowly; it is what is shipped."""
+
+    params: Params
+    average: Params
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+Step = Callable[[TrainState, PRNGKeyArray, Float[Array, ""]], tuple[TrainState, Float[Array, ""]]]
+
+
+class Phase(NamedTuple):
+    """A part of a training: so many steps (state, key, share of the phase that is done) -> (state, loss)."""
+
+    name: str
+    steps: int
+    step: Step
+
+
+class Saved(NamedTuple):
+    """A training that can go on: its state, the phase it is in, the steps done there, and what was measured so far.
+
+    seconds: that all steps took, but for those that were compiled.
+    """
+
+    state: TrainState
+    phase: int = 0
+    done: int = 0
+    seconds: float = 0.0
+    history: tuple[Mapping[str, Any], ...] = ()
+
+
+Report = Callable[[Saved], Mapping[str, Any]]
+
+
+def parameters(module: nnx.Module) -> Params:
+    """The parameters of a module by dotted path, as `convert.save` and `convert.load.fill` have them."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+
+
+def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Before the first step."""
+    return TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: Rate, *, decay: float) -> Step:
+    """A compiled training step that uses up the state it is given.
+
+    optimizer is made for a learning rate of 1; `rate` scales its updates. decay: of the average, less in the first
+    steps, so that it soon forgets where the parameters started.
+    """
+
+    def step(state: TrainState, key: PRNGKeyArray, done: Float[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
+        value, grads = jax.value_and_grad(loss)(state.params, jax.random.fold_in(key, state.step))
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate(done) * u, updates))
+        keep = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, state.average, params)
+        return TrainState(params, average, moments, state.step + 1), value
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def run(
+    phases: Sequence[Phase],
+    saved: Saved,
+    saver: "Saver",
+    *,
+    minutes: float | None = None,
+    seed: int = 0,
+    report: Report | None = None,
+    report_minutes: float = 2.0,
+) -> tuple[Saved, bool]:
+    """Train from where `saved` stands; returns the new state and whether all phases are done.
+
+    Ends early after `minutes`, or after the step in which SIGTERM or Ctrl-C comes. Saves every 10 minutes and at the
+    end. report: measures something every `report_minutes` and after each phase; it goes to the history and the screen.
+    Raises FloatingPointError when the loss is not finite; the last saved state stays.
+    """
+    total, to_report, to_save = _Timer(minutes), _Timer(report_minutes), _Timer(SAVE_MINUTES)
+
+    def after_step(saved: Saved, entry: dict[str, Any], is_last: bool) -> Saved:
+        if report is not None and (is_last or to_report.is_due()):
+            saved = saved._replace(history=(*saved.history, {**entry, **report(saved)}))
+            _print(saved.history[-1])
+            to_report.restart()
+        if to_save.is_due():
+            saver.save(saved)
+            to_save.restart()
+        return saved
+
+    with _stop_signals() as asked, saver:
+        while saved.phase < len(phases):
+            phase = phases[saved.phase]
+            saved = _run_phase(phase, saved, jax.random.key(seed), after_step, lambda: bool(asked) or total.is_due())
+            if saved.done < phase.steps:
+                break
+            saved = saved._replace(phase=saved.phase + 1, done=0)
+        saver.save(saved)
+    return saved, saved.phase == len(phases)
+
+
+def _run_phase(
+    phase: Phase,
+    saved: Saved,
+    key: PRNGKeyArray,
+    after_step: Callable[[Saved, dict[str, Any], bool], Saved],
+    is_over: Callable[[], bool],
+) -> Saved:
+    smooth, is_compiled = None, False
+    with _bar(phase, saved.done) as bar:
+        while saved.done < phase.steps and not is_over():
+            before = time.monotonic()
+            state, loss = phase.step(saved.state, key, jnp.float32(saved.done / phase.steps))
+            value, step = float(loss), int(state.step)
+            if not np.isfinite(value):
+                raise FloatingPointError(f"the loss of step {step} is {value}; the state saved before it stays")
+            seconds = saved.seconds + is_compiled * (time.monotonic() - before)
+            saved = saved._replace(state=state, done=saved.done + 1, seconds=seconds)
+            smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+            bar.update()
+            entry = {"phase": phase.name, "step": step, "minutes": round(seconds / 60, 1), "loss": round(smooth, 4)}
+            saved, is_compiled = after_step(saved, entry, saved.done == phase.steps), True
+    return saved
+
+
+class _Timer:
+    """Due once so many minutes have gone since it was made or restarted; None is never."""
+
+    def __init__(self, minutes: float | None):
+        self.minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self.begin = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.begin >= 60 * self.minutes
+
+
+def _print(entry: Mapping[str, Any]) -> None:
+    from tqdm import tqdm
+
+    tqdm.write("  ".join(f"{name} {value}" for name, value in entry.items()), file=sys.stderr)
+
+
+def _bar(phase: Phase, done: int):
+    from tqdm import tqdm
+
+    often = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file keeps every line
+    return tqdm(desc=phase.name, initial=done, total=phase.steps, mininterval=often, maxinterval=2 * often)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals that asked to stop while the block runs; a second one acts as usual."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+class Saver:
+    """Keeps the latest two states of one training in a folder, by Orbax; a context that is closed once."""
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp
+
+        self.folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def save(self, saved: Saved) -> None:
+        """Write a state, whole or not at all; a step that is there already is left as it is."""
+        import orbax.checkpoint as ocp
+
+        step = int(saved.state.step)
+        if step == self._manager.latest_step():
+            return
+        progress = saved._asdict() | {"state": None}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(saved.state), progress=ocp.args.JsonSave(progress))
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> Saved | None:
+        """The latest state, None when there is none. like: a state, or an abstract one, of the same shapes."""
+        import orbax.checkpoint as ocp
+
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        progress = found["progress"]
+        return Saved(**progress | {"state": found["state"], "history": tuple(progress["history"])})
+
+
+def _here() -> jax.sharding.SingleDeviceSharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def state_folder() -> Path:
+    """Where states are kept unless told otherwise: the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`)."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = given if given.is_absolute() else Path.home() / ".cache"
+    return cache / "jaxwan" / "train_tiny"
