@@ -85,11 +85,6 @@ class TensorFiles:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.paths)
 
-    @property
-    def largest_file(self) -> int:
-        """Bytes of the largest file."""
-        return max(path.stat().st_size for path in self.paths)
-
 
 def _shards(index: Path) -> list[str]:
     """The file names in an index of shards."""
