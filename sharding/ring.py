@@ -87,7 +87,7 @@ class RingState(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What the ring does to a micro-batch, as pure functions of this device's weights and the replicated inputs."""
+    """What the ring does to a micro-batch, as pure functions of this device's share of weights and inputs."""
 
     enter: Callable[[Any, Any, Any, Slot], Any]  # (weights, inputs, carry, slot) -> hidden
     layers: Callable[[Any, Any, Any, Slot], Any]  # (weights, inputs, hidden, slot) -> hidden
@@ -104,12 +104,14 @@ def slot_at(plan: RingPlan, turns: Turns, u: Int[Array, ""]) -> Slot:
     return Slot(request, microbatch % plan.branches, step, active)
 
 
-def make_ring(mesh: Mesh, plan: RingPlan, stage: Stage, weight_specs: PyTree) -> Callable[..., RingState]:
+def make_ring(
+    mesh: Mesh, plan: RingPlan, stage: Stage, weight_specs: PyTree, input_specs: PyTree
+) -> Callable[..., RingState]:
     """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
 
-    `ticks` is traced: one executable serves every segment length. weight_specs: PartitionSpecs of `weights`; inputs
-    and turns are replicated. Idle positions compute on garbage that is never retired: leaving the work out would make
-    control flow differ between devices, which deadlocks collectives.
+    `ticks` is traced: one executable serves every segment length. weight_specs, input_specs: PartitionSpecs of
+    `weights` and `inputs`; turns are replicated. Idle positions compute on garbage that is never retired: leaving the
+    work out would make control flow differ between devices, which deadlocks collectives.
     """
     staged, replicated = spec(mesh, "pp"), PartitionSpec()
 
@@ -134,7 +136,7 @@ def make_ring(mesh: Mesh, plan: RingPlan, stage: Stage, weight_specs: PyTree) ->
 
     state_specs = RingState(replicated, staged, staged)
     sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(weight_specs, replicated, replicated, state_specs, replicated),
+        run, mesh=mesh, in_specs=(weight_specs, input_specs, replicated, state_specs, replicated),
         out_specs=state_specs, check_vma=_check_types(mesh),
     )  # fmt: skip
     out = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))

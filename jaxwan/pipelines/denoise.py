@@ -6,13 +6,14 @@ One executable serves all requests of a shape: solvers, step counts, guidance, e
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,12 +21,15 @@ from jaxwan.config import TransformerConfig
 from jaxwan.convert.diffusers import TRANSFORMER
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import Progress, fill, flat_shapes, load_arrays, prove
-from jaxwan.models.transformer import WanTransformer
+from jaxwan.flops import text_flops, transformer_flops
+from jaxwan.models.transformer import Context, KeysValues, WanTransformer
+from jaxwan.pipelines.prompt import FOLDED_ROWS, count_rows, folds_texts, log_counts
 from jaxwan.schedulers.table import SamplerState, Table, init_state, step, table_row
 from jaxwan.sharding.mesh import sharding, spec
 from jaxwan.sharding.ring import RingPlan, RingState, Slot, Stage, Turns, make_ring
 
 RENOISINGS = 8  # noise rows of a request: `renoise` takes at most nine steps, and the last needs none
+WORTH_CARRYING = 0.02  # of a forward's FLOPs
 
 
 class Controls(NamedTuple):
@@ -39,7 +43,10 @@ class Controls(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Everything the loop reads and never changes, replicated over the mesh."""
+    """Everything the loop reads and never changes, replicated over the mesh but for `carried`.
+
+    The last two are made by `Denoiser.start`, where it pays.
+    """
 
     controls: Controls
     text: Float[Array, "r g l c"]  # G = 2: cond, uncond
@@ -48,6 +55,8 @@ class Inputs(NamedTuple):
     first: Float[Array, "r 1 h w z"] | None  # first latent frame (TI2V)
     has_first: Bool[np.ndarray, " r"] | None  # whether the request has one; otherwise `first` is not looked at
     noise: Float[Array, "r 8 t h w z"]  # fresh noise of `renoise`, zeros elsewhere
+    text_rows: Int[np.ndarray, "r g"] | None = None  # rows of each text up to those that are alike, for folding
+    carried: KeysValues | None = None  # `[E, layers, R G, L, D]`: what the layers make of `text`, over pp as they are
 
 
 class Carry(NamedTuple):
@@ -135,10 +144,16 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
     def layers(weights: Weights, inputs: Inputs, hidden: Array, slot: Slot) -> Array:
         dit, expert, timesteps = model(weights, inputs, slot)
         own = jax.tree.leaves(weights.blocks)[0].shape[1]
+        rows, text_rows = expert * own + jnp.arange(own), None
         _, modulation = dit.embed_time(timesteps)
         text = inputs.text[slot.request, slot.branch][None]
         context = dit.embed_context(text, None if inputs.image is None else inputs.image[slot.request][None])
-        return dit.run_blocks(hidden, expert * own + jnp.arange(own), context, modulation, grid)
+        if inputs.carried is not None:  # the compiler then drops the embedding of the text
+            context = context._replace(text=jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), inputs.carried))
+            text_rows = rows * plan.microbatches + slot.request * plan.branches + slot.branch
+        if inputs.text_rows is not None:
+            context = fold_text(context, inputs.text_rows[slot.request, slot.branch], text.shape[1])
+        return dit.run_blocks(hidden, rows, context, modulation, grid, text_rows)
 
     def retire(weights: Weights, inputs: Inputs, carry: Carry, hidden: Array, slot: Slot) -> Carry:
         dit, _, timesteps = model(weights, inputs, slot)
@@ -158,6 +173,15 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
         )
 
     return Stage(enter, layers, retire)
+
+
+def fold_text(context: Context, rows: Int[Array, ""], length: int) -> Context:
+    """The context of one text of `length` rows, those behind the first `rows` being alike, which counts them by one.
+
+    Both ways to attend are in the program, and each text takes its own: what rides beside it changes no bit.
+    """
+    counts = log_counts(jnp.arange(FOLDED_ROWS)[None] < rows, length)
+    return context._replace(log_counts=counts, folded=rows < FOLDED_ROWS)
 
 
 def guide(cond: Array, uncond: Array, guidance_scale: Array) -> Array:
@@ -188,9 +212,18 @@ class Denoiser:
         begin, run = self._program(plan, latents.shape)
         steps = np.asarray(inputs.controls.table.num_steps, np.int32)
         everywhere = sharding(self.mesh)
-        placed = jax.device_put((to_float32(inputs), Turns(np.zeros_like(steps), steps)), everywhere)
+        if folds_texts(self.cfg):
+            inputs = inputs._replace(text_rows=count_rows(np.asarray(inputs.text)))
+        turns = Turns(np.zeros_like(steps), steps)
+        inputs, turns = jax.device_put((to_float32(inputs), turns), everywhere)
+        if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
+            inputs = inputs._replace(carried=self._carry_text(self.weights, inputs.text))
         state = begin(jax.device_put(latents, everywhere))
-        return Loop(plan, steps, lambda s, ticks: run(self.weights, *placed, s, ticks), state)
+        return Loop(plan, steps, lambda s, ticks: run(self.weights, inputs, turns, s, ticks), state)
+
+    @cached_property
+    def _carry_text(self) -> Callable[[Weights, Array], KeysValues]:
+        return make_text_program(self.cfg, self.mesh, self.dtype)
 
     def _program(self, plan: RingPlan, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
         key = plan, shape
@@ -205,18 +238,42 @@ def make_program(
     """(begin, run): latents `[R, T, H, W, Z]` of `shape` to the ring's first state, and the ring itself."""
     graph, _ = abstract_weights(cfg, 1, plan.stages, dtype)
     specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
-    tokens = int(np.prod(shape[1:4])) // int(np.prod(cfg.patch_size))
+    input_specs = Inputs(*[PartitionSpec()] * len(Inputs._fields))._replace(carried=specs.blocks)
 
     def begin(latents):
         rows = jnp.broadcast_to(latents, (plan.stages, *latents.shape))
-        hidden = jnp.zeros((plan.stages, 1, tokens, cfg.dim), dtype)
+        hidden = jnp.zeros((plan.stages, 1, num_tokens(cfg, shape), cfg.dim), dtype)
         return RingState(jnp.int32(0), hidden, Carry(init_state(rows), jnp.zeros_like(rows)))
 
     position = sharding(mesh, "pp")
     out = RingState(sharding(mesh), position, Carry(SamplerState(*[position] * 5), position))
-    return jax.jit(begin, out_shardings=out), make_ring(
-        mesh, plan, make_stage(cfg, graph, plan, (shape[1], shape[2], shape[3])), specs
-    )
+    stage = make_stage(cfg, graph, plan, (shape[1], shape[2], shape[3]))
+    return jax.jit(begin, out_shardings=out), make_ring(mesh, plan, stage, specs, input_specs)
+
+
+def carries_text(cfg: TransformerConfig, tokens: int) -> bool:
+    """Whether the layers' keys and values of the text are made once a request and kept.
+
+    Only where making them in every step would be WORTH_CARRYING; elsewhere they would cost memory for nothing.
+    """
+    return text_flops(cfg) >= WORTH_CARRYING * transformer_flops(cfg, tokens).total
+
+
+def make_text_program(cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike) -> Callable[[Weights, Array], KeysValues]:
+    """(weights, text `[R, G, L, C]`) -> `Inputs.carried`, each layer's made where its weights are."""
+    graph, _ = abstract_weights(cfg, 1, mesh.shape["pp"], dtype)
+    specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
+
+    def run(weights: Weights, text: Array) -> KeysValues:
+        texts = text.reshape(-1, *text.shape[2:])
+        return jax.lax.map(lambda expert: nnx.merge(graph, *expert).carry_text(texts), weights)
+
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, PartitionSpec()), out_specs=specs.blocks))
+
+
+def num_tokens(cfg: TransformerConfig, shape: tuple[int, ...]) -> int:
+    """Tokens of latents `[R, T, H, W, Z]`."""
+    return int(np.prod(shape[1:4])) // int(np.prod(cfg.patch_size))
 
 
 class Loop:

@@ -50,6 +50,20 @@ def test_chunks_of_any_size_equal_the_reference(monkeypatch, shape, logits_bytes
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (out, attend(*inputs))), rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("logits_bytes", [1 << 28, 1])
+def test_the_logarithm_of_a_count_makes_a_key_so_many_equal_ones(monkeypatch, logits_bytes):
+    monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
+    counts = np.array([[1, 1, 502, 0, 0], [7, 0, 1, 449, 2]])  # -inf: not looked at
+    q, k, v = arrays(2, 37, 5, 3, 10)
+    with np.errstate(divide="ignore"):
+        bias = jnp.asarray(np.log(counts), jnp.float32)
+    out = jax.jit(lambda *x: attention(*x[:3], bias=x[3]))(q, k, v, bias)
+    for i, count in enumerate(counts):
+        repeated = (np.repeat(np.asarray(x)[i : i + 1], count, axis=1) for x in (k, v))
+        # float32's own; the logarithm's rounding, of 6, is 3e-7 of a count
+        assert relative_error(out[i : i + 1], plain(q[i : i + 1], *repeated)) < 1.5e-6
+
+
 @pytest.mark.parametrize(
     ("batch", "queries", "keys", "heads", "chunk"),
     [
@@ -91,6 +105,11 @@ def test_a_name_never_falls_back():
     inputs = arrays(1, 9, 9, 2, 8)
     with pytest.raises(ValueError, match="implementation='flash' is unknown: choose one of cudnn, xla"):
         attention(*inputs, implementation="flash")
+
+
+def test_a_bias_is_refused_where_it_is_not_taken():
+    with pytest.raises(ValueError, match="implementation='cudnn' takes no bias here: leave it out, or choose 'xla'"):
+        attention(*arrays(1, 9, 9, 2, 8, jnp.bfloat16), bias=jnp.zeros((1, 9)), implementation="cudnn")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is there")

@@ -147,8 +147,15 @@ class Toy(NamedTuple):
     steps: Array  # [R]
 
 
+class Given(NamedTuple):
+    """What the toy's loop reads: something of each micro-batch, and the layers' biases, staged as the weights are."""
+
+    texts: Array  # [R, G, K]
+    biases: Array  # [layers, K]
+
+
 def enter_toy(weights, inputs, carry, slot):
-    return carry.x[slot.request] * 3 + inputs[slot.request, slot.branch] * (slot.step + 1)
+    return carry.x[slot.request] * 3 + inputs.texts[slot.request, slot.branch] * (slot.step + 1)
 
 
 def toy_layer(hidden, layer):
@@ -158,7 +165,7 @@ def toy_layer(hidden, layer):
 
 
 def run_toy_layers(weights, inputs, hidden, slot):
-    return jax.lax.scan(lambda h, layer: (toy_layer(h, layer), None), hidden, weights)[0]
+    return jax.lax.scan(lambda h, layer: (toy_layer(h, layer), None), hidden, (weights, inputs.biases))[0]
 
 
 def retire_toy(branches):
@@ -171,13 +178,13 @@ def retire_toy(branches):
     return retire
 
 
-def plain_loop(layers, inputs, x, steps, branches):
+def plain_loop(layers, texts, x, steps, branches):
     """Each request alone, step by step, layer by layer, in NumPy."""
     for r, count in enumerate(steps):
         for step in range(count):
             outs = []
             for branch in range(branches):
-                hidden = x[r] * 3 + inputs[r, branch] * (step + 1)
+                hidden = x[r] * 3 + texts[r, branch] * (step + 1)
                 for layer in zip(*layers, strict=True):
                     hidden = toy_layer(hidden, layer)
                 outs.append(hidden)
@@ -193,18 +200,18 @@ class Problem:
     def __init__(self, stages, branches):
         rng = np.random.default_rng(0)
         self.branches, self.plan = branches, RingPlan(stages, len(self.steps), branches)
-        self.weights = [rng.integers(-9, 9, (self.layers, self.width), np.int32) for _ in range(2)]
-        self.inputs = rng.integers(-9, 9, (3, branches, self.width), np.int32)
+        self.weights, biases = (rng.integers(-9, 9, (self.layers, self.width), np.int32) for _ in range(2))
+        self.inputs = Given(rng.integers(-9, 9, (3, branches, self.width), np.int32), biases)
         self.x = rng.integers(-9, 9, (3, self.width), np.int32)
         self.mesh = make_mesh(MeshSpec(pp=stages))
-        staged = spec(self.mesh, "pp")
+        staged, everywhere = spec(self.mesh, "pp"), spec(self.mesh)
         stage = Stage(enter_toy, run_toy_layers, retire_toy(branches))
-        self.run = make_ring(self.mesh, self.plan, stage, [staged, staged])
+        self.run = make_ring(self.mesh, self.plan, stage, staged, Given(everywhere, staged))
         short = -self.layers % stages  # padding layers, of zeros
-        padded = [np.pad(w, ((0, short), (0, 0))) for w in self.weights]
+        scales, biases = (np.pad(w, ((0, short), (0, 0))) for w in (self.weights, biases))
         self.placed = (
-            jax.device_put(padded, sharding(self.mesh, "pp")),
-            jax.device_put(self.inputs, sharding(self.mesh)),
+            jax.device_put(scales, sharding(self.mesh, "pp")),
+            jax.device_put(Given(self.inputs.texts, biases), Given(sharding(self.mesh), sharding(self.mesh, "pp"))),
             jax.device_put(Turns(np.int32(self.start), np.int32(self.steps)), sharding(self.mesh)),
         )
 
@@ -240,7 +247,8 @@ def truth(state):
 def test_the_ring_equals_a_plain_loop_bit_for_bit(stages, branches):
     problem = Problem(stages, branches)
     done = truth(problem.segments(problem.total))
-    expected = plain_loop(problem.weights, problem.inputs, problem.x.copy(), problem.steps, branches)
+    layers = problem.weights, problem.inputs.biases
+    expected = plain_loop(layers, problem.inputs.texts, problem.x.copy(), problem.steps, branches)
     np.testing.assert_array_equal(done.x, expected)
     assert done.steps.tolist() == problem.steps
     # ticks beyond the end change nothing
