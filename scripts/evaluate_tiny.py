@@ -2,10 +2,12 @@
 
     python scripts/evaluate_tiny.py
     python scripts/evaluate_tiny.py --captions 100 --guidance-scale 6 --output outputs/guidance-6
+    python scripts/evaluate_tiny.py --sweep --captions 100     # guidance, steps and samplers, one at a time
 
 It generates captions of one coloured shape, half of them with pairs of attributes that training never saw, reads
 colour, shape, motion and background off the frames, and writes results.json, results.md and contact_sheet.png.
-The settings are the checkpoint's unless given. First it checks the reader on clips whose truth is known.
+The settings are the checkpoint's unless given. First it checks the reader on clips whose truth is known. A sweep
+changes one setting at a time and writes sweep.json and sweep.md.
 """
 
 import argparse
@@ -37,6 +39,11 @@ from jaxwan.tiny.scoring import (
 )
 
 SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "sampler", "flow_shift")
+SWEEP: dict[str, tuple[Any, ...]] = {
+    "guidance_scale": (1.0, 2.0, 4.0, 7.0),
+    "num_inference_steps": (4, 8, 12, 40),
+    "sampler": ("euler", "dpm++2m"),
+}
 STRIP = 5  # frames a clip on the contact sheet
 GREEN, RED = (0, 150, 60), (210, 30, 30)
 
@@ -67,6 +74,9 @@ def evaluate(args: argparse.Namespace) -> None:
         checks["reconstructed"] = check_reader(200, RECONSTRUCTED, through=lambda clip: reconstruct(pipe, clip))
         print("reader on clips through the VAE:", _line(checks["reconstructed"]))
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if args.sweep:
+        sweep(pipe, cases, args.batch, settings, folder)
+        return
     clips = generate(pipe, cases, args.batch, settings)
     readings = [read(clip) for clip in clips]
     results = {
@@ -82,6 +92,20 @@ def evaluate(args: argparse.Namespace) -> None:
     shown = slice(0, args.sheet)
     save_image(contact_sheet(clips[shown], cases[shown], readings[shown]), folder / "contact_sheet.png")
     print(f"written to {folder}: results.json, results.md, contact_sheet.png")
+
+
+def sweep(pipe: Any, cases: Sequence[Case], batch: int, settings: dict[str, Any], folder: Path) -> None:
+    """Score the settings, then every cell of SWEEP in their place; the files are whole after every cell."""
+    cells = [{}] + [{name: value} for name, values in SWEEP.items() for value in values]
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        clips = generate(pipe, cases, batch, settings | cell)
+        rows.append({"settings": settings | cell, "score": score(cases, [read(clip) for clip in clips])["all"]})
+        lines = [f"| settings | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+        lines += [f"| {_said(row['settings'])} | {' | '.join(map(str, row['score'].values()))} |" for row in rows]
+        (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "sweep.json").write_text(json.dumps([_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        print(lines[-1])
 
 
 def generate(pipe: Any, cases: Sequence[Case], batch: int, settings: dict[str, Any]) -> list[np.ndarray]:
@@ -111,8 +135,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     rows = [(f"{part} ({shares['colour'].total})", shares) for part, shares in score.items()]
     rows += [("control: captions that differ in all four", controls["all differ"])]
     rows += [("control: random captions", controls["random"]), ("expected of random captions", controls["expected"])]
-    settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items()) or "the checkpoint's"
-    lines = [f"Model: {results['model']}. Settings: {settings}.", ""]
+    lines = [f"Model: {results['model']}. Settings: {_said(results['settings'])}.", ""]
     lines += [f"| captions | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     lines += [f"| {name} | {' | '.join(_cell(shares[column]) for column in COLUMNS)} |" for name, shares in rows]
     lines += ["", *(f"Reader on {kind} clips: {_line(shares)}." for kind, shares in results["reader"].items())]
@@ -156,6 +179,10 @@ def contact_sheet(clips: Sequence[np.ndarray], cases: Sequence[Case], readings: 
     return np.asarray(page)
 
 
+def _said(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "the checkpoint's"
+
+
 def _cell(value: Share | float) -> str:
     return str(value) if isinstance(value, Share) else f"{100 * value:.1f} %"
 
@@ -187,6 +214,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sheet", type=int, default=48, help="clips on the contact sheet; default %(default)s")
     parser.add_argument("--check-reader", action="store_true",
                         help="check the reader on 1000 clips, and on 200 that went through the VAE")  # fmt: skip
+    parser.add_argument("--sweep", action="store_true", help="one setting at a time: guidance, steps, samplers")
     parser.add_argument("--output", metavar="DIR", default="outputs/evaluation", help="folder; default %(default)s")
     return parser.parse_args(argv)
 

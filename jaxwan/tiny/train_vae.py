@@ -221,7 +221,7 @@ def _make_phase(plan: Plan, steps: int, cfg: VAEConfig, optimizer: optax.Gradien
     def rate(done: Float[Array, ""]) -> Float[Array, ""]:
         return plan.first_rate + done * (plan.last_rate - plan.first_rate)
 
-    return Phase(plan.name, steps, make_step(loss, optimizer, rate, decay=AVERAGE))
+    return Phase(plan.name, steps, make_step(loss, optimizer, rate, steps=steps, decay=AVERAGE))
 
 
 def make_optimizer() -> optax.GradientTransformation:

@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxwan.convert.load import fill, flat_shapes
 from jaxwan.tiny.muon import Params
 
 SAVE_MINUTES = 10.0
 
-Loss = Callable[[Params, PRNGKeyArray], Float[Array, ""]]
+Loss = Callable[..., Float[Array, ""]]  # (parameters, key, data of this step) -> loss
 Rate = Callable[[Float[Array, ""]], Float[Array, ""]]  # share of a phase that is done, 0 to 1 -> learning rate
 
 
@@ -38,11 +40,11 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
-Step = Callable[[TrainState, PRNGKeyArray, Float[Array, ""]], tuple[TrainState, Float[Array, ""]]]
+Step = Callable[[TrainState, PRNGKeyArray, int], tuple[TrainState, Float[Array, ""]]]
 
 
 class Phase(NamedTuple):
-    """A part of a training: so many steps (state, key, share of the phase that is done) -> (state, loss)."""
+    """A part of a training: so many steps (state, key, steps of the phase that are done) -> (state, loss)."""
 
     name: str
     steps: int
@@ -71,23 +73,34 @@ def parameters(module: nnx.Module) -> Params:
     return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
 
 
+def module_with(make: Callable[..., nnx.Module], params: Params, dtype: DTypeLike = jnp.float32) -> Any:
+    """The module that `make` builds for `dtype`, with these parameters cast to what it holds."""
+    module = nnx.eval_shape(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
+    shapes = flat_shapes(nnx.state(module))
+    nnx.update(module, fill(nnx.state(module), {path: params[path].astype(s.dtype) for path, s in shapes.items()}))
+    return module
+
+
 def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Before the first step."""
     return TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: Rate, *, decay: float) -> Step:
-    """A compiled training step that uses up the state it is given.
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: Rate, *, steps: int, decay: float) -> Callable:
+    """A compiled training step (state, key, steps done, data) of a phase of `steps`; it uses up its state.
 
-    optimizer is made for a learning rate of 1; `rate` scales its updates. decay: of the average, less in the first
-    steps, so that it soon forgets where the parameters started.
+    optimizer is made for a learning rate of 1; `rate` scales its updates. decay: of the average, less in a phase's
+    first steps, so that it soon forgets where the phase started.
     """
 
-    def step(state: TrainState, key: PRNGKeyArray, done: Float[Array, ""]) -> tuple[TrainState, Float[Array, ""]]:
-        value, grads = jax.value_and_grad(loss)(state.params, jax.random.fold_in(key, state.step))
+    def step(
+        state: TrainState, key: PRNGKeyArray, done: Int[Array, ""], *data: Any
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        value, grads = jax.value_and_grad(loss)(state.params, jax.random.fold_in(key, state.step), *data)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate(done) * u, updates))
-        keep = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        now = rate(done / steps)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: now * u, updates))
+        keep = jnp.minimum(decay, (1 + done) / (10 + done))
         average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, state.average, params)
         return TrainState(params, average, moments, state.step + 1), value
 
@@ -144,7 +157,7 @@ def _run_phase(
     with _bar(phase, saved.done) as bar:
         while saved.done < phase.steps and not is_over():
             before = time.monotonic()
-            state, loss = phase.step(saved.state, key, jnp.float32(saved.done / phase.steps))
+            state, loss = phase.step(saved.state, key, saved.done)
             value, step = float(loss), int(state.step)
             if not np.isfinite(value):
                 raise FloatingPointError(f"the loss of step {step} is {value}; the state saved before it stays")
@@ -241,6 +254,13 @@ class Saver:
         found = self._manager.restore(step, args=items)
         progress = found["progress"]
         return Saved(**progress | {"state": found["state"], "history": tuple(progress["history"])})
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the latest state that a `Saver` has kept in `folder`, None when there is none."""
+    from orbax.checkpoint.utils import checkpoint_steps
+
+    return max(checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
 
 def _here() -> jax.sharding.SingleDeviceSharding:

@@ -129,6 +129,18 @@ def test_the_script_writes_table_numbers_and_contact_sheet(script, painter, tmp_
     assert bars == [script.RED if i % 3 == 2 else script.GREEN for i in range(5)]
 
 
+def test_a_sweep_scores_one_setting_at_a_time(script, painter, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SWEEP", {"guidance_scale": (1.0, 7.0), "sampler": ("euler",)})
+    flags = ["--captions", "8", "--batch", "8", "--num-inference-steps", "6", "--sweep"]
+    assert script.main([*flags, "--output", str(tmp_path)]) == 0
+    changed = [{}, {"guidance_scale": 1.0}, {"guidance_scale": 7.0}, {"sampler": "euler"}]
+    assert [settings for _, settings in painter.calls] == [{"num_inference_steps": 6} | cell for cell in changed]
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["settings"] for row in rows] == [settings for _, settings in painter.calls]
+    assert all(row["score"]["all four"]["right"] == 6 for row in rows)  # seeds 2 and 5 show another clip
+    assert len((tmp_path / "sweep.md").read_text().splitlines()) == 2 + 4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -63,3 +63,16 @@ def test_rows_without_a_gradient_stay():
     grads = {"kernel": numbers(SHAPES, 0)["wide"].reshape(5, 4, 5)[:3].at[:2].set(0)}
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     assert not updates["kernel"][:2].any() and updates["kernel"][2].all()
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 16), (16, 64)], ids=["long", "square", "wide"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_of_low_rank_moves_matrices_as_far_as_it_may(shape, dtype):
+    """As the first gradients are that come through layers which start at zero: their rounding must not grow."""
+    rng = np.random.default_rng(0)
+    grads = {"kernel": jnp.asarray(rng.normal(size=(shape[0], 2)) @ rng.normal(size=(2, shape[1])), jnp.float32)}
+    optimizer = muon(lambda path: 0, scale=lambda i, o: 1.0, dtype=dtype)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(grads), grads)
+    values = np.linalg.svd(np.asarray(updates["kernel"]), compute_uv=False)
+    assert 0.6 < values[1] <= values[0] < 1.25  # where five rounds take any singular value
+    assert values[2] < 0.01

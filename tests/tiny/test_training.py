@@ -10,9 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxwan.tiny import training
-from jaxwan.tiny.training import Phase, Saved, Saver, make_step, run, start
+from jaxwan.tiny.training import (
+    Phase,
+    Saved,
+    Saver,
+    latest_step,
+    make_step,
+    module_with,
+    parameters,
+    run,
+    start,
+)
 
 pytestmark = pytest.mark.slow  # trains, if little
 
@@ -30,14 +41,14 @@ def loss(params, key):
 
 
 @cache
-def compiled_step(rate):
-    step = make_step(loss, OPTIMIZER, lambda done: rate * (1 - done), decay=0.9)
-    step(begun(), jax.random.key(0), jnp.float32(0))  # compiles it
+def compiled_step(rate, steps=40):
+    step = make_step(loss, OPTIMIZER, lambda done: rate * (1 - done), steps=steps, decay=0.9)
+    step(begun(), jax.random.key(0), 0)  # compiles it
     return step
 
 
 def make_phases(steps=40, count=1, after=lambda state: None, rate=0.1):
-    step = compiled_step(rate)
+    step = compiled_step(rate, steps)
 
     def watched_step(state, key, done):
         state, value = step(state, key, done)
@@ -68,17 +79,29 @@ def test_phases_follow_each_other_and_reach_the_target(tmp_path):
     assert [(s.phase, s.done) for s in seen] == [(0, 40), (1, 40)]
 
 
-def test_the_average_is_of_the_latest_steps():
+def test_the_average_is_of_the_latest_steps_and_warms_up_anew_in_each_phase():
     step = compiled_step(0.1)
-    state, kept = begun(), []
-    for _ in range(30):
-        state, _ = step(state, jax.random.key(0), jnp.float32(0))
-        kept.append(float(state.params["x"][0]))
-    average = 0.0
-    for i, x in enumerate(kept):
-        share = min(0.9, (1 + i) / (10 + i))
-        average = share * average + (1 - share) * x
-    assert float(state.average["x"][0]) == pytest.approx(average, rel=1e-5)
+    state, average = begun(), 0.0
+    for done in (*range(30), *range(30)):
+        state, _ = step(state, jax.random.key(0), done)
+        share = min(0.9, (1 + done) / (10 + done))
+        average = share * average + (1 - share) * float(state.params["x"][0])
+        assert float(state.average["x"][0]) == pytest.approx(average, rel=1e-5)
+
+
+def test_the_rate_follows_the_share_of_the_phase_that_is_done():
+    step = make_step(lambda p, key: p["x"].sum(), optax.sgd(1.0), lambda done: 8 * done, steps=16, decay=0.9)
+    state, seen = start({"x": jnp.zeros(2)}, optax.sgd(1.0)), [0.0]
+    for done in (0, 2, 8):
+        state, _ = step(state, jax.random.key(0), done)
+        seen.append(float(state.params["x"][0]))
+    assert [a - b for a, b in zip(seen, seen[1:], strict=False)] == [0, 1, 4]
+
+
+def test_a_step_is_given_its_data():
+    step = make_step(lambda p, key, x: (p["x"] * x).sum(), optax.sgd(1.0), lambda done: 1.0, steps=1, decay=0.9)
+    state, value = step(start({"x": jnp.ones(2)}, optax.sgd(1.0)), jax.random.key(0), 0, jnp.array([3.0, 5.0]))
+    assert value == 8 and state.params["x"].tolist() == [-2, -4]
 
 
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path):
@@ -95,7 +118,32 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path):
 
 
 def test_no_saved_training_is_none(tmp_path):
+    assert latest_step(tmp_path / "none") is None
     assert Saver(tmp_path / "none").restore(begun()) is None
+    assert latest_step(tmp_path / "none") is None
+
+
+def test_the_latest_state_is_told_by_its_step(tmp_path):
+    with Saver(tmp_path) as saver:
+        for step in (5, 12):
+            saver.save(Saved(begun()._replace(step=jnp.int32(step))))
+    assert latest_step(tmp_path) == 12
+
+
+class Two(nnx.Module):
+    """What a module looks like whose parts are kept in other precisions."""
+
+    def __init__(self, *, dtype, rngs):
+        self.small = nnx.Param(jax.random.normal(rngs.params(), (3,), dtype))
+        self.exact = nnx.Param(jnp.zeros(2, jnp.float32))
+
+
+def test_a_module_is_filled_with_parameters_in_the_precision_it_wants():
+    params = {"small": jnp.array([1 + 2**-12, 2.0, 3.0]), "exact": jnp.array([1 + 2**-12, 5.0])}
+    made = module_with(Two, params, jnp.bfloat16)
+    assert made.small[...].dtype == jnp.bfloat16 and made.small[...].tolist() == [1, 2, 3]
+    assert jnp.array_equal(made.exact[...], params["exact"])
+    assert same(parameters(module_with(Two, params)), params)
 
 
 def test_it_stops_after_its_minutes(tmp_path):
@@ -136,12 +184,14 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_not_saved(tmp_path):
 
 def test_a_step_draws_by_its_number():
     """So that a training that went on elsewhere sees the data that it would have seen."""
-    step = make_step(lambda p, key: jax.random.uniform(key) + 0 * p["x"].sum(), OPTIMIZER, lambda done: done, decay=0.9)
+    step = make_step(
+        lambda p, key: jax.random.uniform(key) + 0 * p["x"].sum(), OPTIMIZER, lambda done: done, steps=3, decay=0.9
+    )
     losses, state = [], begun()
-    for _ in range(3):
-        state, value = step(state, jax.random.key(1), jnp.float32(0))
+    for done in range(3):
+        state, value = step(state, jax.random.key(1), done)
         losses.append(float(value))
-    late, value = step(begun()._replace(step=jnp.array(2)), jax.random.key(1), jnp.float32(0))
+    late, value = step(begun()._replace(step=jnp.array(2)), jax.random.key(1), 0)
     assert len(set(losses)) == 3 and float(value) == losses[2]
 
 

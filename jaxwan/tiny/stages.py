@@ -1,0 +1,182 @@
+"""The stages of the bundled model's training, in order: VAE, encoded clips, base denoiser, the two experts.
+
+Each goes on where it was stopped, and needs what the stages before it wrote to the output folder.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import takewhile
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
+from jaxwan.tiny.checkpoint import EXPERTS, read_component, write_component, write_surroundings
+from jaxwan.tiny.dit_quality import Judge
+from jaxwan.tiny.latents import PIECES, VALIDATION, make_latents, read_latents
+from jaxwan.tiny.muon import Params
+from jaxwan.tiny.train_dit import (
+    BASE,
+    EXPERT_PLANS,
+    Data,
+    Plan,
+    abstract_state,
+    initial_parameters,
+    make_optimizer,
+    make_phases,
+)
+from jaxwan.tiny.train_vae import load_vae, train_vae
+from jaxwan.tiny.training import Saved, Saver, latest_step, run, start
+
+STAGES = ("vae", "latents", "base", *EXPERTS)
+REPORT_MINUTES = 10.0
+
+
+class Settings(NamedTuple):
+    """Folders of the saved states and of the model, and how to train."""
+
+    states: Path
+    output: Path
+    scale: float = 1.0
+    minutes: float | None = None
+    seed: int = 0
+    dtype: str = "bfloat16"
+
+
+def train_stage(name: str, settings: Settings) -> bool:
+    """Train a stage; returns whether it is done and written. Raises ValueError when an earlier stage is missing."""
+    if name == "vae":
+        s = settings
+        return train_vae(s.states, s.output / "vae", scale=s.scale, minutes=s.minutes, seed=s.seed)
+    if not (settings.output / "vae" / "config.json").is_file():
+        raise ValueError(f"{settings.output} has no vae: run the stage 'vae' first")
+    if name == "latents":
+        return encode_all(settings)
+    return train_base(settings) if name == "base" else train_expert(name, settings)
+
+
+def encode_all(settings: Settings) -> bool:
+    """Encode what of the clips and pictures is not encoded yet; returns whether the minutes were enough."""
+    from tqdm import tqdm
+
+    until = inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    for kind, count in PIECES.items():
+        in_time = takewhile(lambda _: time.monotonic() < until, (VALIDATION, *range(count)))
+        numbers = tqdm(in_time, f"encoding {kind}", count + 1, disable=None)
+        make_latents(settings.output / "vae", settings.states / "latents", kind, numbers)
+    return time.monotonic() < until
+
+
+def train_base(settings: Settings) -> bool:
+    """Train text encoder and base denoiser; experts that are not trained yet are then copies of it."""
+    write_surroundings(settings.output)
+    saver = Saver(settings.states / "base")
+    saved = saver.restore(abstract_state(text=True))
+    if saved is None and (settings.output / "transformer_2" / "config.json").is_file():
+        _say(f"no state in {saver.folder}: goes on with the last phase from the weights in {settings.output}")
+        params = _joined(read_component(settings.output, "transformer_2"), text_encoder(settings))
+        saved = Saved(start(params, make_optimizer()), phase=len(BASE) - 1)
+    saved = saved or Saved(start(initial_parameters(settings.seed), make_optimizer()))
+    average, done = _train(BASE, saver, saved, settings, None)
+    if done:
+        dit, text = _parts(average)
+        write_component(text, settings.output, "text_encoder")
+        for name, folder in EXPERTS.items():
+            if latest_step(settings.states / name) is None:
+                write_component(dit, settings.output, folder)
+    return done
+
+
+def train_expert(name: str, settings: Settings) -> bool:
+    """Train the base on for the noise levels of one expert."""
+    if not (settings.output / EXPERTS[name] / "config.json").is_file():
+        raise ValueError(f"{settings.output} has no {EXPERTS[name]}: run the stage 'base' first")
+    saver = Saver(settings.states / name)
+    saved = saver.restore(abstract_state(text=False))
+    if saved is None:
+        dit = read_component(settings.output, EXPERTS[name])
+        saved = Saved(start({f"transformer.{path}": p for path, p in dit.items()}, make_optimizer()))
+    average, done = _train(EXPERT_PLANS[name], saver, saved, settings, text_encoder(settings))
+    if done:
+        write_component(_parts(average)[0], settings.output, EXPERTS[name])
+    return done
+
+
+def text_encoder(settings: Settings) -> Params:
+    """The trained text encoder."""
+    return read_component(settings.output, "text_encoder")
+
+
+def _train(
+    plans: tuple[Plan, ...], saver: Saver, saved: Saved, settings: Settings, frozen: Params | None
+) -> tuple[Params, bool]:
+    """The averaged parameters after the plans, and whether they were done."""
+    tokenizer = load_tokenizer(settings.output / "tokenizer")
+    _say(f"step {int(saved.state.step)}; states go to {saver.folder}")
+    phases = make_phases(
+        plans, _data(settings, tokenizer), jnp.dtype(settings.dtype), scale=settings.scale, frozen=frozen
+    )
+    report = _reporter(plans, settings, tokenizer, saver.folder.name, frozen)
+    saved, done = run(
+        phases, saved, saver, minutes=settings.minutes, seed=settings.seed, report=report,
+        report_minutes=REPORT_MINUTES,
+    )  # fmt: skip
+    if not done:
+        _say(f"stopped at step {int(saved.state.step)}; the same command goes on")
+    return saved.state.average, done
+
+
+def _data(settings: Settings, tokenizer: Tokenizer) -> Callable[[str], Data]:
+    """Encoded training data of a kind, encoded where it is missing and read on first use."""
+
+    @cache
+    def data(kind: str) -> Data:
+        numbers = range(PIECES[kind])
+        folder = make_latents(settings.output / "vae", settings.states / "latents", kind, numbers)
+        return Data(read_latents(folder, kind, numbers), tokenizer, settings.seed)
+
+    return data
+
+
+def _reporter(
+    plans: tuple[Plan, ...], settings: Settings, tokenizer: Tokenizer, name: str, frozen: Params | None
+) -> Callable[[Saved], Mapping[str, Any]]:
+    vae_folder, latents = settings.output / "vae", settings.states / "latents"
+
+    @cache
+    def judge(kind: str) -> Judge:
+        folder = make_latents(vae_folder, latents, kind, [VALIDATION])
+        return Judge(read_latents(folder, kind, [VALIDATION]), tokenizer, load_vae(vae_folder),
+                     settings.states / "samples")  # fmt: skip
+
+    def report(saved: Saved) -> Mapping[str, Any]:
+        own = judge(plans[min(saved.phase, len(plans) - 1)].kind)
+        params = saved.state.average
+        if frozen is not None:
+            params = _joined(_parts(params)[0], frozen)
+        losses = {f"loss@{level}": round(loss, 4) for level, loss in own.losses(params).items()}
+        return losses | own.gaps(params) | own.samples(params, f"{name}-{int(saved.state.step):06}")
+
+    return report
+
+
+def _joined(dit: Params, text: Params) -> Params:
+    joined = {f"transformer.{path}": p for path, p in dit.items()}
+    return joined | {f"text_encoder.{path}": p for path, p in text.items()}
+
+
+def _parts(params: Params) -> tuple[Params, Params]:
+    """Parameters of the transformer and of the text encoder, by their own paths."""
+
+    def under(prefix: str) -> Params:
+        return {path.removeprefix(prefix): p for path, p in params.items() if path.startswith(prefix)}
+
+    return under("transformer."), under("text_encoder.")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
