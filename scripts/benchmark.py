@@ -3,10 +3,14 @@
     python scripts/benchmark.py all --budget 9m              one GPU: what matters most comes first
     python scripts/benchmark.py dit --preset t2v-a14b-720p   one model evaluation of one preset
     python scripts/benchmark.py all --preset small           a rehearsal on a CPU
+    python scripts/benchmark.py dit --against diffusers      the same by Diffusers, in turns (also vae, sampler)
 
-Measurements: ceilings (matrix product, memory), attention (each implementation, checked against float32), dit (one
-model evaluation in the pipeline ring), vae (whole videos, both directions), pipeline (text, a few steps, decoding, and
-a whole clip by multiplication). Each runs in a process of its own, one after the other.
+Measurements: ceilings (matrix product, memory), attention (each implementation, checked against float32), dit (a
+model evaluation in the pipeline ring), block (one layer by slope, with --profile where its time goes), vae (whole
+videos, both directions), text (a prompt), sampler (what the loop adds to its forwards), pipeline (calls as a user makes
+them, and what they compile), load (a checkpoint made on the spot), e2e (a whole clip; at full size from a few steps),
+compile (without and with the persistent cache), growth (with steps, requests, frames and layers, as a picture), flags
+(XLA's). Each runs in a process of its own, one after the other.
 
 The report, report.json and report.md, is rewritten after every measurement, so a run that is cut leaves a valid one.
 What does not fit the budget is skipped, and what cannot run here says why. Needs jax, flax, numpy, jaxtyping and
@@ -20,6 +24,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -28,12 +33,13 @@ from threading import Event, Timer
 from typing import Any
 
 from jaxwan.bench.child import ENVIRONMENT, ROW
-from jaxwan.bench.items import Item, make_items
+from jaxwan.bench.item import Item
+from jaxwan.bench.picture import draw_growth
+from jaxwan.bench.plan import COMPARABLE, KINDS, make_items, predicted_seconds
 from jaxwan.bench.presets import FULL_SIZE, PRESETS
 from jaxwan.bench.report import JSON_NAME, MARKDOWN_NAME, Report, Row, compare, read_report
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("ceilings", "attention", "dit", "vae", "pipeline", "all")
 CRASH = re.compile(
     r"[\w.]*(Error|Exception|Interrupt|FATAL|F\d{4} )|Killed|Aborted"
 )  # the line that says what happened
@@ -50,12 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         old = None if args.compare is None else read_report(args.compare)
         environment = {} if args.output else child_environment()
         folder = Path(args.output) if args.output else default_folder(environment["device"])
+        items = planned(args, folder)
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     try:
-        run(args, folder, old, environment)
+        run(args, items, Report(settings(args), environment, [Row(item.name) for item in items]), folder, old)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -64,46 +71,59 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, folder: Path, old: Report | None, environment: dict[str, str]) -> None:
+def planned(args: argparse.Namespace, folder: Path) -> list[Item]:
+    """The items of a command line."""
+    presets = [PRESETS[name] for name in args.preset or FULL_SIZE]
+    profile = str((folder / "profile").resolve()) if args.profile or args.what == "all" else ""
+    return make_items(args.what, presets, against=args.against, runs=args.runs, profile=profile, flags=tuple(args.flag))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the report says about the command line."""
+    found = {"measured": args.what, "runs": args.runs, "budget": f"{args.budget:g} s" if args.budget else "none"}
+    return found | ({"against": args.against} if args.against else {})
+
+
+def run(args: argparse.Namespace, items: list[Item], report: Report, folder: Path, old: Report | None) -> None:
     """Measure item after item, and write the report before the first and after every row."""
-    items = make_items(args.what, [PRESETS[name] for name in args.preset or FULL_SIZE])
-    settings = {"measured": args.what, "runs": args.runs, "budget": f"{args.budget:g} s" if args.budget else "none"}
-    report = Report(settings, environment, [Row(item.name) for item in items])
     start = time.monotonic()
 
     def write() -> None:
         report.write(folder, "" if old is None else compare(report, old))
 
     write()
-    for number, item in enumerate(items, 1):
-        left = float("inf") if args.budget is None else args.budget - (time.monotonic() - start)
-        predicted = item.predicted_seconds(args.runs)
-        print(f"[{number}/{len(items)}] {item.name}: about {predicted:.0f} s", flush=True)
-        if predicted > left:
-            skipped = Row(item.name, "skipped", f"predicted {predicted:.0f} s, {max(left, 0):.0f} s of the budget left")
-            report.replace(item.name, [skipped])
-            write()
-            continue
-        rows: list[Row] = []
-        for row in measured_rows(item, args.runs, min(left, SLACK * predicted + GRACE), report):
-            print(f"    {row.name}: {summary(row)}", flush=True)
-            add_ceiling(row, report)
-            report.replace((rows or [Row(item.name)])[-1].name, [*rows[-1:], row])
-            rows.append(row)
-            write()
+    with tempfile.TemporaryDirectory(prefix="jaxwan-benchmark-") as scratch:
+        for number, item in enumerate(items, 1):
+            left = float("inf") if args.budget is None else args.budget - (time.monotonic() - start)
+            predicted = predicted_seconds(item)
+            print(f"[{number}/{len(items)}] {item.name}: about {predicted:.0f} s", flush=True)
+            if predicted > left:
+                reason = f"predicted {predicted:.0f} s, {max(left, 0):.0f} s of the budget left"
+                report.replace(item.name, [Row(item.name, "skipped", reason)])
+                write()
+                continue
+            rows: list[Row] = []
+            for row in measured_rows(item, scratch, min(left, SLACK * predicted + GRACE), report):
+                print(f"    {row.name}: {summary(row)}", flush=True)
+                add_ceiling(row, report)
+                report.replace((rows or [Row(item.name)])[-1].name, [*rows[-1:], row])
+                rows.append(row)
+                write()
+            if item.kind == "growth" and (picture := draw_growth(report.rows, folder)) is not None:
+                print(f"    picture: {picture}", flush=True)
     write()
 
 
-def measured_rows(item: Item, runs: int, timeout: float, report: Report) -> Iterator[Row]:
+def measured_rows(item: Item, scratch: str, timeout: float, report: Report) -> Iterator[Row]:
     """The rows of an item as its process writes them; of one that ends badly, a last row that says how."""
-    process = start_child(item.kind, item.preset.name, item.form, str(runs))
+    process = start_child(child_settings(item, scratch), item.to_json())
     expired, last = Event(), ""
     timer = Timer(timeout, lambda: (expired.set(), process.kill()))
     timer.start()
     try:
         for line in process.stdout or ():
             if line.startswith(ENVIRONMENT):
-                report.environment = json.loads(line.removeprefix(ENVIRONMENT))
+                report.environment = report.environment or json.loads(line.removeprefix(ENVIRONMENT))
             elif line.startswith(ROW):
                 yield Row(**json.loads(line.removeprefix(ROW)))
             elif CRASH.match(line):
@@ -119,11 +139,26 @@ def measured_rows(item: Item, runs: int, timeout: float, report: Report) -> Iter
         process.wait()
 
 
-def start_child(*arguments: str) -> subprocess.Popen:
+def child_settings(item: Item, scratch: str) -> dict[str, str]:
+    """Environment variables of an item's process. What it leaves in `scratch` is gone after the run."""
+    found = {"TMPDIR": scratch}
+    if item.kind == "compile":
+        found |= {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+        found |= {"JAX_COMPILATION_CACHE_DIR": str(Path(scratch) / "compiled" / item.preset.name)}
+        if not item.preset.needs_accelerator:  # small programs compile faster than what JAX cares to keep
+            found |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    if item.kind == "flags" and item.form.startswith("--"):
+        found |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {item.form}".strip()}
+    return found
+
+
+def start_child(settings: dict[str, str], *arguments: str) -> subprocess.Popen:
     """A process that measures; its stderr is in its stdout, so that the last line of a crash is at hand."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", "jaxwan.bench.child", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def child_environment() -> dict[str, Any]:
@@ -131,7 +166,7 @@ def child_environment() -> dict[str, Any]:
 
     Raises OSError when it cannot start.
     """
-    output, _ = start_child("environment", "small", "", "0").communicate()
+    output, _ = start_child({}).communicate()
     for line in output.splitlines():
         if line.startswith(ENVIRONMENT):
             return json.loads(line.removeprefix(ENVIRONMENT))
@@ -150,7 +185,8 @@ def summary(row: Row) -> str:
     if row.status != "ok":
         return f"{row.status}: {row.reason}"
     if row.median is None:
-        return ", ".join(f"{key} {value}" for key, value in row.details.items())
+        compiled = [] if row.compile_seconds is None else [f"compiled in {row.compile_seconds:.4g} s"]
+        return ", ".join(compiled + [f"{key} {value}" for key, value in row.details.items()])
     rate = "" if row.rate is None else f", {row.rate:.4g} TFLOP/s"
     return f"{row.median:.4g} s{rate}"
 
@@ -189,6 +225,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                              "default: all of full size")  # fmt: skip
     parser.add_argument("--budget", type=duration, help="time for the whole run, such as 9m; default: no limit")
     parser.add_argument("--runs", type=runs, default=3, help="measured calls of each executable; default %(default)s")
+    parser.add_argument("--against", choices=("diffusers",), default="", metavar="diffusers",
+                        help=f"the same by Diffusers, in turns with ours: {', '.join(COMPARABLE)}")  # fmt: skip
+    parser.add_argument(
+        "--profile", action="store_true", help="of block: also where the time goes, and a trace; part of all"
+    )
+    parser.add_argument("--flag", action="append", default=[], metavar="--xla_…=…",
+                        help="of flags: an XLA flag to try, once or several times, as in --flag=--xla_x=1; "
+                             "default: a few that are worth it")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="of the report; default docs/benchmarks/DATE-DEVICE")
     parser.add_argument("--compare", metavar="OLD.json", help="also tell how times differ from an older report")
     return parser.parse_args(argv)

@@ -1,27 +1,62 @@
 """The child process of a benchmark: measures one item and writes its rows, a JSON object a line, to stdout.
 
-python -m jaxwan.bench.child KIND PRESET FORM RUNS
+python -m jaxwan.bench.child [ITEM]
 
-The first line is the environment. A line that begins with neither word is noise of a library.
+ITEM is an `Item` as JSON. The first line is the environment, and the only one without an item. A line that begins with
+neither word is noise of a library.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 
-from jaxwan.bench.items import Item, measure
+import jax
+
+from jaxwan.bench import against, ceilings, clip, compiling, dit, growth, layers, load, vae
+from jaxwan.bench.item import Item
 from jaxwan.bench.measure import environment
-from jaxwan.bench.presets import PRESETS
+from jaxwan.bench.report import Row
 
 ENVIRONMENT, ROW = "ENVIRONMENT ", "ROW "
+MEASUREMENTS = {
+    "ceilings": ceilings.measure_ceilings,
+    "attention": ceilings.measure_attention,
+    "dit": dit.measure_dit,
+    "sampler": dit.measure_sampler,
+    "block": layers.measure_block,
+    "flags": layers.measure_flag,
+    "vae": vae.measure_vae,
+    "text": vae.measure_text,
+    "pipeline": clip.measure_pipeline,
+    "e2e": clip.measure_e2e,
+    "load": load.measure_load,
+    "compile": compiling.measure_compilation,
+    "growth": growth.measure_growth,
+}
+_NOT_HERE = (RuntimeError, ValueError, NotImplementedError, OSError)  # how JAX and cuDNN say that they cannot run
 
 
-def main(kind: str, preset: str, form: str, runs: str) -> None:
-    """Measure; `kind` "environment" writes the first line only."""
+def main(text: str | None = None) -> None:
+    """Measure the item described by `text`."""
+    item = None if text is None else Item.from_json(text)
+    if item is not None and item.against and not item.preset.needs_accelerator:
+        against.use_two_cores()
     print(ENVIRONMENT + json.dumps(environment()), flush=True)
-    if kind != "environment":
-        for row in measure(Item(kind, PRESETS[preset], form), int(runs)):
+    if item is not None:
+        for row in measure(item):
             print(ROW + json.dumps(asdict(row)), flush=True)
+
+
+def measure(item: Item) -> Iterator[Row]:
+    """The rows of an item; what cannot run here is a row that says why."""
+    if item.preset.needs_accelerator and jax.default_backend() == "cpu":
+        yield item.no_row("", "skipped", "a full-size preset needs an accelerator: --preset small is for a CPU")
+        return
+    try:
+        yield from against.measure_against(item) if item.against else MEASUREMENTS[item.kind](item)
+    except _NOT_HERE as error:
+        yield item.no_row("", "failed", f"{type(error).__name__}: {str(error).strip()[:300]}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +36,14 @@ def seconds_of(call: Callable[[], Any], runs: int, warmups: int = 1) -> list[flo
     return [_seconds(call) for _ in range(runs)]
 
 
+def seconds_in_turns(calls: Mapping[Any, Callable[[], Any]], runs: int, warmups: int = 1) -> dict[Any, list[float]]:
+    """Seconds of each of `runs` calls of each, in turns, so that a clock that falls meets all of them alike."""
+    for call in list(calls.values()) * warmups:
+        jax.block_until_ready(call())
+    rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(runs)]
+    return {name: [r[name] for r in rounds] for name in calls}
+
+
 def sustained(call: Callable[[], Any], duration: float) -> list[float]:
     """Seconds of each call, until they add up to `duration` or are MOST_CALLS, after two to warm up."""
     taken = seconds_of(call, 1, warmups=2)
@@ -48,6 +56,22 @@ def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
+
+
+@contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Seconds of each program that is compiled inside the block, or read from the persistent cache."""
+    found: list[float] = []
+
+    def listen(event: str, duration: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:

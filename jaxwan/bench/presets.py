@@ -1,10 +1,11 @@
-"""What is measured: the published models at their official sizes, and a small one for CPUs. Configurations only."""
+"""What is measured: the published models at their official sizes, and small ones for CPUs. Configurations only."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxwan.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from jaxwan.flops import TransformerFlops, transformer_flops
+from jaxwan.flops import TEXT_ROWS, TransformerFlops, transformer_flops
 from jaxwan.geometry import Geometry
+from jaxwan.pipelines.prompt import FOLDED_ROWS, folds_texts
 
 BOUNDARY = 0.875  # where the second expert of A14B takes over
 
@@ -24,6 +25,8 @@ class Preset:
     matmul: int = 16384  # side of the square product that the ceiling is measured with
     copy_bytes: int = 2**32
     sustain: float = 3.0  # seconds that a ceiling is held
+    load_bytes: int = 2**32  # of the checkpoint that loading is timed with
+    whole_pair: bool = False  # whether the comparison with Diffusers also runs all layers
     needs_accelerator: bool = True
 
     @property
@@ -42,9 +45,23 @@ class Preset:
         return self.latent_shape[0] if self.first_frame else 1
 
     @property
+    def text_rows(self) -> int:
+        """Rows of a text that attention looks at: narrow models fold those behind its end."""
+        return FOLDED_ROWS if folds_texts(self.transformer) else TEXT_ROWS
+
+    @property
     def forward(self) -> TransformerFlops:
-        """FLOPs of one model evaluation."""
+        """FLOPs of one model evaluation, of a text shorter than FOLDED_ROWS."""
+        return transformer_flops(self.transformer, self.tokens, text_rows=self.text_rows, timesteps=self.timesteps)
+
+    @property
+    def unfolded_forward(self) -> TransformerFlops:
+        """FLOPs of one model evaluation by those who do not fold texts."""
         return transformer_flops(self.transformer, self.tokens, timesteps=self.timesteps)
+
+    def with_layers(self, layers: int) -> "Preset":
+        """The same model, shallower or deeper."""
+        return replace(self, transformer=replace(self.transformer, num_layers=layers))
 
     @property
     def _geometry(self) -> Geometry:
@@ -60,22 +77,39 @@ _VAE_2_2 = VAEConfig(
     scale_factor_spatial=16, latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48,
 )  # fmt: skip
 
+# What CPUs do in seconds. "small" rehearses the harness; "tiny" is the bundled model; "mid" has layers that are worth
+# measuring on a CPU, with ticks of over 50 ms; "vae2.1-64p5" has the convolutions of the official VAE
 SMALL = Preset(
     "small",
     TransformerConfig(num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=256, text_dim=64, freq_dim=8),
     VAEConfig(base_dim=8, num_res_blocks=1), (9, 64, 96), 4, experts=2,
     text_encoder=TextEncoderConfig(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=100),
-    matmul=512, copy_bytes=2**24, sustain=0.2, needs_accelerator=False,
+    matmul=512, copy_bytes=2**24, sustain=0.2, load_bytes=2**23, whole_pair=True, needs_accelerator=False,
 )  # fmt: skip
+TINY = replace(
+    SMALL, name="tiny", size=(17, 64, 96), steps=20, vae=VAEConfig(base_dim=16, num_res_blocks=1),
+    transformer=TransformerConfig(
+        num_attention_heads=4, attention_head_dim=32, num_layers=8, ffn_dim=512, text_dim=96, freq_dim=256
+    ),
+    text_encoder=TextEncoderConfig(vocab_size=320, d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4),
+)  # fmt: skip
+MID = replace(
+    SMALL, name="mid", size=(13, 512, 512), steps=20, experts=1, matmul=2048, sustain=1.0, load_bytes=2**29,
+    transformer=TransformerConfig(num_attention_heads=4, num_layers=2, ffn_dim=2048, text_dim=64),
+)  # fmt: skip
+WIDE_VAE = replace(SMALL, name="vae2.1-64p5", size=(5, 64, 64), vae=VAEConfig())
 
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset("t2v-a14b-720p", _A14B, VAEConfig(), (81, 720, 1280), 40, experts=2),
-        Preset("t2v-a14b-480p", _A14B, VAEConfig(), (81, 480, 832), 40, experts=2),
+        Preset("t2v-a14b-480p", _A14B, VAEConfig(), (81, 480, 832), 40, experts=2, whole_pair=True),
         Preset("ti2v-5b-704p121", _TI2V, _VAE_2_2, (121, 704, 1280), 50, first_frame=True),
-        Preset("t2v-1.3b-480p", _1_3B, VAEConfig(), (81, 480, 832), 50),
+        Preset("t2v-1.3b-480p", _1_3B, VAEConfig(), (81, 480, 832), 50, whole_pair=True),
         SMALL,
+        TINY,
+        MID,
+        WIDE_VAE,
     )
 }
 FULL_SIZE = tuple(name for name, preset in PRESETS.items() if preset.needs_accelerator)
