@@ -80,7 +80,7 @@ _TEXT_ENCODER = {
     "tie_word_embeddings": True,
     "vocab_size": 384,  # more rows than the tokenizer has tokens, as published
 }
-_SCHEDULER = {
+SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "disable_corrector": [],
     "final_sigmas_type": "zero",
@@ -93,7 +93,7 @@ _SCHEDULER = {
     "solver_type": "bh2",
     "use_flow_sigmas": True,
 }
-_INDEX = {
+INDEX = {
     "_class_name": "WanPipeline",
     "boundary_ratio": 0.875,
     "expand_timesteps": False,
@@ -158,7 +158,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "jaxwan"
     except RuntimeError as error:
-        raise OSError("there is no home folder for the built-in checkpoint: set XDG_CACHE_HOME") from error
+        raise OSError("there is no home folder for the user's cache: set XDG_CACHE_HOME") from error
 
 
 def _publish(made: Path, target: Path) -> None:
@@ -187,9 +187,9 @@ def _write(folder: Path) -> None:
     _write_component(folder / "vae", _VAE, lambda: VAE(autoencoder, rngs=nnx.Rngs(0)), VAE_RULES, seed=3)
     _write_component(folder / "text_encoder", _TEXT_ENCODER, make_text_encoder, TEXT_ENCODER, seed=4, stem="model")
     _write_tokenizer(folder / "tokenizer")
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    _write_json(folder / "generation_config.json", _GENERATION)
-    _write_json(folder / "model_index.json", _INDEX)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "generation_config.json", _GENERATION)
+    write_json(folder / "model_index.json", INDEX)
 
 
 def _write_component(
@@ -197,7 +197,7 @@ def _write_component(
     stem: str = STEM,
 ) -> None:  # fmt: skip
     save_arrays(_random_arrays(make, rules, seed), folder, rules, stem=stem)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def _random_arrays(make: Callable[[], nnx.Module], rules: Sequence[Rule], seed: int) -> dict[str, np.ndarray]:
@@ -241,11 +241,12 @@ def _write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
-    _write_json(folder / "special_tokens_map.json", named)
+    write_json(folder / "special_tokens_map.json", named)
     kind = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "model_max_length": 512}
-    _write_json(folder / "tokenizer_config.json", named | kind)
+    write_json(folder / "tokenizer_config.json", named | kind)
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a configuration file, its folder too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

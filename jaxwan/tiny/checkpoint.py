@@ -1,6 +1,5 @@
 """The bundled model as a Diffusers folder: what is written around the trained weights, and reading them back."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxwan.convert.builtin import INDEX, SCHEDULER, write_json
 from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import load_module
@@ -23,30 +23,7 @@ from jaxwan.tiny.training import parameters
 EXPERTS = {"high": "transformer", "low": "transformer_2"}  # folder names
 
 _RULES = {"transformer": TRANSFORMER, "transformer_2": TRANSFORMER, "text_encoder": TEXT_ENCODER}
-_SCHEDULER = {
-    "_class_name": "UniPCMultistepScheduler",
-    "disable_corrector": [],
-    "final_sigmas_type": "zero",
-    "flow_shift": FLOW_SHIFT,
-    "lower_order_final": True,
-    "num_train_timesteps": 1000,
-    "predict_x0": True,
-    "prediction_type": "flow_prediction",
-    "solver_order": 2,
-    "solver_type": "bh2",
-    "use_flow_sigmas": True,
-}
-_INDEX = {
-    "_class_name": "WanPipeline",
-    "boundary_ratio": 0.875,
-    "expand_timesteps": False,
-    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    "text_encoder": ["transformers", "UMT5EncoderModel"],
-    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    "transformer": ["diffusers", "WanTransformer3DModel"],
-    "transformer_2": ["diffusers", "WanTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLWan"],
-}
+_INDEX = INDEX | {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}  # keeps tokenizer.json as it is
 GENERATION = {
     "height": HEIGHT,
     "width": WIDTH,
@@ -62,15 +39,15 @@ def write_component(params: Params, folder: Path, name: str) -> None:
     """Write an expert or the text encoder, in bfloat16."""
     config, stem = (_text_config(), "model") if name == "text_encoder" else (_transformer_config(), STEM)
     save_arrays({path: p.astype(jnp.bfloat16) for path, p in params.items()}, folder / name, _RULES[name], stem=stem)
-    _write_json(folder / name / "config.json", config)
+    write_json(folder / name / "config.json", config)
 
 
 def write_surroundings(folder: Path) -> None:
     """Write everything that is not trained."""
     write_tokenizer(folder / "tokenizer")
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
-    _write_json(folder / "generation_config.json", GENERATION)
-    _write_json(folder / "model_index.json", _INDEX)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"flow_shift": FLOW_SHIFT})
+    write_json(folder / "generation_config.json", GENERATION)
+    write_json(folder / "model_index.json", _INDEX)
 
 
 def read_component(folder: Path, name: str) -> Params:
@@ -103,8 +80,3 @@ def _text_config() -> dict[str, Any]:
         "tie_word_embeddings": True,
         **asdict(TEXT),
     }
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ from jaxwan.tiny.training import module_with
 BINS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97)
 SWAPPED_AT = (0.8, 0.9)
 SAMPLES, STEPS, GUIDANCE = 32, 20, 4.0
+BATCH = 16  # clips at a time; counts of clips are multiples of it
 STRIP = 5  # frames of a clip on the picture
 END = SPECIAL.index("</s>")
 
@@ -74,7 +75,9 @@ class Judge:
         """Share of each attribute that is read right off clips made for captions; the clips go to `<name>.png`."""
         captions = self._tokenize([case.caption for case in self._cases])
         noise = jax.random.normal(jax.random.key(7), (SAMPLES, *self._x0.shape[1:]))
-        latents = [np.asarray(_sample(params, noise[i : i + 16], _slice(captions, i))) for i in range(0, SAMPLES, 16)]
+        latents = [
+            np.asarray(_sample(params, noise[i : i + BATCH], _slice(captions, i))) for i in range(0, SAMPLES, BATCH)
+        ]
         frames = [(np.asarray(self._coder.decode(z[None])[0]) + 1) / 2 for part in latents for z in part]
         marks = [marks_of(case, read(clip)) for case, clip in zip(self._cases, frames, strict=True)]
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ class Judge:
 
 
 def _slice(captions: Captions, start: int) -> Captions:
-    return Captions(*(x[start : start + 16] for x in captions))
+    return Captions(*(x[start : start + BATCH] for x in captions))
 
 
 def _swapped(shown: Attributes, name: str, seed: int) -> Attributes:
@@ -107,7 +110,7 @@ def _loss(params: Params, x0: Float[Array, "b t y x z"], level: Float[Array, ""]
         context = embed_captions(models.transformer, models.text_encoder, captions)
         return flow_loss(models.transformer, context, x0, jnp.full(len(x0), level), noise)
 
-    parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, 16, *x.shape[1:]), (x0, noise, captions))
+    parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, BATCH, *x.shape[1:]), (x0, noise, captions))
     return jax.lax.map(part, parts).mean()
 
 

@@ -5,7 +5,6 @@ a step follow from the seed and the step's number. So the result depends neither
 often training was stopped.
 """
 
-import os
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxwan.convert.builtin import cache_folder
 from jaxwan.convert.load import fill, flat_shapes
 from jaxwan.tiny.muon import Params
 
@@ -268,7 +268,5 @@ def _here() -> jax.sharding.SingleDeviceSharding:
 
 
 def state_folder() -> Path:
-    """Where states are kept unless told otherwise: the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`)."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = given if given.is_absolute() else Path.home() / ".cache"
-    return cache / "jaxwan" / "train_tiny"
+    """Where states are kept unless told otherwise: in the user's cache. Raises OSError without a home."""
+    return cache_folder() / "train_tiny"

@@ -5,6 +5,7 @@ frames are good after minutes; from independent random weights it takes many tim
 """
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 
 import jax
@@ -13,11 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxwan.config import VAEConfig
-from jaxwan.convert.load import fill, flat_shapes
+from jaxwan.convert.load import flat_shapes
 from jaxwan.models.causal_conv import CausalConv3d, Chunk, Conv2d
 from jaxwan.models.vae import VAE
 from jaxwan.models.vae_blocks import Downsample, Encoder, UpBlock, Upsample
 from jaxwan.tiny.muon import Params
+from jaxwan.tiny.training import module_with
 
 SMALL = 0.1  # of what a residual branch adds
 BIAS = 0.1  # with none, flat colours would leave the norms nothing but their epsilon
@@ -42,9 +44,7 @@ def make_vae(cfg: VAEConfig, key: PRNGKeyArray, pictures: Pixels) -> VAE:
 
 def with_parameters(cfg: VAEConfig, params: Params) -> VAE:
     """The VAE with these parameters."""
-    vae = nnx.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
-    nnx.update(vae, fill(nnx.state(vae), params))
-    return vae
+    return module_with(partial(VAE, cfg), params)
 
 
 def _draw(shapes: Mapping[str, jax.ShapeDtypeStruct], key: PRNGKeyArray) -> Params:

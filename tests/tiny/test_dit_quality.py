@@ -9,12 +9,10 @@ from PIL import Image
 from small_tiny import VAE_CONFIG, draw_parameters, make_latents, small_and_quick
 
 from jaxwan.models.vae import VAE
-from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.tiny import dit_quality
 from jaxwan.tiny.attributes import READ, Attributes, Thing, combinations, row_of
 from jaxwan.tiny.dit_quality import BINS, Judge
 from jaxwan.tiny.grammar import caption
-from jaxwan.tiny.tokenizer import write_tokenizer
 from jaxwan.tiny.train_dit import ROWS, tokenize_captions
 
 
@@ -22,13 +20,6 @@ from jaxwan.tiny.train_dit import ROWS, tokenize_captions
 def shrunk():
     with small_and_quick():
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

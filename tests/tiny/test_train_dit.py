@@ -10,11 +10,10 @@ from oracle import relative_error
 from small_tiny import DIT, draw_parameters, make_latents, small_and_quick
 
 from jaxwan.models.transformer import Context
-from jaxwan.pipelines.prompt import encode_prompts, load_tokenizer
+from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.tiny import train_dit
 from jaxwan.tiny.attributes import COLOURS
 from jaxwan.tiny.grammar import COLOUR_WORDS
-from jaxwan.tiny.tokenizer import write_tokenizer
 from jaxwan.tiny.train_dit import (
     BASE,
     EXPERT_PLANS,
@@ -41,13 +40,6 @@ from jaxwan.tiny.training import module_with
 def shrunk():
     with small_and_quick():
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
