@@ -3,7 +3,13 @@
 Reference (what every implementation computes): softmax(q k^T / sqrt(K) + bias) v per head, softmax in float32.
 No implementation holds a queries x keys array beyond LOGITS_BYTES: cuDNN streams over keys, the XLA one maps over
 chunks of queries.
+
+Keys that lie in several places are attended to part by part: `attention_with_lse` gives a part's output and what it
+weighs, `merge` makes one of two parts.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +35,72 @@ def attention(
     named one either runs or raises: ValueError for an unknown name or a bias it does not take, and cuDNN's own error
     where it is missing.
     """
-    if implementation is None:
-        implementation = "cudnn" if bias is None and _cudnn_fits(q) else "xla"
-    if implementation == "cudnn":
-        if bias is not None:
-            raise ValueError("implementation='cudnn' takes no bias here: leave it out, or choose 'xla'")
+    if _chosen(q, bias, implementation) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if implementation == "xla":
-        return _attention_xla(q, k, v, bias)
-    raise ValueError(f"implementation={implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
+    return _in_chunks(attend, q, k, v, bias)
+
+
+class Attended(NamedTuple):
+    """Attention over some of the keys. lse: log of the sum of exp(q k^T / sqrt(K) + bias) over them.
+
+    A part without keys is out = 0, lse = -inf.
+    """
+
+    out: Float[Array, "b q n k"]
+    lse: Float[Array, "b q n"]
+
+
+def attention_with_lse(
+    q: Float[Array, "b q n k"],
+    k: Float[Array, "b s n k"],
+    v: Float[Array, "b s n k"],
+    *,
+    bias: Float[Array, "b s"] | None = None,
+    implementation: str | None = None,
+) -> Attended:
+    """`attention` over some of the keys, out in q's dtype and lse in float32, for `merge`.
+
+    Arguments and errors are attention's. Where the bias hides all keys, out is 0 and lse -inf. Not for training: cuDNN
+    passes no gradient through lse.
+    """
+    if _chosen(q, bias, implementation) == "cudnn":
+        return _cudnn_with_lse(q, k, v)
+    return _in_chunks(attend_with_lse, q, k, v, bias)
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Attention over the keys of `a` and `b`, which share none; out in lse's dtype, for one rounding after all merges.
+
+    A part that saw nothing changes no bit of the other, so that `Attended` of zeros and -inf can begin a loop.
+    """
+    lse = jnp.logaddexp(a.lse, b.lse)
+    total = jnp.where(jnp.isneginf(lse), 0, lse)  # both saw nothing: -inf less -inf would be NaN
+    parts = [part.out.astype(lse.dtype) * jnp.exp(part.lse - total)[..., None] for part in (a, b)]
+    return Attended(parts[0] + parts[1], lse)
+
+
+def _chosen(q: Array, bias: Array | None, implementation: str | None) -> str:
+    if implementation is None:
+        return "cudnn" if bias is None and _cudnn_fits(q) else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "cudnn" and bias is not None:
+        raise ValueError("implementation='cudnn' takes no bias here: leave it out, or choose 'xla'")
+    return implementation
 
 
 def _cudnn_fits(q: Array) -> bool:
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = sixteen_bit and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return fits and jax.default_backend() == "gpu"  # asked last: it starts the backend
+
+
+def _cudnn_with_lse(q: Array, k: Array, v: Array) -> Attended:
+    # jax.nn's return_residual rounds lse to q's dtype: 3 % of a part's weight in bfloat16
+    from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+
+    made: Any = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)  # lse is [b, n, q]
+    return Attended(made[0], made[1].swapaxes(1, 2))
 
 
 def attend(
@@ -53,11 +110,30 @@ def attend(
     bias: Float[Array, "b s"] | None = None,
 ) -> Float[Array, "b q n k"]:
     """The reference, with the whole queries x keys array: the oracle of the tests and one chunk of the XLA form."""
+    return _mean(jax.nn.softmax(_logits(q, k, bias), axis=-1), v)
+
+
+def attend_with_lse(
+    q: Float[Array, "b q n k"],
+    k: Float[Array, "b s n k"],
+    v: Float[Array, "b s n k"],
+    bias: Float[Array, "b s"] | None = None,
+) -> Attended:
+    """`attend` and its lse, the softmax being made from it."""
+    logits = _logits(q, k, bias)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0, lse)[..., None])  # all keys hidden: 0, not NaN
+    return Attended(_mean(weights, v), lse.swapaxes(1, 2))
+
+
+def _logits(q: Array, k: Array, bias: Array | None) -> Array:
     logits = jnp.einsum("bqnk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits += bias[:, None, None]
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnqs,bsnk->bqnk", weights, v)
+    return logits if bias is None else logits + bias[:, None, None]
+
+
+def _mean(weights: Array, v: Array) -> Array:
+    # heads first: with queries first, einsum makes v the left operand, and XLA turns the whole of the weights over
+    return jnp.einsum("bnqs,bsnk->bnqk", weights.astype(v.dtype), v).swapaxes(1, 2)
 
 
 def query_chunk(batch: int, queries: int, keys: int, heads: int) -> int:
@@ -71,13 +147,14 @@ def query_chunk(batch: int, queries: int, keys: int, heads: int) -> int:
     return -(-queries // chunks)
 
 
-def _attention_xla(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+def _in_chunks(form: Callable[..., Any], q: Array, k: Array, v: Array, bias: Array | None) -> Any:
+    """`form` over chunks of queries, one after the other; its outputs are [b, q, ...]."""
     b, s_q, n, d = q.shape
     chunk = query_chunk(b, s_q, k.shape[1], n)
     if chunk == s_q:
-        return attend(q, k, v, bias)
+        return form(q, k, v, bias)
     chunks = -(-s_q // chunk)
     padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - s_q), (0, 0), (0, 0)))
     parts = padded.reshape(b, chunks, chunk, n, d).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: attend(part, k, v, bias), parts)
-    return out.swapaxes(0, 1).reshape(b, chunks * chunk, n, d)[:, :s_q]
+    made = jax.lax.map(lambda part: form(part, k, v, bias), parts)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, chunks * chunk, *x.shape[3:])[:, :s_q], made)

@@ -1,5 +1,7 @@
 """Attention: the XLA form in query chunks against the reference that holds queries x keys."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from oracle import relative_error
 
 from jaxwan.kernels import attention as module
-from jaxwan.kernels.attention import attend, attention, query_chunk
+from jaxwan.kernels.attention import Attended, attend, attention, attention_with_lse, merge, query_chunk
 
 
 def arrays(b, q, s, n, k, dtype=jnp.float32):
@@ -15,15 +17,23 @@ def arrays(b, q, s, n, k, dtype=jnp.float32):
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((b, q, n, k), (b, s, n, k), (b, s, n, k)))
 
 
-def plain(q, k, v):
-    """softmax(q k^T / sqrt(K)) v, head by head in float64."""
+def plain_with_lse(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(K) + bias) v and the logarithm of the softmax's sum, head by head in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.empty_like(q)
+    bias = np.zeros(k.shape[:2]) if bias is None else np.asarray(bias, np.float64)
+    out, lse = np.empty_like(q), np.empty(q.shape[:-1])
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
-        logits = q[b, :, n] @ k[b, :, n].T / np.sqrt(q.shape[-1])
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        logits = q[b, :, n] @ k[b, :, n].T / np.sqrt(q.shape[-1]) + bias[b]
+        top = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - top)
         out[b, :, n] = weights / weights.sum(axis=1, keepdims=True) @ v[b, :, n]
-    return out
+        lse[b, :, n] = top[:, 0] + np.log(weights.sum(axis=1))
+    return out, lse
+
+
+def plain(q, k, v):
+    """softmax(q k^T / sqrt(K)) v in float64."""
+    return plain_with_lse(q, k, v)[0]
 
 
 SHAPES = [(2, 37, 37, 3, 10), (1, 50, 13, 2, 22), (2, 1, 9, 1, 8), (1, 64, 64, 4, 16)]
@@ -89,9 +99,10 @@ def shapes_in(jaxpr):
                 yield from shapes_in(value.jaxpr)
 
 
-def test_no_array_is_queries_by_keys():
+@pytest.mark.parametrize("function", [attention, attention_with_lse])
+def test_no_array_is_queries_by_keys(function):
     abstract = [jax.ShapeDtypeStruct((1, 75_600, 40, 128), jnp.bfloat16)] * 3
-    found = list(shapes_in(jax.make_jaxpr(lambda *x: attention(*x, implementation="xla"))(*abstract).jaxpr))
+    found = list(shapes_in(jax.make_jaxpr(lambda *x: function(*x, implementation="xla"))(*abstract).jaxpr))
     assert (1, 40, 22, 75_600) in found  # a chunk's logits: the search sees into the loop
     assert not [shape for shape in found if sum(size >= 75_600 for size in shape) > 1]
 
@@ -101,21 +112,134 @@ def test_without_a_name_the_cpu_takes_the_xla_form():
     np.testing.assert_array_equal(attention(*inputs), attention(*inputs, implementation="xla"))
 
 
-def test_a_name_never_falls_back():
+@pytest.mark.parametrize("function", [attention, attention_with_lse])
+def test_a_name_never_falls_back(function):
     inputs = arrays(1, 9, 9, 2, 8)
     with pytest.raises(ValueError, match="implementation='flash' is unknown: choose one of cudnn, xla"):
-        attention(*inputs, implementation="flash")
+        function(*inputs, implementation="flash")
 
 
-def test_a_bias_is_refused_where_it_is_not_taken():
+@pytest.mark.parametrize("function", [attention, attention_with_lse])
+def test_a_bias_is_refused_where_it_is_not_taken(function):
     with pytest.raises(ValueError, match="implementation='cudnn' takes no bias here: leave it out, or choose 'xla'"):
-        attention(*arrays(1, 9, 9, 2, 8, jnp.bfloat16), bias=jnp.zeros((1, 9)), implementation="cudnn")
+        function(*arrays(1, 9, 9, 2, 8, jnp.bfloat16), bias=jnp.zeros((1, 9)), implementation="cudnn")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is there")
-def test_cudnn_raises_where_it_is_missing():
+@pytest.mark.parametrize("function", [attention, attention_with_lse])
+def test_cudnn_raises_where_it_is_missing(function):
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
-        jax.block_until_ready(attention(*arrays(1, 9, 9, 2, 8, jnp.bfloat16), implementation="cudnn"))
+        jax.block_until_ready(function(*arrays(1, 9, 9, 2, 8, jnp.bfloat16), implementation="cudnn"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("logits_bytes", [1 << 28, 1])
+def test_the_log_sum_exp_is_the_float64_one(monkeypatch, shape, logits_bytes):
+    monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
+    inputs = arrays(*shape)
+    out, lse = jax.jit(attention_with_lse)(*inputs)
+    expected, expected_lse = plain_with_lse(*inputs)
+    assert relative_error(out, expected) < 1e-6  # float32's own, as the next
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+
+
+def hidden_somewhere(batch, keys):
+    """Biases of counts and hidden keys; the first text hides keys 4 to 7, the last one all of its last keys."""
+    bias = np.log(np.random.default_rng(1).integers(1, 500, (batch, keys))).astype(np.float32)
+    bias[0, 4:7] = bias[-1, keys // 2 :] = -np.inf
+    return bias
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize(
+    ("logits_bytes", "dtype", "tolerance"),
+    [(1 << 28, jnp.float32, 1e-6), (1, jnp.float32, 1e-6), (1 << 28, jnp.bfloat16, 6e-3)],  # half a bfloat16 step
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_merged_parts_are_attention_over_all_keys(monkeypatch, shape, logits_bytes, dtype, tolerance, biased):
+    monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
+    batch, queries, keys, heads, width = shape
+    q, k, v = arrays(*shape, dtype)
+    bias = jnp.asarray(hidden_somewhere(batch, keys)) if biased else None
+
+    @jax.jit
+    def in_parts(q, k, v, bias):
+        merged = Attended(jnp.zeros((batch, queries, heads, width)), jnp.full((batch, queries, heads), -jnp.inf))
+        for part in (slice(4, 7), slice(0, 4), slice(7, keys)):
+            keys_bias = None if bias is None else bias[:, part]
+            merged = merge(merged, attention_with_lse(q, k[:, part], v[:, part], bias=keys_bias, implementation="xla"))
+        return merged
+
+    merged = in_parts(q, k, v, bias)
+    expected, expected_lse = plain_with_lse(q, k, v, bias)
+    assert merged.out.dtype == merged.lse.dtype == jnp.float32
+    assert relative_error(merged.out, expected) < tolerance
+    np.testing.assert_allclose(merged.lse, expected_lse, atol=4e-6)  # of up to 11: a few float32 steps of 1e-6
+
+
+def test_merging_is_exact_but_for_rounding():
+    q, k, v = arrays(2, 37, 37, 3, 10)
+    with jax.enable_x64(True):
+        parts = [Attended(*map(jnp.asarray, plain_with_lse(q, k[:, s], v[:, s]))) for s in np.split(np.arange(37), [9])]
+        merged = merge(*parts)
+        for actual, expected in zip(merged, plain_with_lse(q, k, v), strict=True):
+            assert relative_error(actual, expected) < 1e-15  # float64's own; the parts apart: over 0.1
+
+
+def test_a_part_that_saw_nothing_changes_no_bit():
+    q, k, v = arrays(1, 50, 13, 2, 22)
+    seen = jax.jit(lambda bias: attention_with_lse(q, k, v, bias=bias))
+    nothing, something = seen(jnp.full((1, 13), -jnp.inf)), seen(jnp.zeros((1, 13)))
+    np.testing.assert_array_equal(nothing.out, jnp.zeros_like(q))
+    np.testing.assert_array_equal(nothing.lse, jnp.full(q.shape[:-1], -jnp.inf))
+    for both in (merge(nothing, something), merge(something, nothing)):
+        jax.tree.map(np.testing.assert_array_equal, both, something)
+    jax.tree.map(np.testing.assert_array_equal, merge(nothing, nothing), nothing)
+
+
+CUDNN_CALL = "__cudnn$fmhaSoftmax"
+
+
+def lowered_for_cuda(function, q, kv):
+    """The program of `function` by cuDNN, lowered for CUDA on any machine.
+
+    It shows that JAX's own checks take the shapes and which call is made, not that cuDNN has a kernel for them nor what
+    that computes: only a GPU shows that.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    missing = [n for n in ("check_cudnn_version", "check_compute_capability") if not hasattr(private, n)]
+    assert not missing, f"this JAX has no {missing}: find what it asks the GPU for in {private.__file__}"
+    with (
+        mock.patch.object(private, "check_cudnn_version", lambda: 91300),
+        mock.patch.object(private, "check_compute_capability", lambda capability: capability <= "9.0"),
+    ):
+        return jax.export.export(
+            jax.jit(lambda *x: function(*x, implementation="cudnn")), platforms=["cuda"],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(CUDNN_CALL)],
+        )(q, kv, kv)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [attention, attention_with_lse])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads"),
+    [
+        (75_600, 75_600, 40),  # A14B, 720 x 1280 x 81
+        (75_600, 512, 40),
+        (27_280, 27_280, 24),  # TI2V-5B, 704 x 1280 x 121
+        (9_450, 9_450, 40),  # a ring of 8 at 720p
+    ],
+)
+def test_the_official_shapes_are_one_cudnn_call_on_cuda(function, queries, keys, heads):
+    q, kv = (jax.ShapeDtypeStruct((1, n, heads, 128), jnp.bfloat16) for n in (queries, keys))
+    exported = lowered_for_cuda(function, q, kv)
+    program = exported.mlir_module()
+    assert program.count(f"@{CUDNN_CALL}(%arg0, %arg1, %arg2)") == program.count("custom_call @") == 1
+    assert "dot_general" not in program
+    # log-sum-exps in float32: jax.nn's own would come in bfloat16
+    out = (((1, queries, heads, 128), jnp.bfloat16), ((1, queries, heads), jnp.float32))
+    assert [(a.shape, a.dtype) for a in exported.out_avals] == list(out[: len(exported.out_avals)])
+    assert len(exported.out_avals) == (1 if function is attention else 2)
 
 
 @pytest.mark.gpu
@@ -124,3 +248,13 @@ def test_cudnn_equals_the_reference(shape):
     inputs = arrays(*shape, jnp.bfloat16)
     out = attention(*inputs, implementation="cudnn")
     assert relative_error(np.asarray(out, np.float32), plain(*inputs)) < 6e-3
+
+
+@pytest.mark.gpu
+def test_cudnns_log_sum_exp_is_the_natural_logarithm_of_scaled_logits_in_float32():
+    inputs = arrays(2, 40, 24, 3, 64, jnp.bfloat16)
+    out, lse = attention_with_lse(*inputs, implementation="cudnn")
+    expected, expected_lse = plain_with_lse(*inputs)
+    assert lse.dtype == jnp.float32
+    assert relative_error(np.asarray(out, np.float32), expected) < 6e-3
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)  # bfloat16 would be off by up to 8e-3
