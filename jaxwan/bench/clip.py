@@ -7,9 +7,8 @@ from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from jaxwan.bench.dit import FLOW_SHIFT, GUIDANCE, Ring, random_text, random_weights
 from jaxwan.bench.item import TERA, Item, dtype
@@ -18,7 +17,6 @@ from jaxwan.bench.measure import (
     compilations,
     compiled,
     memory,
-    random_module,
     random_state,
     seconds_of,
 )
@@ -27,10 +25,8 @@ from jaxwan.bench.report import Row
 from jaxwan.bench.vae import Coding, make_codings, text_program
 from jaxwan.config import recognise
 from jaxwan.flops import text_encoder_flops
-from jaxwan.models.vae import VAE, VideoCoder
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.denoise import Denoiser
-from jaxwan.pipelines.load import Parts
+from jaxwan.pipelines.parts import abstract_parts
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.schedulers.config import SamplerDefaults
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
@@ -42,12 +38,11 @@ VAE_DTYPE = "float32"  # the pipeline's default
 # The pipeline as it is called
 
 
-def random_pipeline(preset: Preset) -> WanPipeline:
-    """A pipeline with random weights. It has no tokenizer or text encoder: prompts come as embeddings."""
-    mesh = make_mesh(MeshSpec())
+def make_checkpoint(preset: Preset) -> Checkpoint:
+    """The configurations of a preset, as if read from a folder; its size and steps are the defaults."""
     frames, height, width = preset.size
     variant = recognise(preset.transformer, preset.experts, preset.first_frame)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         folder=Path("random"),
         transformer=preset.transformer,
         num_experts=preset.experts,
@@ -62,16 +57,14 @@ def random_pipeline(preset: Preset) -> WanPipeline:
             guidance_scale=GUIDANCE, guidance_scale_2=GUIDANCE if preset.experts == 2 else None,
         ),
     )  # fmt: skip
-    graph, state = random_module(lambda: VAE(preset.vae, dtype=jnp.dtype(VAE_DTYPE), rngs=nnx.Rngs(0)))
-    parts = Parts(
-        denoiser=Denoiser(preset.transformer, random_weights(preset, mesh), mesh, dtype()),
-        coder=VideoCoder(nnx.merge(graph, state)),
-        tokenizer=None,
-        encode_text=None,
-        encode_clip=None,
-        seconds={},
-    )
-    return WanPipeline(checkpoint, parts, progress=False)
+
+
+def random_pipeline(preset: Preset) -> WanPipeline:
+    """A pipeline with random weights. It has no tokenizer or text encoder: prompts come as embeddings."""
+    mesh, checkpoint = make_mesh(MeshSpec()), make_checkpoint(preset)
+    parts = abstract_parts(checkpoint, mesh, dtype(), VAE_DTYPE)._replace(encode_text=None)
+    vae = random_state(parts.coder.state, place=SingleDeviceSharding(mesh.devices.flat[0]))
+    return WanPipeline(checkpoint, parts.filled({"vae": vae}, random_weights(preset, mesh)), progress=False)
 
 
 def random_prompt(preset: Preset) -> dict[str, np.ndarray]:

@@ -1,23 +1,18 @@
 """Compilation: what it takes without and with programs kept from before, and the XLA flags that are worth a try."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from jaxwan.bench.dit import complete, ring_inputs
+from jaxwan.bench.clip import VAE_DTYPE, make_checkpoint
 from jaxwan.bench.item import Item, dtype
-from jaxwan.bench.measure import compiled, random_input
+from jaxwan.bench.measure import compiled
 from jaxwan.bench.presets import Preset
 from jaxwan.bench.report import Row
-from jaxwan.bench.vae import chunk_program, text_program
-from jaxwan.models.vae import VAE
-from jaxwan.pipelines.denoise import abstract_weights, make_program, make_text_program
+from jaxwan.pipelines.parts import abstract_parts
+from jaxwan.pipelines.request import make_job
+from jaxwan.pipelines.warmup import Program, job_programs
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
-from jaxwan.sharding.ring import RingPlan, Turns
 
 _GPU = {
     "--xla_gpu_enable_triton_gemm=false": "cuBLAS alone: our products are large, and trying Triton's takes time",
@@ -62,28 +57,8 @@ def measure_compilation(item: Item) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _programs(preset: Preset) -> Iterator[tuple[str, Any, tuple]]:
-    """(name, jitted function, arguments) of all that a call compiles for a size."""
-    yield from _ring(preset)
-    encode, abstract, prompt = text_program(preset)
-    yield "text encoder", encode, (abstract, *prompt)
-    graph, weights = nnx.split(nnx.eval_shape(lambda: VAE(preset.vae, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-    latents = random_input(5, 1, 1, *preset.latent_shape[1:], preset.vae.z_dim, dtype=jnp.float32)
-    decode = chunk_program(graph, "decode")
-    yield "VAE decoder, first frame", decode, (weights, None, latents)
-    yield "VAE decoder, later frames", decode, (weights, jax.eval_shape(decode, weights, None, latents)[0], latents)
-
-
-def _ring(preset: Preset) -> Iterator[tuple[str, Any, tuple]]:
-    """The ring, and what makes the text's keys and values where they are carried."""
-    mesh, cfg = make_mesh(MeshSpec()), preset.transformer
-    shape = 1, *preset.latent_shape, preset.vae.z_dim
-    begin, run = make_program(cfg, mesh, RingPlan(1, 1, 2), shape, dtype())
-    _, weights = abstract_weights(cfg, preset.experts, 1, dtype())
-    inputs, latents = ring_inputs(preset, preset.steps)
-    carry = make_text_program(cfg, mesh, dtype())
-    inputs = complete(preset, inputs, lambda text: jax.eval_shape(carry, weights, text))
-    turns = Turns(np.zeros(1, np.int32), np.full(1, preset.steps, np.int32))
-    yield "ring", run, (weights, inputs, turns, jax.eval_shape(begin, latents), np.int32(1))
-    if inputs.carried is not None:
-        yield "keys and values of the text", carry, (weights, inputs.text)
+def _programs(preset: Preset) -> Iterator[Program]:
+    """All that a guided call of a preset's size compiles, in the order of a warm-up."""
+    checkpoint = make_checkpoint(preset)
+    parts = abstract_parts(checkpoint, make_mesh(MeshSpec()), dtype(), VAE_DTYPE)
+    return job_programs(checkpoint, parts, make_job(checkpoint, prompt="", seed=0))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt32
 
 from jaxwan.config import ImageInput
 from jaxwan.models.vae import VideoCoder
-from jaxwan.pipelines.checkpoint import CHANNEL_MASK
+from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.denoise import RENOISINGS, Controls
 from jaxwan.pipelines.media import resize_image
 from jaxwan.pipelines.request import Job
@@ -58,6 +58,25 @@ def encode_images(
     return Conditioning(channels=np.stack(once_each(channels, images, last_images)))
 
 
+def abstract_conditioning(checkpoint: Checkpoint, job: Job, shape: tuple[int, ...]) -> Conditioning:
+    """What the images of a job become, for latents of `shape` (T, H, W, Z): shapes, but for `has_first`."""
+    requests = [r for r in job.requests for _ in range(job.num_videos)]
+
+    def array(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(requests), *sizes), np.float32)
+
+    if checkpoint.image_input is ImageInput.NONE:
+        return Conditioning()
+    if checkpoint.image_input is ImageInput.FIRST_FRAME:
+        return Conditioning(first=array(1, *shape[1:]), has_first=np.array([r.image is not None for r in requests]))
+    made = Conditioning(channels=array(*shape[:3], CHANNEL_MASK + shape[3]))
+    encoder = checkpoint.image_encoder
+    if encoder is None:
+        return made
+    images = 1 + (requests[0].last_image is not None)
+    return made._replace(image=array(images * encoder.num_rows, encoder.hidden_size))
+
+
 def once_each(encode: Callable[..., np.ndarray], *columns: Sequence[Any]) -> list[np.ndarray]:
     """`encode` of every row of objects; rows of the same objects, such as one image for all prompts, share a result."""
     made: dict[tuple[int, ...], np.ndarray] = {}
@@ -80,7 +99,7 @@ def image_channels(
     video[0, 0] = first
     if last is not None:
         video[0, -1] = last
-    latents = np.asarray(coder.encode(video))[0]
+    latents = encode_video(coder, video)[0]
     mask = np.zeros((*latents.shape[:3], CHANNEL_MASK), np.float32)
     mask[0] = 1
     if last is not None:
@@ -93,7 +112,12 @@ def _first_frame(coder: VideoCoder, pixels: np.ndarray | None, height: int, widt
     if pixels is None:
         stride = coder.cfg.scale_factor_spatial
         return np.zeros((1, height // stride, width // stride, coder.cfg.z_dim), np.float32)
-    return np.asarray(coder.encode(pixels[None, None]))[0]
+    return encode_video(coder, pixels[None, None])[0]
+
+
+def encode_video(coder: VideoCoder, pixels: Float[np.ndarray, "b f h w 3"]) -> Float[np.ndarray, "b t y x z"]:
+    """`VideoCoder.encode`, joined on the host, where that takes no program for each number of frames."""
+    return np.concatenate([np.asarray(latent) for latent in list(coder.encode_chunks(pixels))], axis=1)
 
 
 def make_controls(job: Job, conditioning: Conditioning, latent_frames: int) -> Controls:
@@ -138,6 +162,11 @@ def renoise_noise(table: Table, seed: int, index: int, shape: tuple[int, ...]) -
     for step in np.flatnonzero(table.predictor[:, 4]):
         noise[step] = _normal(_words(seed), np.uint32(index), np.uint32(RENOISE + step), shape)
     return noise
+
+
+def noise_program(shape: tuple[int, ...]) -> tuple[str, Callable, tuple]:
+    """(name, jitted function, arguments) of what draws noise of a shape."""
+    return "noise", _normal, (_words(0), np.uint32(0), np.uint32(INITIAL), shape)
 
 
 def _words(seed: int) -> UInt32[np.ndarray, "2"]:

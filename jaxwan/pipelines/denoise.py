@@ -4,16 +4,15 @@ One executable serves all requests of a shape: solvers, step counts, guidance, e
 `Controls`, indexed by what the ring says each device holds. Latents are float32, channels last, `[R, T, H, W, Z]`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -94,6 +93,12 @@ def abstract_weights(cfg: TransformerConfig, num_experts: int, stages: int, dtyp
     return graph, Weights(
         jax.tree.map(lambda leaf: stacked(leaf, layers), blocks), jax.tree.map(lambda leaf: stacked(leaf), ends)
     )
+
+
+def placed_weights(cfg: TransformerConfig, num_experts: int, mesh: Mesh, dtype: DTypeLike) -> Weights:
+    """Shapes, dtypes and shardings of what `load_weights` makes."""
+    _, abstract = abstract_weights(cfg, num_experts, mesh.shape["pp"], dtype)
+    return Weights(*(shapes_at(sharding(mesh, *axes), part) for part, axes in zip(abstract, WEIGHT_AXES, strict=True)))
 
 
 def load_weights(
@@ -200,7 +205,7 @@ class Denoiser:
     weights: Weights
     mesh: Mesh
     dtype: jnp.dtype
-    _programs: dict = field(default_factory=dict, repr=False)
+    _made: dict = field(default_factory=dict, repr=False)
 
     def plan(self, requests: int, branches: int) -> RingPlan:
         """The ring's arithmetic for so many requests."""
@@ -209,7 +214,7 @@ class Denoiser:
     def start(self, latents: Float[np.ndarray, "r t h w z"], inputs: Inputs) -> "Loop":
         """The loop over `latents`, at the noise level of each request's first row; nothing has run yet."""
         plan = self.plan(*inputs.text.shape[:2])
-        begin, run = self._program(plan, latents.shape)
+        begin, run = self._ring(plan, latents.shape)
         steps = np.asarray(inputs.controls.table.num_steps, np.int32)
         everywhere = sharding(self.mesh)
         if folds_texts(self.cfg):
@@ -217,19 +222,37 @@ class Denoiser:
         turns = Turns(np.zeros_like(steps), steps)
         inputs, turns = jax.device_put((to_float32(inputs), turns), everywhere)
         if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
-            inputs = inputs._replace(carried=self._carry_text(self.weights, inputs.text))
+            inputs = inputs._replace(carried=self._carry_text()(self.weights, inputs.text))
         state = begin(jax.device_put(latents, everywhere))
         return Loop(plan, steps, lambda s, ticks: run(self.weights, inputs, turns, s, ticks), state)
 
-    @cached_property
-    def _carry_text(self) -> Callable[[Weights, Array], KeysValues]:
-        return make_text_program(self.cfg, self.mesh, self.dtype)
+    def programs(self, latents: jax.ShapeDtypeStruct, inputs: Inputs) -> Iterator[tuple[str, Callable, tuple]]:
+        """(name, jitted function, arguments) of all that `start` and its loop compile; of arrays the shapes suffice."""
+        plan, everywhere = self.plan(*inputs.text.shape[:2]), sharding(self.mesh)
+        begin, run = self._ring(plan, latents.shape)
+        if folds_texts(self.cfg):
+            inputs = inputs._replace(text_rows=jax.ShapeDtypeStruct(inputs.text.shape[:2], np.int32))
+        steps = jax.ShapeDtypeStruct((plan.requests,), np.int32)
+        latents, inputs, turns = shapes_at(everywhere, (latents, to_float32(inputs), Turns(steps, steps)))
+        if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
+            carry, given = self._carry_text(), (self.weights, inputs.text)
+            yield "keys and values of the text", carry, given
+            kept = sharding(self.mesh, *WEIGHT_AXES.blocks)
+            inputs = inputs._replace(carried=shapes_at(kept, jax.eval_shape(carry, *given)))
+        state = jax.tree.map(shapes_at, _state_shardings(self.mesh), jax.eval_shape(begin, latents))
+        yield "ring", run, (self.weights, inputs, turns, state, jax.ShapeDtypeStruct((), np.int32))
+        yield "the ring's first state", begin, (latents,)
 
-    def _program(self, plan: RingPlan, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
-        key = plan, shape
-        if key not in self._programs:
-            self._programs[key] = make_program(self.cfg, self.mesh, plan, shape, self.dtype)
-        return self._programs[key]
+    def _carry_text(self) -> Callable[[Weights, Array], KeysValues]:
+        return self._once("text", lambda: make_text_program(self.cfg, self.mesh, self.dtype))
+
+    def _ring(self, plan: RingPlan, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+        return self._once((plan, shape), lambda: make_program(self.cfg, self.mesh, plan, shape, self.dtype))
+
+    def _once(self, key: Any, make: Callable) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 def make_program(
@@ -245,10 +268,13 @@ def make_program(
         hidden = jnp.zeros((plan.stages, 1, num_tokens(cfg, shape), cfg.dim), dtype)
         return RingState(jnp.int32(0), hidden, Carry(init_state(rows), jnp.zeros_like(rows)))
 
-    position = sharding(mesh, "pp")
-    out = RingState(sharding(mesh), position, Carry(SamplerState(*[position] * 5), position))
     stage = make_stage(cfg, graph, plan, (shape[1], shape[2], shape[3]))
-    return jax.jit(begin, out_shardings=out), make_ring(mesh, plan, stage, specs, input_specs)
+    return jax.jit(begin, out_shardings=_state_shardings(mesh)), make_ring(mesh, plan, stage, specs, input_specs)
+
+
+def _state_shardings(mesh: Mesh) -> RingState:
+    position = sharding(mesh, "pp")
+    return RingState(sharding(mesh), position, Carry(SamplerState(*[position] * 5), position))
 
 
 def carries_text(cfg: TransformerConfig, tokens: int) -> bool:
@@ -268,7 +294,8 @@ def make_text_program(cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike) -> C
         texts = text.reshape(-1, *text.shape[2:])
         return jax.lax.map(lambda expert: nnx.merge(graph, *expert).carry_text(texts), weights)
 
-    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, PartitionSpec()), out_specs=specs.blocks))
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(specs, PartitionSpec()), out_specs=specs.blocks)
+    return jax.jit(sharded, out_shardings=sharding(mesh, *WEIGHT_AXES.blocks))
 
 
 def num_tokens(cfg: TransformerConfig, shape: tuple[int, ...]) -> int:
@@ -310,3 +337,8 @@ def _truth(array: Array) -> np.ndarray:
 def to_float32(tree: Any) -> Any:
     """Host float64 arrays as float32; the rest unchanged."""
     return jax.tree.map(lambda x: x.astype(np.float32) if getattr(x, "dtype", None) == np.float64 else x, tree)
+
+
+def shapes_at(place: Sharding, tree: Any) -> Any:
+    """Shapes and dtypes of a tree of arrays (or of their shapes), as of arrays that lie at `place`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)

@@ -22,7 +22,8 @@ from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights, carries_text
-from jaxwan.pipelines.load import component_makers, default_dtype
+from jaxwan.pipelines.load import default_dtype
+from jaxwan.pipelines.parts import component_makers
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import MeshSpec, request_virtual_devices

@@ -1,12 +1,12 @@
 """WanPipeline: a checkpoint on a mesh, from prompts (and images or a video) to videos."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -16,6 +16,7 @@ from jaxwan.pipelines.condition import (
     Conditioning,
     choose_expert,
     encode_images,
+    encode_video,
     frame_timesteps,
     initial_noise,
     make_controls,
@@ -23,11 +24,13 @@ from jaxwan.pipelines.condition import (
     renoise_noise,
 )
 from jaxwan.pipelines.denoise import RENOISINGS, Controls, Inputs, Loop
-from jaxwan.pipelines.load import Parts, load_parts, place
-from jaxwan.pipelines.media import load_video, resize_video, to_unit_range
+from jaxwan.pipelines.load import load_parts, place
+from jaxwan.pipelines.media import clip_pixels, load_video, resize_video, to_unit_range
+from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.pipelines.request import Job, make_job
 from jaxwan.pipelines.stages import Stages
+from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import add_noise, make_table, stack_tables
 from jaxwan.sharding.mesh import MeshSpec
 
@@ -126,11 +129,37 @@ class WanPipeline:
             frames = [_to_pil(video) for video in frames]
         return Output(frames, latents, job.fps, seeds, stages.seconds)
 
+    def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **arguments: Any) -> Warmup:
+        """Compile all that a call with these arguments runs, several programs at a time, and compute nothing.
+
+        What counts is what a program depends on: size, number of videos, whether any is guided, whether images or a
+        video come. A server gives stand-ins for the rest:
+
+            pipe.warmup(height=480, width=832, num_frames=81, guidance_scale=5.0)
+            pipe.warmup([""] * 4, image=np.zeros((480, 832, 3), np.uint8))
+
+        Calls of the same kind then compile nothing, and neither does a second warm-up. Raises as a call does.
+        """
+        check_output_type(output_type)
+        if prompt is None and arguments.get("prompt_embeds") is None:
+            prompt = ""
+        job = make_job(self.checkpoint, prompt=prompt, **arguments)
+        start = time.perf_counter()
+        programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
+        with Stages(progress=self.progress).stage("compile", len(programs), "program") as update:
+            with compiling(programs) as finished:
+                seconds = {}
+                for name, took in finished:
+                    seconds[name] = took
+                    update(1)
+        return Warmup(time.perf_counter() - start, seconds)
+
     # The parts on their own
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Context rows (B, 512, C), float32, of one prompt or several: cleaned, zero behind each prompt's end."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        assert self.parts.encode_text is not None and self.parts.tokenizer is not None
         return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:
@@ -142,7 +171,7 @@ class WanPipeline:
         if pixels.ndim != 5 or pixels.shape[-1] != 3 or not len(pixels):
             raise ValueError(f"frames have shape {pixels.shape}, expected (B, F, H, W, 3)")
         videos = [2 * to_unit_range(load_video(video)[0]) - 1 for video in pixels]
-        return to_public(np.concatenate([np.asarray(self.parts.coder.encode(video[None])) for video in videos]))
+        return to_public(np.concatenate([encode_video(self.parts.coder, video[None]) for video in videos]))
 
     def decode(self, latents: ArrayLike) -> np.ndarray:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w). ValueError for another shape."""
@@ -211,15 +240,16 @@ class WanPipeline:
         """Image input of every video of the job."""
         images, lasts = [r.image for r in job.requests], [r.last_image for r in job.requests]
         made = encode_images(self.checkpoint.image_input, self.parts.coder, images, lasts, size)
-        if self.parts.encode_clip is not None:
+        if self.parts.encode_image is not None:
             made = made._replace(image=np.stack(once_each(self._clip_rows, images, lasts)))
         return jax.tree.map(lambda x: np.repeat(x, job.num_videos, axis=0), made)
 
     def _clip_rows(self, image: Any, last: Any) -> np.ndarray:
         """CLIP rows of the image, followed by the last image's."""
-        assert self.parts.encode_clip is not None
-        rows = [np.asarray(self.parts.encode_clip(i)[0], np.float32) for i in (image, last) if i is not None]
-        return np.concatenate(rows)
+        encode, processor = self.parts.encode_image, self.parts.image_processor
+        assert encode is not None
+        pixels = [clip_pixels(i, processor)[None] for i in (image, last) if i is not None]
+        return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
 
     def _starting_latents(self, job: Job) -> np.ndarray:
         """[R, T, H, W, Z] at the noise level of each video's first step."""
@@ -233,9 +263,9 @@ class WanPipeline:
             noise = to_internal(job.latents)
         if job.video is None:
             return noise
-        clean = self.parts.coder.encode(2 * resize_video(job.video, job.height, job.width)[None] - 1)[0]
+        clean = encode_video(self.parts.coder, 2 * resize_video(job.video, job.height, job.width)[None] - 1)[0]
         sigmas = [float(r.table.sigmas[0]) for r, _ in _videos(job)]
-        return np.stack([np.asarray(add_noise(clean, jnp.asarray(n), s)) for n, s in zip(noise, sigmas, strict=True)])
+        return np.stack([add_noise(clean, n, s) for n, s in zip(noise, sigmas, strict=True)])
 
     def _inputs(self, job: Job, text: np.ndarray, conditioning: Conditioning, shape: tuple[int, ...]) -> Inputs:
         noise = np.stack([renoise_noise(r.table, r.seed, i, shape[1:]) for r, i in _videos(job)])

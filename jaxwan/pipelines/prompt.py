@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -104,7 +105,7 @@ def tokenize(
     return padded, np.arange(length) < len(ids)
 
 
-Encode = Callable[[Int[Array, "1 l"], Bool[Array, "1 l"]], Float[Array, "1 l c"]]
+Encode = Callable[[Int[np.ndarray, "1 l"], Bool[np.ndarray, "1 l"]], Float[Array, "1 l c"]]
 
 
 def encode_prompts(
@@ -119,9 +120,14 @@ def encode_prompts(
     rows: dict[str, Float[np.ndarray, "1 l c"]] = {}
     texts = [clean_prompt(prompt) for prompt in prompts]
     for text in dict.fromkeys(texts):
-        tokens, mask = (jnp.asarray(a)[None] for a in tokenize(tokenizer, text, length))
+        tokens, mask = (a[None] for a in tokenize(tokenizer, text, length))
         rows[text] = np.where(mask[..., None], np.asarray(encode(tokens, mask), np.float32), np.float32(0))
     return np.concatenate([rows[text] for text in texts])
+
+
+def abstract_prompt(length: int = MAX_TOKENS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes of the (tokens, mask) with which `encode_prompts` calls the text encoder."""
+    return jax.ShapeDtypeStruct((1, length), np.int32), jax.ShapeDtypeStruct((1, length), np.bool_)
 
 
 def folds_texts(cfg: TransformerConfig) -> bool:

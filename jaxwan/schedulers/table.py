@@ -102,9 +102,11 @@ def stack_tables(tables: Sequence[Table]) -> Table:
 
 
 def add_noise(
-    x0: Float[Array, "..."], noise: Float[Array, "..."], sigma: Float[Array, ""] | float
-) -> Float[Array, "..."]:
+    x0: Float[Array | np.ndarray, "..."], noise: Float[Array | np.ndarray, "..."], sigma: Float[Array, ""] | float
+) -> Float[Array | np.ndarray, "..."]:
     """Clean latents brought to noise level `sigma`, in float32: where video to video starts, at the first used sigma.
+
+    Of host arrays, and a plain number, a host array.
 
     Source: diffusers scheduling_unipc_multistep.py:add_noise.
     """

@@ -1,0 +1,90 @@
+"""What a pipeline is made of. Shapes may stand for the parameters: enough to compile, before any tensor is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jaxwan.models.image_encoder import CLIPVisionEncoder
+from jaxwan.models.text_encoder import UMT5Encoder
+from jaxwan.models.vae import VAE, VideoCoder
+from jaxwan.pipelines.checkpoint import Checkpoint
+from jaxwan.pipelines.denoise import Denoiser, Weights, placed_weights, shapes_at
+from jaxwan.pipelines.prompt import Tokenizer
+
+
+@dataclass(frozen=True)
+class Jitted:
+    """A module's call as one compiled function of arrays, its parameters an argument and not a constant."""
+
+    run: Callable  # (state, *arguments)
+    state: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(self.state, *arguments)
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made of. The DiT is spread over the mesh; all else lives on its first device."""
+
+    denoiser: Denoiser
+    coder: VideoCoder
+    tokenizer: Tokenizer | None
+    encode_text: Jitted | None  # (tokens, mask) -> rows
+    image_processor: Any  # with the next: Wan2.1 image to video
+    encode_image: Jitted | None  # processed images -> CLIP rows
+    seconds: dict[str, float]
+
+    def filled(self, states: Mapping[str, Any], weights: Weights) -> "Parts":
+        """The same programs with other parameters: by component folder, and the DiT's."""
+        return self._replace(
+            denoiser=replace(self.denoiser, weights=weights),
+            coder=self.coder.holding(states["vae"]),
+            encode_text=self.encode_text and replace(self.encode_text, state=states["text_encoder"]),
+            encode_image=self.encode_image and replace(self.encode_image, state=states["image_encoder"]),
+        )
+
+
+def abstract_parts(
+    checkpoint: Checkpoint, mesh: Mesh, dtype: DTypeLike, vae_dtype: DTypeLike, tokenizer: Tokenizer | None = None,
+    image_processor: Any = None,
+) -> Parts:  # fmt: skip
+    """The parts on a mesh, with shapes of parameters, each where it will be."""
+    first = SingleDeviceSharding(mesh.devices.flat[0])
+    modules = {name: nnx.split(nnx.eval_shape(make)) for name, make in component_makers(
+        checkpoint, dtype, vae_dtype).items()}  # fmt: skip
+    placed = {name: (graph, shapes_at(first, state)) for name, (graph, state) in modules.items()}
+    weights = placed_weights(checkpoint.transformer, checkpoint.num_experts, mesh, dtype)
+    return Parts(
+        denoiser=Denoiser(checkpoint.transformer, weights, mesh, jnp.dtype(dtype)),
+        coder=VideoCoder(nnx.merge(*placed["vae"])),
+        tokenizer=tokenizer,
+        encode_text=_jitted(*placed["text_encoder"]),
+        image_processor=image_processor,
+        encode_image=_jitted(*placed["image_encoder"]) if "image_encoder" in placed else None,
+        seconds={},
+    )
+
+
+def component_makers(
+    checkpoint: Checkpoint, dtype: DTypeLike, vae_dtype: DTypeLike
+) -> dict[str, Callable[[], nnx.Module]]:
+    """Component folder -> maker of its module, of all that runs on the mesh's first device."""
+    makers: dict[str, Callable[[], nnx.Module]] = {
+        "vae": lambda: VAE(checkpoint.vae, dtype=vae_dtype, rngs=nnx.Rngs(0)),
+        "text_encoder": lambda: UMT5Encoder(checkpoint.text_encoder, dtype=dtype, rngs=nnx.Rngs(0)),
+    }
+    image_encoder = checkpoint.image_encoder
+    if image_encoder is not None:
+        # float32 in a bfloat16 pipeline too, as Wan's examples load it
+        makers["image_encoder"] = lambda: CLIPVisionEncoder(image_encoder, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return makers
+
+
+def _jitted(graph: Any, state: Any) -> Jitted:
+    return Jitted(jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments)), state)

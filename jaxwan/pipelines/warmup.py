@@ -1,0 +1,108 @@
+"""Compiling ahead of time: the programs that a job runs, and several of them at once."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxwan.config import ImageInput
+from jaxwan.pipelines.checkpoint import Checkpoint
+from jaxwan.pipelines.condition import abstract_conditioning, make_controls, noise_program
+from jaxwan.pipelines.denoise import RENOISINGS, Inputs
+from jaxwan.pipelines.parts import Parts
+from jaxwan.pipelines.prompt import MAX_TOKENS, abstract_prompt
+from jaxwan.pipelines.request import Job
+
+THREADS = 4  # there are two or three long ones, and each is spread over cores by the compiler itself
+Program = tuple[str, Callable, tuple]  # name, jitted function, its arguments or their shapes
+
+
+class Warmup(NamedTuple):
+    """What `WanPipeline.warmup` did.
+
+    seconds: until everything was there. programs: seconds of tracing and compiling each one, beside the others; 0 (but
+    for looking) where it was there already.
+    """
+
+    seconds: float
+    programs: dict[str, float]
+
+
+# What a job runs
+
+
+def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool = True) -> Iterator[Program]:
+    """Every program that a job runs on these parts, whose parameters may be shapes; those that take long first."""
+    size = job.num_frames, job.height, job.width
+    shape = *checkpoint.geometry.latent_shape(*size), checkpoint.geometry.z_dim
+    yield from parts.denoiser.programs(*_denoiser_inputs(checkpoint, job, shape))
+    if decode:
+        yield from parts.coder.programs("decode", (1, *shape))
+    encoded = _encoded_frames(checkpoint, job)
+    if encoded:
+        yield from parts.coder.programs("encode", (1, encoded, *size[1:], 3))
+    encode = parts.encode_text
+    if encode is not None and (job.prompt_embeds is None or job.guided and job.negative_prompt_embeds is None):
+        yield "text encoder", encode.run, (encode.state, *abstract_prompt())
+    encode, cfg = parts.encode_image, checkpoint.image_encoder
+    if encode is not None and cfg is not None:
+        image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), np.float32)
+        yield "image encoder", encode.run, (encode.state, image)
+    yield noise_program(shape)
+
+
+def _denoiser_inputs(checkpoint: Checkpoint, job: Job, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, Inputs]:
+    """Shapes of what `Denoiser.start` gets; the controls are small, and real."""
+    cfg, count = checkpoint.transformer, job.batch
+
+    def array(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *sizes), np.float32)
+
+    given = abstract_conditioning(checkpoint, job, shape)
+    inputs = Inputs(
+        make_controls(job, given, shape[0]), array(1 + job.guided, MAX_TOKENS, cfg.text_dim), *given,
+        array(RENOISINGS, *shape),
+    )  # fmt: skip
+    return array(*shape), inputs
+
+
+def _encoded_frames(checkpoint: Checkpoint, job: Job) -> int:
+    """Frames of what the VAE encodes before the loop."""
+    if job.video is not None:
+        return job.num_frames
+    if all(request.image is None for request in job.requests):
+        return 0
+    return 1 if checkpoint.image_input is ImageInput.FIRST_FRAME else job.num_frames
+
+
+# Compiling
+
+
+@contextmanager
+def compiling(programs: Iterable[Program]) -> Iterator[Iterator[tuple[str, float]]]:
+    """Compile programs while the block runs; yields (name, seconds) of each, to be waited for inside the block.
+
+    They are traced first, here, in the caller's thread, whose settings of JAX hold for them; compiling then releases
+    the GIL. Where compiling one fails, waiting raises. When the block is left early, none is begun any more.
+    """
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile")
+    try:
+        futures = [pool.submit(_compile, name, *_lowered(*rest)) for name, *rest in programs]
+        yield (future.result() for future in as_completed(futures))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _lowered(function: Callable, arguments: tuple) -> tuple[jax.stages.Lowered, float]:
+    start = time.perf_counter()
+    return function.lower(*arguments), time.perf_counter() - start  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _compile(name: str, lowered: jax.stages.Lowered, seconds: float) -> tuple[str, float]:
+    start = time.perf_counter()
+    lowered.compile()
+    return name, seconds + time.perf_counter() - start

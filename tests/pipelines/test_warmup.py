@@ -1,0 +1,149 @@
+"""Programs compiled ahead of time are those that a call runs, and nothing else changes."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, VIDEO, compilations, picture
+
+from jaxwan.pipelines import pipeline as pipelines
+from jaxwan.pipelines import warmup
+from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.load import load_parts
+from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.pipelines.request import make_job
+from jaxwan.pipelines.stages import Stages
+from jaxwan.pipelines.warmup import compiling
+from jaxwan.sharding.mesh import MeshSpec
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SIZE = dict(height=32, width=48, num_frames=5)
+CALL = SIZE | dict(prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], num_inference_steps=2, seed=1)
+GREY = np.full((32, 48, 3), 128, np.uint8)
+RING = {"ring", "the ring's first state", "keys and values of the text", "noise"}
+TEXT, DECODE = {"text encoder"}, {"VAE decode, first frame", "VAE decode, later frames"}
+ENCODE_FIRST, ENCODE = {"VAE encode, first frame"}, {"VAE encode, first frame", "VAE encode, later frames"}
+CASES = {
+    # family, mesh, arguments of the warm-up, of the call, programs
+    "guided": ("t2v-A14B", "pp=1", SIZE | dict(guidance_scale=9.0), CALL | dict(guidance_scale=4.0), TEXT | DECODE),
+    "two prompts on four stages": (
+        "t2v-A14B", "pp=4", SIZE | dict(prompt=["", ""]),
+        CALL | dict(prompt=PROMPTS, sampler=["euler", "dpm++2m"], seed=[1, 2]), TEXT | DECODE,
+    ),
+    "not guided, latents, two videos": (
+        "t2v-A14B", "pp=1", SIZE | dict(guidance_scale=1.0, num_videos_per_prompt=2, output_type="latent"),
+        CALL | dict(guidance_scale=1.0, num_videos_per_prompt=2, output_type="latent"), TEXT,
+    ),
+    "embeddings, a single frame": (
+        "t2v-A14B", "pp=1",
+        SIZE | dict(prompt_embeds=np.zeros((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1),
+        SIZE | dict(prompt_embeds=np.ones((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1,
+                    sampler="renoise", timesteps=[900, 500], seed=1), {"VAE decode, first frame"},
+    ),
+    "image and last image with CLIP": (
+        "2.1-flf2v", "pp=2", SIZE | dict(image=GREY, last_image=GREY), CALL | dict(image=IMAGE, last_image=LAST_IMAGE),
+        TEXT | DECODE | ENCODE | {"image encoder"},
+    ),
+    "first frame of one of two": (
+        "ti2v-5B", "pp=2", dict(prompt=["", ""], image=[GREY, None], height=64, width=96, num_frames=5),
+        CALL | dict(prompt=PROMPTS, image=[None, IMAGE], height=64, width=96), TEXT | DECODE | ENCODE_FIRST,
+    ),
+    "video to video": (
+        "2.1-t2v", "pp=1", SIZE | dict(video=[picture(i, 32, 48) for i in range(5)]),
+        CALL | dict(video=VIDEO, strength=0.6), TEXT | DECODE | ENCODE,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def fresh(folder):
+    """(family, mesh) -> a pipeline that has compiled nothing yet."""
+    return lambda family, mesh: WanPipeline.from_pretrained(folder(family), mesh, "float32", progress=False)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=pytest.mark.slow) if case[0] == "ti2v-5B" else name for name, case in CASES.items()],
+)
+def test_after_a_warm_up_a_call_compiles_nothing_and_gives_the_same_bits(fresh, pipeline, case):
+    family, mesh, ahead, call, programs = CASES[case]
+    pipe, outputs = fresh(family, mesh), []
+    warm = pipe.warmup(**ahead)
+    assert set(warm.programs) == RING | programs
+    assert 0 < max(warm.programs.values()) <= warm.seconds
+    assert compilations(lambda: pipe.warmup(**ahead)) == 0
+    assert compilations(lambda: outputs.append(pipe(**call))) == 0
+    expected = pipeline(family, mesh)(**call)
+    np.testing.assert_array_equal(outputs[0].latents, expected.latents)
+    np.testing.assert_array_equal(outputs[0].frames, expected.frames)
+
+
+def test_programs_compiled_while_the_weights_are_read_are_those_of_the_run(folder, pipeline):
+    checkpoint, outputs = read_checkpoint(folder("i2v-A14B")), []
+    job = make_job(checkpoint, image=IMAGE, **CALL)
+    parts = load_parts(checkpoint, MeshSpec(pp=2), "float32", "float32", job, progress=False)
+    assert set(parts.seconds) == {"load", "compile"} and min(parts.seconds.values()) > 0
+    pipe = WanPipeline(checkpoint, parts, progress=False)
+    assert compilations(lambda: outputs.append(pipe.run(job))) == 0
+    expected = pipeline("i2v-A14B", "pp=2").run(job)
+    np.testing.assert_array_equal(outputs[0].frames, expected.frames)
+
+
+def test_a_pipeline_that_reads_weights_alone_compiles_no_program_of_a_call(folder, monkeypatch):
+    monkeypatch.setattr(warmup, "_compile", None)
+    checkpoint = read_checkpoint(folder("2.1-t2v"))
+    assert set(load_parts(checkpoint, MeshSpec(), "float32", "float32", progress=False).seconds) == {"load", "compile"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_frames": 6}, "nearest are 5 and 9"),
+        ({"image": GREY}, "it takes no image"),
+        ({"output_type": "gif"}, "output_type='gif' is not one of np, latent, pil"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_compiles(pipeline, arguments, words):
+    pipe = pipeline("t2v-A14B", "pp=1")
+
+    def refused():
+        with pytest.raises(ValueError, match=words):
+            pipe.warmup(**SIZE | arguments)
+
+    assert compilations(refused) == 0
+
+
+def test_a_program_that_cannot_be_compiled_is_raised(pipeline, monkeypatch):
+    missing = jax.jit(lambda x: jax.ffi.ffi_call("no_such_target", jax.ShapeDtypeStruct(x.shape, x.dtype))(x))
+    broken = "broken", missing, (jax.ShapeDtypeStruct((3,), np.float32),)
+    fine = "fine", jax.jit(lambda x: x - 3), (jax.ShapeDtypeStruct((3,), np.float32),)
+    monkeypatch.setattr(pipelines, "job_programs", lambda *_, **__: [fine, broken, fine])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_target"):
+        pipeline("t2v-A14B", "pp=1").warmup(**SIZE)
+
+
+def test_settings_of_the_caller_hold_for_what_is_compiled_in_threads():
+    product, x = jax.jit(lambda x: x @ x), np.ones((3, 3), np.float32)
+    with jax.default_matmul_precision("bfloat16"):
+        with compiling([("product", product, (jax.ShapeDtypeStruct(x.shape, x.dtype),))]) as finished:
+            assert [name for name, _ in finished] == ["product"]
+        assert compilations(lambda: product(x)) == 0
+    assert compilations(lambda: product(x)) == 1
+
+
+def test_a_stage_counts_what_it_compiles_itself_and_not_what_other_threads_do():
+    def compile_one(number):
+        jax.jit(lambda x: x * number).lower(jnp.float32(1)).compile()
+
+    stages = Stages(progress=False)
+    with stages.stage("beside", 1):
+        other = threading.Thread(target=compile_one, args=(3.0,))
+        other.start()
+        other.join()
+    assert stages.seconds["compile"] == 0 < stages.seconds["beside"]
+    with stages.stage("itself", 1):
+        compile_one(5.0)
+    assert stages.seconds["compile"] > 0 < stages.seconds["itself"]
