@@ -1,8 +1,9 @@
 """Checkpoint tensors into device arrays, one tensor at a time.
 
-A parameter that stacks layers or experts is never stacked on the host: its device shards are allocated as zeros and
-each tensor is written into its row by a donated update, so the peak is one tensor above the parameters themselves. Rows
-that no tensor fills stay zero: the ring's padding layers.
+A large parameter that stacks layers or experts is never stacked on the host: its device shards are allocated as zeros
+and each tensor is written into its row by a donated update, so the peak is one tensor above the parameters themselves.
+Small ones are stacked on the host, because a program for each of their shapes would take longer to compile than they to
+copy. Rows that no tensor fills stay zero: the ring's padding layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from jaxtyping import Array
 
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.rules import Rule, Shape, Slot, plan
+
+ON_HOST = 2**24  # bytes of a stacked parameter that is still stacked on the host
 
 Progress = Callable[[int], None]  # called with the bytes of each tensor once it is placed
 
@@ -74,7 +77,10 @@ def load_arrays(
     the expert. Shardings may split only those leading axes. Tensors are read in the order in which they lie on disk.
     """
     rows = {slot.path for prefix, _, slots in sources for slot in slots.values() if prefix or slot.layer is not None}
-    stacks = {path: _Stack(zeros) for path, zeros in _zeros({path: targets[path] for path in sorted(rows)}).items()}
+    small = {path for path in rows if _bytes(targets[path][0]) <= ON_HOST}
+    stacks = {path: _HostStack(*targets[path]) for path in small}
+    large = {path: targets[path] for path in sorted(rows - small)}
+    stacks |= {path: _Stack(zeros) for path, zeros in (_zeros(large) if large else {}).items()}
     whole: dict[str, Array] = {}
 
     def place(prefix: tuple[int, ...], slot: Slot, tensor: np.ndarray) -> int:
@@ -95,6 +101,19 @@ def load_arrays(
                 if progress is not None:
                     progress(placed)
     return whole | {path: stack.array() for path, stack in stacks.items()}
+
+
+class _HostStack:
+    """One stacked parameter under construction, on the host."""
+
+    def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding):
+        self.rows, self.sharding = np.zeros(target.shape, target.dtype), sharding
+
+    def write(self, row: tuple[int, ...], tensor: np.ndarray, axes: tuple[int, ...] | None) -> None:
+        self.rows[row] = (tensor if axes is None else tensor.transpose(axes)).astype(self.rows.dtype)
+
+    def array(self) -> Array:
+        return jax.make_array_from_callback(self.rows.shape, self.sharding, lambda part: self.rows[part])
 
 
 class _Stack:
@@ -119,6 +138,10 @@ class _Stack:
     def array(self) -> Array:
         shards = list(self.shards.values())
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
+
+
+def _bytes(target: jax.ShapeDtypeStruct) -> int:
+    return target.size * target.dtype.itemsize
 
 
 def _zeros(targets: Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]]) -> dict[str, Array]:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from runs import compilations
 from safetensors.numpy import load_file, save_file
 
 from jaxwan.config import TransformerConfig
@@ -59,6 +60,14 @@ def load(folder, dtype=jnp.float32):
     return load_module(lambda: make(dtype), TensorFiles.find(folder), TRANSFORMER)
 
 
+@pytest.fixture(params=["on the host", "on the device"])
+def where(request, monkeypatch):
+    """Where stacks are made, which their size decides otherwise."""
+    if request.param == "on the device":
+        monkeypatch.setattr(convert_load, "ON_HOST", 0)
+
+
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_sharded_stacks_equal_the_tensors_and_padded_layers_are_zero(experts, stages):
     mesh = make_mesh(MeshSpec(pp=stages))
@@ -81,6 +90,7 @@ def flat_arrays(state):
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
+@pytest.mark.usefixtures("where")
 def test_float32_tensors_become_bfloat16_as_numpy_rounds_them(experts):
     folder, arrays = experts[0]
     loaded = flat_arrays(nnx.state(load(folder, jnp.bfloat16)))
@@ -89,6 +99,7 @@ def test_float32_tensors_become_bfloat16_as_numpy_rounds_them(experts):
         np.testing.assert_array_equal(np.asarray(value), arrays[path].astype(value.dtype), err_msg=path)
 
 
+@pytest.mark.usefixtures("where")
 def test_sixteen_bit_tensors_become_float32_exactly(tmp_path, tensors):
     tensors = {k: v.astype(ml_dtypes.bfloat16 if i % 2 else np.float16) for i, (k, v) in enumerate(tensors.items())}
     save_file(tensors, tmp_path / FILE)
@@ -104,7 +115,12 @@ def test_progress_counts_every_byte_once(experts, tensors):
     assert sum(placed) == sum(value.nbytes for value in tensors.values()) and len(placed) == len(tensors)
 
 
-def test_a_stack_is_allocated_once_however_many_tensors_it_takes(experts, monkeypatch):
+def test_a_small_model_is_loaded_without_compiling_anything(experts):
+    assert compilations(lambda: load(experts[0][0], jnp.bfloat16)) == 0
+
+
+def test_a_large_stack_is_allocated_once_however_many_tensors_it_takes(experts, monkeypatch):
+    monkeypatch.setattr(convert_load, "ON_HOST", 0)
     allocated = []
     zeros = convert_load._zeros
     monkeypatch.setattr(convert_load, "_zeros", lambda targets: allocated.append(targets) or zeros(targets))
