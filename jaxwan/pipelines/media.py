@@ -235,10 +235,11 @@ def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
 def check_output(path: str | Path, num_frames: int) -> Path:
     """Prove that `num_frames` frames can be saved as `path`, before anything costly, leaving nothing behind.
 
-    Raises ValueError for a suffix that is not .mp4 (or .png, for one frame), OSError where nothing can be written.
+    Raises ValueError for a suffix that is not .mp4 or .gif (or .png, for one frame), OSError where nothing can be
+    written.
     """
     path = Path(path)
-    allowed = [".mp4", ".png"] if num_frames == 1 else [".mp4"]
+    allowed = [".mp4", ".gif"] + [".png"] * (num_frames == 1)
     if path.suffix.lower() not in allowed:
         raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
     if path.suffix.lower() == ".mp4":
@@ -263,12 +264,35 @@ def check_writable(path: str | Path) -> Path:
         raise OSError(f"output folder {existing} cannot be written ({error.strerror})") from error
 
 
+def save_output(frames: Any, path: str | Path, fps: int | float | Fraction) -> None:
+    """Write frames (F, H, W, 3) as what the suffix of `path` says (`check_output`)."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".png":
+        save_image(frames[0], path)
+    elif suffix == ".gif":
+        save_gif(frames, path, fps)
+    else:
+        save_video(frames, path, fps)
+
+
 def save_image(frame: Any, path: str | Path) -> None:
     """Write one frame (H, W, 3), uint8 or float in [0, 1], as png; an existing file is replaced once all is written."""
     import PIL.Image
 
     with _replacing(Path(path)) as temporary:
         PIL.Image.fromarray(to_uint8(frame)).save(temporary, format="PNG")
+
+
+def save_gif(frames: Any, path: str | Path, fps: int | float | Fraction) -> None:
+    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, and delays in
+    hundredths of a second. An existing file is replaced once all is written."""
+    import PIL.Image
+
+    images = [PIL.Image.fromarray(frame).quantize(dither=PIL.Image.Dither.NONE) for frame in to_uint8(frames)]
+    with _replacing(Path(path)) as temporary:
+        images[0].save(
+            temporary, format="GIF", save_all=True, append_images=images[1:], duration=float(1000 / fps), loop=0
+        )
 
 
 def save_video(frames: Iterable[Any], path: str | Path, fps: int | float | Fraction) -> None:

@@ -24,6 +24,7 @@ from jaxwan.pipelines.media import (
     resize_image,
     resize_video,
     save_image,
+    save_output,
     save_video,
     to_uint8,
 )
@@ -324,6 +325,19 @@ def test_a_failed_mp4_leaves_the_folder_as_it_was(tmp_path, frames, fps, error, 
     assert (tmp_path / "clip.mp4").read_text() == "older"
 
 
+def test_the_suffix_says_what_is_written(tmp_path):
+    frames = smooth(3)
+    for name in ("clip.mp4", "clip.GIF", "frame.png"):
+        save_output(frames, check_output(tmp_path / name, 1), 10)
+    assert len(load_video(tmp_path / "clip.mp4")[0]) == 3
+    np.testing.assert_array_equal(Image.open(tmp_path / "frame.png"), to_uint8(frames[0]))
+    with Image.open(tmp_path / "clip.GIF") as gif:
+        assert (gif.format, gif.n_frames, gif.info["duration"], gif.info["loop"]) == ("GIF", 3, 100, 0)
+        for i, frame in enumerate(frames):
+            gif.seek(i)
+            assert np.abs(np.asarray(gif.convert("RGB")) / 255 - frame).mean() < 0.02  # 256 of 3,072 colours are left
+
+
 def test_an_output_is_checked_beforehand_without_leaving_anything(tmp_path):
     assert check_output(tmp_path / "new" / "deep" / "clip.mp4", 81) == tmp_path / "new" / "deep" / "clip.mp4"
     check_output(str(tmp_path / "frame.png"), 1)
@@ -334,8 +348,8 @@ def test_an_output_is_checked_beforehand_without_leaving_anything(tmp_path):
 @pytest.mark.parametrize(
     ("name", "num_frames", "message"),
     [
-        ("clip.png", 81, r"must end in .mp4 for 81 frame"),
-        ("clip.gif", 1, r"must end in .mp4 or .png for 1 frame"),
+        ("clip.png", 81, r"must end in .mp4 or .gif for 81 frame"),
+        ("clip.avi", 1, r"must end in .mp4 or .gif or .png for 1 frame"),
         ("clip", 81, "must end in .mp4"),
     ],
 )
