@@ -1,7 +1,9 @@
 """Parameters out as a Diffusers component folder: the rule tables run backwards, torch-free."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -31,6 +33,7 @@ def save_arrays(arrays: Mapping[str, ArrayLike], folder: Path, rules: Sequence[R
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(checkpoint_tensors(arrays, rules), path, metadata={"format": "pt"})  # Diffusers insists on a format
+        path.chmod(0o644)  # safetensors leaves it readable by its owner alone
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({error})") from error
     return path
@@ -44,3 +47,9 @@ def checkpoint_tensors(arrays: Mapping[str, ArrayLike], rules: Sequence[Rule]) -
         value = values[slot.path] if slot.layer is None else values[slot.path][slot.layer]
         tensors[key] = np.ascontiguousarray(slot.transform.invert(value))  # views would be written in the wrong order
     return tensors
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a configuration file, its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

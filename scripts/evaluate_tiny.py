@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwan import WanPipeline
-from jaxwan.convert.builtin import builtin_checkpoint
+from jaxwan import BUNDLED_MODEL, WanPipeline
 from jaxwan.pipelines.media import save_image
 from jaxwan.schedulers.table import SAMPLERS
 from jaxwan.tiny.attributes import names
@@ -68,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checks = {"rendered": check_reader(1000 if args.check_reader else 300)}
     print("reader on rendered clips:", _line(checks["rendered"]))
-    model = args.model or builtin_checkpoint()
+    model = args.model or BUNDLED_MODEL
     pipe = WanPipeline.from_pretrained(model, args.mesh, args.dtype, progress=False)
     if args.check_reader:
         checks["reconstructed"] = check_reader(200, RECONSTRUCTED, through=lambda clip: reconstruct(pipe, clip))
@@ -80,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> None:
     clips = generate(pipe, cases, args.batch, settings)
     readings = [read(clip) for clip in clips]
     results = {
-        "model": str(args.model or "built-in"),
+        "model": str(args.model or "bundled"),
         "settings": settings,
         "reader": checks,
         "score": score(cases, readings),
@@ -202,7 +201,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=400, help="half of them held out; default %(default)s")
-    parser.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the built-in one")
+    parser.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the bundled one")
     parser.add_argument("--guidance-scale", type=float, help="of the high-noise expert (of both, when given alone)")
     parser.add_argument("--guidance-scale-2", type=float, help="of the low-noise expert")
     parser.add_argument("--num-inference-steps", type=int, help="denoising steps")

@@ -1,8 +1,9 @@
 """Generate a video with a Wan checkpoint on a mesh of devices.
 
-Without --model, a tiny built-in checkpoint with random weights shows that everything works (its videos are noise):
+Without --model, the tiny bundled model paints coloured shapes that move over a background:
 
     python scripts/generate.py --mesh pp=4
+    python scripts/generate.py --prompt "a small yellow star goes up on a blue background"
 
 With real weights (a Diffusers-layout folder or a Hugging Face id):
 
@@ -22,13 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxwan import OFFICIAL_NEGATIVE_PROMPT
-from jaxwan.convert.builtin import builtin_checkpoint
+from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from jaxwan.pipelines.compilation_cache import VARIABLE, keep_compiled_programs
 from jaxwan.pipelines.dry_run import dry_run, parse_memory
 from jaxwan.pipelines.load import DTYPES, load_parts, place
-from jaxwan.pipelines.media import check_output, check_writable, save_image, save_npz, save_video
+from jaxwan.pipelines.media import check_output, check_writable, save_npz, save_output
 from jaxwan.pipelines.pipeline import Output, WanPipeline
 from jaxwan.pipelines.request import Job, check_mesh, make_job
 from jaxwan.pipelines.stages import Stages
@@ -68,7 +68,7 @@ def generate(args: argparse.Namespace) -> int:
     if not args.no_compilation_cache:
         keep_compiled_programs()
     checkpoint = with_weights(checkpoint, args.model)
-    pipe = WanPipeline(checkpoint, load_parts(checkpoint, mesh, args.dtype, args.vae_dtype))
+    pipe = WanPipeline(checkpoint, load_parts(checkpoint, mesh, args.dtype, args.vae_dtype, job))
     stages = Stages()
     stages.seconds.update(pipe.parts.seconds)
     output = pipe.run(job, stages=stages)
@@ -82,10 +82,11 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The named checkpoint, or the built-in one; of a hub id only the configuration files are fetched."""
+    """The named checkpoint, or the bundled one; of a hub id only the configuration files are fetched."""
     if args.model is None:
-        print("no --model: a tiny built-in checkpoint with random weights, whose videos are noise", file=sys.stderr)
-        return read_checkpoint(builtin_checkpoint())
+        print("no --model: the tiny bundled one, which knows coloured shapes that move over a background",
+              file=sys.stderr)  # fmt: skip
+        return read_checkpoint(BUNDLED_MODEL)
     return read_checkpoint(find_checkpoint(args.model, json_only=True))
 
 
@@ -143,10 +144,7 @@ def write(output: Output, targets: list[Path], npz: str | None, stages: Stages) 
     """Videos (or single frames) to their files, and the arrays to --save-npz."""
     with stages.stage("write", len(targets)) as update:
         for frames, path in zip(output.frames, targets, strict=True):
-            if path.suffix.lower() == ".png":
-                save_image(frames[0], path)
-            else:
-                save_video(frames, path, output.fps)
+            save_output(frames, path, output.fps)
             update(1)
         if npz is not None:
             save_npz(npz, latents=output.latents, frames=output.frames)
@@ -186,13 +184,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--latents", metavar="FILE.npy", help="unit noise to start from, (B, C, T, h, w)")
 
     where = parser.add_argument_group("where and with what")
-    where.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: a tiny built-in one")
+    where.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the tiny bundled one")
     where.add_argument(
         "--mesh", default="pp=1", help=f"devices by axis ({', '.join(AXES)}), such as pp=4; default %(default)s"
     )
     where.add_argument("--dtype", choices=DTYPES, help="of DiT and text encoder; default bfloat16, on a CPU float32")
     where.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="default %(default)s")
-    where.add_argument("--output", help="NAME.mp4 (NAME-0.mp4 … for several), or .png for one frame")
+    where.add_argument("--output", help="NAME.mp4 or .gif (NAME-0.mp4 … for several), or .png for one frame")
     where.add_argument("--save-npz", metavar="FILE", help="also write latents and frames as float32 arrays")
     where.add_argument("--no-compilation-cache", action="store_true",
                        help=f"keep no compiled programs for later runs; so does {VARIABLE}=0")  # fmt: skip

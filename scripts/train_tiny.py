@@ -12,6 +12,10 @@ them where they belong:
     python scripts/train_tiny.py --pack there --carry base                          # here; then carry the files over
     python scripts/train_tiny.py base --minutes 8 --unpack there --pack back        # on the other machine
     python scripts/train_tiny.py --unpack back                                      # here again
+
+What was measured along the way is kept with the states:
+
+    python scripts/train_tiny.py --curve
 """
 
 import argparse
@@ -20,7 +24,7 @@ import time
 from pathlib import Path
 
 from jaxwan.tiny.pack import WRITTEN, pack, unpack
-from jaxwan.tiny.stages import STAGES, Settings, train_stage
+from jaxwan.tiny.stages import STAGES, Settings, learning_curve, train_stage
 from jaxwan.tiny.training import state_folder
 
 
@@ -49,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         train(args.stage, settings)
     if args.pack is not None:
         _say("packed", pack(settings.states, settings.output, Path(args.pack), args.carry))
+    if args.curve:
+        print(learning_curve(settings.states))
 
 
 def train(stage: str, settings: Settings) -> None:
@@ -87,9 +93,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pack", metavar="DIR", help="at the end, write states and model there, in small files")
     parser.add_argument("--carry", metavar="STAGE", nargs="+", choices=tuple(WRITTEN), default=tuple(WRITTEN),
                         help="pack the states of these stages only; default: all there are")  # fmt: skip
+    parser.add_argument("--curve", action="store_true", help="print what was measured along the trainings, as Markdown")
     args = parser.parse_args(argv)
-    if not (args.stage or args.unpack or args.pack):
-        parser.error(f"name a stage ({', '.join(('all', *STAGES))}), or --pack or --unpack")
+    if not (args.stage or args.unpack or args.pack or args.curve):
+        parser.error(f"name a stage ({', '.join(('all', *STAGES))}), or --pack, --unpack or --curve")
     return args
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from oracle import relative_error
 
-from jaxwan import WanPipeline
-from jaxwan.convert.builtin import builtin_checkpoint
+from jaxwan import BUNDLED_MODEL, WanPipeline
 from jaxwan.kernels.attention import attend, attention
 
 pytestmark = [
@@ -33,7 +32,7 @@ def test_cudnn_attention_equals_the_reference_at_lengths_that_are_no_multiple_of
 
 
 def generate(mesh, dtype):
-    pipe = WanPipeline.from_pretrained(builtin_checkpoint(), mesh, dtype, progress=False)
+    pipe = WanPipeline.from_pretrained(BUNDLED_MODEL, mesh, dtype, progress=False)
     return pipe(["a red circle", "a blue square"], seed=[1, 2], guidance_scale=[4.0, 1.0])
 
 
@@ -57,7 +56,7 @@ def test_a_float32_run_equals_the_cpu(on_one_gpu, tmp_path):
 
 
 def test_bfloat16_is_the_default_and_stays_near_float32(on_one_gpu):
-    pipe = WanPipeline.from_pretrained(builtin_checkpoint(), progress=False)
+    pipe = WanPipeline.from_pretrained(BUNDLED_MODEL, progress=False)
     assert pipe.parts.denoiser.dtype == jnp.bfloat16
     # the reference's own bfloat16 error over a whole loop is 2e-2 to 4e-2
     assert relative_error(generate(None, "bfloat16").latents, on_one_gpu.latents) <= 8e-2

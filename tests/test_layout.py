@@ -17,7 +17,7 @@ ALLOWED = {
     "sharding": (set(), ARRAYS),
     "schedulers": (set(), ARRAYS),
     "models": ({"kernels", "sharding", "geometry", "config"}, ARRAYS | {"flax"}),
-    "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors", "tokenizers"}),
+    "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors"}),
     "pipelines": (
         {"models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
         ARRAYS | {"flax", "transformers", "tokenizers", "huggingface_hub", "av", "PIL", "ftfy", "tqdm"},

@@ -1,6 +1,6 @@
 """The layers every model here is built of: parameters declared once, with their dtype.
 
-Parameters are created by `nnx.Rngs` (random models for tests and the built-in checkpoint) or abstractly under
+Parameters are created by `nnx.Rngs` (random models for tests and training) or abstractly under
 `nnx.eval_shape`; a checkpoint fills them by path (`jaxwan.convert`).
 """
 

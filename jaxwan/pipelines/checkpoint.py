@@ -32,6 +32,7 @@ _KINDS = {
     **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps"), int),
     **dict.fromkeys(("sampler", "negative_prompt"), str),
 }  # of generation_config.json; all else is a number
+BUNDLED_MODEL = Path(__file__).parents[1] / "tiny/model"  # its card is the README.md in it
 CHANNEL_MASK = 4  # mask channels beside the image latents of a 36-channel model
 
 

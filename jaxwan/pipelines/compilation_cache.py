@@ -1,12 +1,10 @@
-"""Compiled programs kept between runs: the first one compiles for minutes at full size, later ones read a file."""
+"""The user's cache folder, and compiled programs kept in it: a first run compiles for minutes, others read a file."""
 
 import os
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-
-from jaxwan.convert.builtin import cache_folder
 
 VARIABLE = "JAXWAN_COMPILATION_CACHE"
 
@@ -30,3 +28,14 @@ def keep_compiled_programs() -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     reset_cache()  # JAX asks for the folder once, when it first compiles, which may have been before
     return folder
+
+
+def cache_folder() -> Path:
+    """`jaxwan` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`). Raises OSError without a home."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # the XDG specification ignores any other
+        return given / "jaxwan"
+    try:
+        return Path.home() / ".cache" / "jaxwan"
+    except RuntimeError as error:
+        raise OSError("there is no home folder for the user's cache: set XDG_CACHE_HOME") from error

@@ -7,11 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxwan.convert.builtin import INDEX, SCHEDULER, write_json
 from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import load_module
-from jaxwan.convert.save import STEM, save_arrays
+from jaxwan.convert.save import STEM, save_arrays, write_json
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.tiny.clips import HEIGHT, NUM_FRAMES, WIDTH
@@ -23,8 +22,31 @@ from jaxwan.tiny.training import parameters
 EXPERTS = {"high": "transformer", "low": "transformer_2"}  # folder names
 
 _RULES = {"transformer": TRANSFORMER, "transformer_2": TRANSFORMER, "text_encoder": TEXT_ENCODER}
-_INDEX = INDEX | {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}  # keeps tokenizer.json as it is
-GENERATION = {
+_INDEX = {
+    "_class_name": "WanPipeline",
+    "boundary_ratio": 0.875,
+    "expand_timesteps": False,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],  # keeps tokenizer.json as it is
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "disable_corrector": [],
+    "final_sigmas_type": "zero",
+    "flow_shift": FLOW_SHIFT,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "predict_x0": True,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "use_flow_sigmas": True,
+}
+_GENERATION = {
     "height": HEIGHT,
     "width": WIDTH,
     "num_frames": NUM_FRAMES,
@@ -45,8 +67,8 @@ def write_component(params: Params, folder: Path, name: str) -> None:
 def write_surroundings(folder: Path) -> None:
     """Write everything that is not trained."""
     write_tokenizer(folder / "tokenizer")
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"flow_shift": FLOW_SHIFT})
-    write_json(folder / "generation_config.json", GENERATION)
+    write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    write_json(folder / "generation_config.json", _GENERATION)
     write_json(folder / "model_index.json", _INDEX)
 
 

@@ -30,7 +30,7 @@ from jaxwan.tiny.train_dit import (
     make_phases,
 )
 from jaxwan.tiny.train_vae import load_vae, train_vae
-from jaxwan.tiny.training import Saved, Saver, latest_step, run, start
+from jaxwan.tiny.training import Saved, Saver, latest_step, read_history, run, start
 
 STAGES = ("vae", "latents", "base", *EXPERTS)
 REPORT_MINUTES = 10.0
@@ -104,6 +104,18 @@ def train_expert(name: str, settings: Settings) -> bool:
     if done:
         write_component(_parts(average)[0], settings.output, EXPERTS[name])
     return done
+
+
+def learning_curve(states: Path) -> str:
+    """What was measured along the trainings whose states are kept, as Markdown: a table a stage."""
+    tables = []
+    for stage in STAGES:
+        history = read_history(states / stage)
+        names = list(dict.fromkeys(name for entry in history for name in entry))
+        lines = [names, ["---"] * len(names), *([str(entry.get(name, "")) for name in names] for entry in history)]
+        if history:
+            tables.append("\n".join([f"{stage}:", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join(tables) or f"no state in {states}"
 
 
 def text_encoder(settings: Settings) -> Params:

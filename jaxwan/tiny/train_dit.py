@@ -56,10 +56,12 @@ class Plan(NamedTuple):
 
 BASE = (
     Plan("pictures", 5000, "pictures", 64, 3e-3, 0.0),
-    Plan("clips", 10000, "clips", 16, 3e-3, 0.4),
+    Plan("clips", 20000, "clips", 16, 3e-3, 0.4),
 )
-EXPERT_PLANS = {"high": (Plan("high noise", 3000, "clips", 16, 1e-3, 1.0, HIGH),),
-           "low": (Plan("low noise", 3000, "clips", 16, 1e-3, 1.0, LOW),)}  # fmt: skip
+EXPERT_PLANS = {
+    "high": (Plan("high noise", 6000, "clips", 16, 2e-3, 1.0, HIGH),),
+    "low": (Plan("low noise", 6000, "clips", 16, 2e-3, 1.0, LOW),),
+}
 
 
 class Models(nnx.Module):

@@ -21,8 +21,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxwan.convert.builtin import cache_folder
 from jaxwan.convert.load import fill, flat_shapes
+from jaxwan.pipelines.compilation_cache import cache_folder
 from jaxwan.tiny.muon import Params
 
 SAVE_MINUTES = 10.0
@@ -254,6 +254,19 @@ class Saver:
         found = self._manager.restore(step, args=items)
         progress = found["progress"]
         return Saved(**progress | {"state": found["state"], "history": tuple(progress["history"])})
+
+
+def read_history(folder: Path) -> tuple[dict[str, Any], ...]:
+    """What was measured along a training whose states a `Saver` has kept in `folder`; nothing where there are none."""
+    import orbax.checkpoint as ocp
+
+    step = latest_step(folder)
+    if step is None:
+        return ()
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        return tuple(
+            manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]["history"]
+        )
 
 
 def latest_step(folder: Path) -> int | None:

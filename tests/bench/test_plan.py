@@ -5,14 +5,12 @@ from dataclasses import replace
 import pytest
 from published import write_configs
 
+from jaxwan import BUNDLED_MODEL
 from jaxwan.bench.child import MEASUREMENTS
 from jaxwan.bench.item import Item
 from jaxwan.bench.plan import COMPARABLE, KINDS, make_items, predicted_seconds
 from jaxwan.bench.presets import FULL_SIZE, MID, PRESETS, SMALL, TINY
 from jaxwan.pipelines.checkpoint import read_checkpoint
-from jaxwan.tiny.checkpoint import GENERATION
-from jaxwan.tiny.train_dit import DIT, TEXT
-from jaxwan.tiny.train_vae import CONFIG
 
 FULL = [PRESETS[name] for name in FULL_SIZE]
 
@@ -40,11 +38,13 @@ def test_presets_are_the_published_models(tmp_path, preset, published):
 
 
 def test_the_tiny_preset_is_the_bundled_model():
-    assert TINY.transformer == DIT and TINY.text_encoder == TEXT and TINY.experts == 2
-    assert TINY.size == tuple(GENERATION[name] for name in ("num_frames", "height", "width"))
-    assert TINY.steps == GENERATION["num_inference_steps"]
+    bundled = read_checkpoint(BUNDLED_MODEL)
+    assert (TINY.transformer, TINY.text_encoder, TINY.experts) == (bundled.transformer, bundled.text_encoder, 2)
+    defaults = bundled.defaults
+    assert TINY.size == (defaults.num_frames, defaults.height, defaults.width)
+    assert TINY.steps == defaults.num_inference_steps
     statistics = {name: getattr(TINY.vae, name) for name in ("latents_mean", "latents_std")}
-    assert replace(CONFIG, **statistics) == TINY.vae
+    assert replace(bundled.vae, **statistics) == TINY.vae
 
 
 def test_the_mid_preset_has_layers_of_512_channels_and_4096_tokens():

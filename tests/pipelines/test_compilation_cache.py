@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxwan.convert.builtin import builtin_checkpoint
 from jaxwan.pipelines import pipeline
-from jaxwan.pipelines.compilation_cache import keep_compiled_programs
+from jaxwan.pipelines.compilation_cache import cache_folder, keep_compiled_programs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 COUNT = """
@@ -27,11 +26,6 @@ SMALLEST = ("--prompt", "a", "--num-frames", "1", "--height", "32", "--width", "
             "--seed", "1", "--output", "a.png", "--save-npz", "a.npz")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return builtin_checkpoint(tmp_path_factory.mktemp("cache"))
-
-
 def python(code, folder, *arguments, **environment):
     """Hits and misses (and what else was printed) of a process whose user's cache folder is in `folder`."""
     kept = {name: value for name, value in os.environ.items() if name != "JAXWAN_COMPILATION_CACHE"}
@@ -44,17 +38,17 @@ def python(code, folder, *arguments, **environment):
     return int(words[words.index("hits") + 1]), int(words[words.index("misses") + 1]), done.stderr
 
 
-def generate(folder, model, *flags, **environment):
+def generate(folder, *flags, **environment):
     code = f"sys.argv[0] = 'generate'\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    return python(code, folder, "--model", str(model), *SMALLEST, *flags, **environment)
+    return python(code, folder, *SMALLEST, *flags, **environment)
 
 
-def test_a_second_process_compiles_nothing_large_and_makes_the_same_video(tmp_path, model):
-    hits, misses, _ = generate(tmp_path, model)
+def test_a_second_process_compiles_nothing_large_and_makes_the_same_video(tmp_path):
+    hits, misses, _ = generate(tmp_path)
     assert hits == 0 and misses > 0 and any((tmp_path / "cache" / "jaxwan" / "compiled").iterdir())
     with np.load(tmp_path / "a.npz") as arrays:
         first = arrays["frames"]
-    again, _, stderr = generate(tmp_path, model)
+    again, _, stderr = generate(tmp_path)
     assert again > 0
     with np.load(tmp_path / "a.npz") as arrays:
         np.testing.assert_array_equal(arrays["frames"], first)
@@ -83,7 +77,7 @@ def test_the_environment_turns_it_off_or_elsewhere(tmp_path, environment):
 
 
 @pytest.mark.parametrize(("flags", "times"), [([], 1), (["--no-compilation-cache"], 0)])
-def test_the_command_keeps_them_unless_told_not_to(model, monkeypatch, flags, times):
+def test_the_command_keeps_them_unless_told_not_to(monkeypatch, flags, times):
     specification = importlib.util.spec_from_file_location("generate_script", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
@@ -94,7 +88,7 @@ def test_the_command_keeps_them_unless_told_not_to(model, monkeypatch, flags, ti
 
     monkeypatch.setattr(script, "keep_compiled_programs", lambda: calls.append("kept"))
     monkeypatch.setattr(script, "load_parts", stop)
-    assert script.main(["--model", str(model), *SMALLEST, *flags]) == 1
+    assert script.main([*SMALLEST, *flags]) == 1
     assert len(calls) == times
 
 
@@ -104,6 +98,24 @@ def test_loading_a_pipeline_keeps_them(tmp_path, monkeypatch):
     with pytest.raises((ValueError, OSError)):
         pipeline.WanPipeline.from_pretrained(tmp_path)
     assert calls == ["kept"]
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("/somewhere", "/somewhere/jaxwan"),
+        ("not/absolute", "/home/a/.cache/jaxwan"),
+        ("", "/home/a/.cache/jaxwan"),
+        (None, "/home/a/.cache/jaxwan"),
+    ],
+)
+def test_the_cache_folder_follows_the_xdg_specification(monkeypatch, value, expected):
+    monkeypatch.setenv("HOME", "/home/a")
+    if value is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert cache_folder() == Path(expected)
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_tiny import draw_parameters, make_latents, small_and_quick
 
 from jaxwan.tiny import stages, train_dit
 from jaxwan.tiny.checkpoint import read_component, write_component, write_surroundings
 from jaxwan.tiny.latents import PIECES, VALIDATION
-from jaxwan.tiny.stages import Settings, train_stage
+from jaxwan.tiny.stages import Settings, learning_curve, train_stage
 from jaxwan.tiny.train_dit import HIGH, LOW, Plan, make_optimizer
 from jaxwan.tiny.training import Saved, Saver, latest_step, start
 
@@ -140,6 +141,23 @@ def test_a_state_comes_before_weights(starts, settings, weights):
     ((saved, _),) = starts
     assert (saved.phase, saved.done, saved.state.step) == (1, 1, 3)
     assert same(saved.state.params, state.params)
+
+
+def test_the_curve_of_what_was_measured_is_a_table_a_stage(settings):
+    assert learning_curve(settings.states) == f"no state in {settings.states}"
+    state = start({"x": jnp.zeros(1)}, optax.sgd(1.0))
+    history = ({"step": 3, "loss": 0.5}, {"step": 9, "loss": 0.25, "read shape": 0.75})
+    with Saver(settings.states / "low") as saver:
+        saver.save(Saved(state, history=history))
+    wanted = [
+        "low:",
+        "",
+        "| step | loss | read shape |",
+        "| --- | --- | --- |",
+        "| 3 | 0.5 |  |",
+        "| 9 | 0.25 | 0.75 |",
+    ]
+    assert learning_curve(settings.states).splitlines() == wanted
 
 
 def test_an_expert_starts_from_the_base_without_its_text_encoder(starts, settings, weights):
