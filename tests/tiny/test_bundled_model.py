@@ -70,7 +70,7 @@ def test_what_is_not_trained_is_what_the_trainer_writes(tmp_path):
         assert (tmp_path / file).read_text() == (BUNDLED_MODEL / file).read_text()
 
 
-def test_its_card_names_the_licence_and_both_halves_of_the_training():
+def test_its_card_has_licence_losses_learning_curve_and_what_unknown_words_do():
     card = (BUNDLED_MODEL / "README.md").read_text()
     assert all(word in card for word in ("apache-2.0", "Learning curve", "Loss by noise level", "unknown words"))
 
