@@ -53,13 +53,13 @@ def measure_load(item: Item) -> Iterator[Row]:
                 counted = _reset_peak()
                 with compilations() as programs:
                     seconds += seconds_of(load, 1, warmups=0)
-                compiling.append(sum(programs))
+                compiling.append(sum(programs, 0.0))
                 peaks += [_peak()] if counted else []
             yield item.row(
                 part, seconds=seconds, compile_seconds=median(compiling),
                 memory={"host_peak": max(peaks)} if peaks else memory(),
                 details={"GB": size / 1e9, "GB/s": size / 1e9 / median(seconds), "layers": cfg.num_layers,
-                         "to": f"{jax.devices()[0].platform}, {dtype()}", "compiling": "part of every load",
+                         "to": f"{jax.devices()[0].platform}, {dtype()}", "compiling": "part of every load of large stacks",
                          "peak": "of these loads" if peaks else "of the process, which made the checkpoint"},
             )  # fmt: skip
 
