@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from threading import Event, Timer
@@ -116,11 +117,15 @@ def run(args: argparse.Namespace, items: list[Item], report: Report, folder: Pat
 
 def measured_rows(item: Item, scratch: str, timeout: float, report: Report) -> Iterator[Row]:
     """The rows of an item as its process writes them; of one that ends badly, a last row that says how."""
-    process = start_child(child_settings(item, scratch), item.to_json())
     expired, last = Event(), ""
-    timer = Timer(timeout, lambda: (expired.set(), process.kill()))
-    timer.start()
-    try:
+    with ExitStack() as at_the_end:
+        with deferred(signal.SIGTERM):  # which could come when the child runs and no one knows it yet
+            process = start_child(child_settings(item, scratch), item.to_json())
+            at_the_end.callback(process.wait)
+            at_the_end.callback(process.kill)
+        timer = Timer(timeout, lambda: (expired.set(), process.kill()))
+        at_the_end.callback(timer.cancel)
+        timer.start()
         for line in process.stdout or ():
             if line.startswith(ENVIRONMENT):
                 report.environment = report.environment or json.loads(line.removeprefix(ENVIRONMENT))
@@ -133,10 +138,19 @@ def measured_rows(item: Item, scratch: str, timeout: float, report: Report) -> I
             yield Row(f"{item.name}/rest", "failed", f"took longer than {timeout:.0f} s")
         elif status:
             yield Row(f"{item.name}/rest", "failed", f"its process ended with status {status}: {last[:300]}")
+
+
+@contextmanager
+def deferred(number: signal.Signals) -> Iterator[None]:
+    """A signal that comes while the block runs is acted on behind it."""
+    came: list[int] = []
+    usual = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
     finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
+        signal.signal(number, usual)
+        if came:
+            signal.raise_signal(number)
 
 
 def child_settings(item: Item, scratch: str) -> dict[str, str]:

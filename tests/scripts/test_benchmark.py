@@ -120,6 +120,24 @@ def test_what_does_not_fit_the_budget_is_skipped(rehearsal, tmp_path):
     assert "## Against the older report" in (tmp_path / "report.md").read_text()
 
 
+def test_a_run_that_is_cut_while_a_child_starts_leaves_no_child(script, monkeypatch):
+    started = []
+
+    def start(*_):
+        started.append(subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, text=True))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(script, "start_child", start)
+    usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit):
+            list(script.measured_rows(Item("ceilings", SMALL), "", 60.0, Report({})))
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert started[0].returncode == -signal.SIGKILL
+
+
 @pytest.mark.slow
 def test_a_run_that_is_cut_leaves_a_valid_report(tmp_path):
     arguments = command("all", "--preset", "small", "--runs", 1, "--output", tmp_path)
