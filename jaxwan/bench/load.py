@@ -59,7 +59,8 @@ def measure_load(item: Item) -> Iterator[Row]:
                 part, seconds=seconds, compile_seconds=median(compiling),
                 memory={"host_peak": max(peaks)} if peaks else memory(),
                 details={"GB": size / 1e9, "GB/s": size / 1e9 / median(seconds), "layers": cfg.num_layers,
-                         "to": f"{jax.devices()[0].platform}, {dtype()}", "compiling": "part of every load of large stacks",
+                         "to": f"{jax.devices()[0].platform}, {dtype()}",
+                         "compiling": "part of every load of large stacks",
                          "peak": "of these loads" if peaks else "of the process, which made the checkpoint"},
             )  # fmt: skip
 
