@@ -1,9 +1,9 @@
 """The bundled model's tokenizer: whole words for the grammar, letters and frequent pairs of letters for the rest."""
 
-import json
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 
+from jaxwan.convert.save import write_json
 from jaxwan.tiny.grammar import vocabulary
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as in Wan's own
@@ -46,7 +46,7 @@ def write_tokenizer(folder: str | Path) -> int:
     named = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS}
     for name, content in (("special_tokens_map.json", named), ("tokenizer_config.json", named | kind)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content)
     return tokenizer.get_vocab_size()
 
 
