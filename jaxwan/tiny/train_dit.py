@@ -1,8 +1,8 @@
 """Trains the bundled model's text encoder and denoisers: one base model over all noise levels, then two experts.
 
-The base learns single pictures first: their steps see four times the samples, and shape needs no motion. The text encoder trains with the base and is frozen before the experts go on from it, so that
-both share it. Everything is trained on encoded clips (`latents`) with flow matching: x = (1 - sigma) x0 + sigma noise,
-and the model's target is noise - x0.
+The base learns single pictures first: their steps see four times the samples, and shape needs no motion. The text
+encoder trains with the base and is frozen before the experts go on from it, so that both share it. Everything is trained
+on encoded clips (`latents`) with flow matching: x = (1 - sigma) x0 + sigma noise, and the target is noise - x0.
 """
 
 from collections.abc import Callable, Sequence
