@@ -1,7 +1,7 @@
 """Trains the bundled model's text encoder and denoisers: one base model over all noise levels, then two experts.
 
 The base learns single pictures first: their steps see four times the samples, and shape needs no motion. The text
-encoder trains with the base and is frozen before the experts go on from it, so that both share it. Everything is trained
+encoder trains with the base and is frozen before the experts go on from it, so that both share it. All is trained
 on encoded clips (`latents`) with flow matching: x = (1 - sigma) x0 + sigma noise, and the target is noise - x0.
 """
 
