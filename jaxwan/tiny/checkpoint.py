@@ -16,7 +16,8 @@ from jaxwan.models.transformer import WanTransformer
 from jaxwan.tiny.clips import HEIGHT, NUM_FRAMES, WIDTH
 from jaxwan.tiny.muon import Params
 from jaxwan.tiny.tokenizer import write_tokenizer
-from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT, TEXT
+from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT
+from jaxwan.tiny.train_text import TEXT
 from jaxwan.tiny.training import parameters
 
 EXPERTS = {"high": "transformer", "low": "transformer_2"}  # folder names

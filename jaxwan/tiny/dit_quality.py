@@ -10,26 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxwan.models.text_encoder import UMT5Encoder
+from jaxwan.models.transformer import WanTransformer
 from jaxwan.models.vae import VAE, VideoCoder
 from jaxwan.pipelines.media import save_image
 from jaxwan.pipelines.prompt import Tokenizer
 from jaxwan.tiny.attributes import READ, Attributes, combinations, row_of
+from jaxwan.tiny.captions import ROWS, Captions, tokenize_captions
 from jaxwan.tiny.grammar import caption
 from jaxwan.tiny.latents import Latents
 from jaxwan.tiny.muon import Params
 from jaxwan.tiny.reader import read
 from jaxwan.tiny.scoring import make_cases, marks_of
 from jaxwan.tiny.tokenizer import SPECIAL
-from jaxwan.tiny.train_dit import (
-    FLOW_SHIFT,
-    ROWS,
-    Captions,
-    Models,
-    embed_captions,
-    flow_loss,
-    predict,
-    tokenize_captions,
-)
+from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT, embed_captions, flow_loss, predict
+from jaxwan.tiny.train_text import TEXT
 from jaxwan.tiny.training import module_with
 
 BINS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97)
@@ -41,9 +36,12 @@ END = SPECIAL.index("</s>")
 
 
 class Judge:
-    """Judges parameters on clips or pictures that training never sees."""
+    """Judges a denoiser's parameters on clips or pictures that training never sees. encoder: the text encoder's."""
 
-    def __init__(self, encoded: Latents, tokenizer: Tokenizer, vae: VAE, folder: Path, *, count: int = 64):
+    def __init__(
+        self, encoded: Latents, tokenizer: Tokenizer, encoder: Params, vae: VAE, folder: Path, *, count: int = 64
+    ):
+        self._encoder = encoder
         alone = np.flatnonzero(~encoded.attributes.two)[:count]
         self._x0 = jnp.asarray(encoded.latents[alone], jnp.float32)
         shown = [jax.tree.map(lambda x, i=i: x[i], encoded.attributes) for i in alone]
@@ -58,14 +56,14 @@ class Judge:
 
     def losses(self, params: Params, levels: Sequence[float] = BINS) -> dict[float, float]:
         """Mean loss at noise levels, under the clips' own captions."""
-        return {level: float(_loss(params, self._x0, level, self._captions[""])) for level in levels}
+        return {level: float(_loss(params, self._encoder, self._x0, level, self._captions[""])) for level in levels}
 
     def gaps(self, params: Params) -> dict[str, float]:
         """By how much the loss grows, in per cent, when a caption names another value of one attribute."""
         right = self.losses(params, SWAPPED_AT)
         return {
             f"{name}@{level}": round(
-                100 * (float(_loss(params, self._x0, level, self._captions[name])) / right[level] - 1), 1
+                100 * (float(_loss(params, self._encoder, self._x0, level, self._captions[name])) / right[level] - 1), 1
             )
             for level in SWAPPED_AT
             for name in READ
@@ -76,7 +74,8 @@ class Judge:
         captions = self._tokenize([case.caption for case in self._cases])
         noise = jax.random.normal(jax.random.key(7), (SAMPLES, *self._x0.shape[1:]))
         latents = [
-            np.asarray(_sample(params, noise[i : i + BATCH], _slice(captions, i))) for i in range(0, SAMPLES, BATCH)
+            np.asarray(_sample(params, self._encoder, noise[i : i + BATCH], _slice(captions, i)))
+            for i in range(0, SAMPLES, BATCH)
         ]
         frames = [(np.asarray(self._coder.decode(z[None])[0]) + 1) / 2 for part in latents for z in part]
         marks = [marks_of(case, read(clip)) for case, clip in zip(self._cases, frames, strict=True)]
@@ -101,34 +100,45 @@ def _swapped(shown: Attributes, name: str, seed: int) -> Attributes:
 
 
 @jax.jit
-def _loss(params: Params, x0: Float[Array, "b t y x z"], level: Float[Array, ""], captions: Captions) -> Array:
-    models = module_with(partial(Models, text=True), params, jnp.bfloat16)
+def _loss(
+    params: Params, encoder: Params, x0: Float[Array, "b t y x z"], level: Float[Array, ""], captions: Captions
+) -> Float[Array, ""]:
+    dit, text = _models(params, encoder)
     noise = jax.random.normal(jax.random.key(3), x0.shape)
 
     def part(rows):
         x0, noise, captions = rows
-        context = embed_captions(models.transformer, models.text_encoder, captions)
-        return flow_loss(models.transformer, context, x0, jnp.full(len(x0), level), noise)
+        context = embed_captions(dit, text, captions)
+        return flow_loss(dit, context, x0, jnp.full(len(x0), level), noise)
 
     parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, BATCH, *x.shape[1:]), (x0, noise, captions))
     return jax.lax.map(part, parts).mean()
 
 
 @jax.jit
-def _sample(params: Params, noise: Float[Array, "b t y x z"], captions: Captions) -> Float[Array, "b t y x z"]:
+def _sample(
+    params: Params, encoder: Params, noise: Float[Array, "b t y x z"], captions: Captions
+) -> Float[Array, "b t y x z"]:
     """Latents after Euler steps with guidance."""
-    models = module_with(partial(Models, text=True), params, jnp.bfloat16)
+    dit, text = _models(params, encoder)
     empty = Captions(jnp.zeros_like(captions.tokens).at[:, 0].set(END), captions.mask & (np.arange(ROWS) == 0))
-    contexts = [embed_captions(models.transformer, models.text_encoder, c) for c in (captions, empty)]
+    contexts = [embed_captions(dit, text, c) for c in (captions, empty)]
     even = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
     sigmas = FLOW_SHIFT * even / (1 + (FLOW_SHIFT - 1) * even)
 
     def step(x: Array, ends: tuple[Array, Array]) -> tuple[Array, None]:
         level = jnp.full(len(x), ends[0])
-        cond, uncond = (predict(models.transformer, x, level, context) for context in contexts)
+        cond, uncond = (predict(dit, x, level, context) for context in contexts)
         return x + (ends[1] - ends[0]) * (uncond + GUIDANCE * (cond - uncond)), None
 
     return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
+
+
+def _models(params: Params, encoder: Params) -> tuple[WanTransformer, UMT5Encoder]:
+    """The denoiser and the text encoder, in bfloat16."""
+    made = (partial(WanTransformer, DIT), params), (partial(UMT5Encoder, TEXT), encoder)
+    dit, text = (module_with(make, given, jnp.bfloat16) for make, given in made)
+    return dit, text
 
 
 def _page(frames: Sequence[Float[np.ndarray, "f h w 3"]]) -> Float[np.ndarray, "y x 3"]:

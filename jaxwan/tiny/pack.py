@@ -23,10 +23,19 @@ SUMS = "SHA256SUMS"
 # What each stage writes into the model's folder, and what lies there beside it.
 WRITTEN = {
     "vae": ("vae",),
-    "base": ("text_encoder", *EXPERTS.values()),
+    "text": ("text_encoder",),
+    "base": tuple(EXPERTS.values()),
     **{expert: (folder,) for expert, folder in EXPERTS.items()},
 }
-ENTRIES = ("vae", *WRITTEN["base"], "tokenizer", "scheduler", "generation_config.json", "model_index.json")
+ENTRIES = (
+    "vae",
+    "text_encoder",
+    *EXPERTS.values(),
+    "tokenizer",
+    "scheduler",
+    "generation_config.json",
+    "model_index.json",
+)
 
 
 def pack(states: Path, output: Path, folder: Path, stages: Iterable[str] = tuple(WRITTEN)) -> dict[str, int]:

@@ -1,11 +1,11 @@
-"""The stages of the bundled model's training, in order: VAE, encoded clips, base denoiser, the two experts.
+"""The stages of the bundled model's training, in order: VAE, encoded clips, text encoder, base denoiser, two experts.
 
 Each goes on where it was stopped, and needs what the stages before it wrote to the output folder.
 """
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import takewhile
 from math import inf
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
+from jaxwan.tiny import train_text
 from jaxwan.tiny.checkpoint import EXPERTS, read_component, write_component, write_surroundings
 from jaxwan.tiny.dit_quality import Judge
 from jaxwan.tiny.latents import PIECES, VALIDATION, make_latents, read_latents
@@ -30,10 +31,11 @@ from jaxwan.tiny.train_dit import (
     make_phases,
 )
 from jaxwan.tiny.train_vae import load_vae, train_vae
-from jaxwan.tiny.training import Saved, Saver, latest_step, read_history, run, start
+from jaxwan.tiny.training import Phase, Report, Saved, Saver, latest_step, read_history, run, start
 
-STAGES = ("vae", "latents", "base", *EXPERTS)
+STAGES = ("vae", "latents", "text", "base", *EXPERTS)
 REPORT_MINUTES = 10.0
+_ENCODER = "text_encoder."
 
 
 class Settings(NamedTuple):
@@ -56,6 +58,10 @@ def train_stage(name: str, settings: Settings) -> bool:
         raise ValueError(f"{settings.output} has no vae: run the stage 'vae' first")
     if name == "latents":
         return encode_all(settings)
+    if name == "text":
+        return train_text_encoder(settings)
+    if not (settings.output / "text_encoder" / "config.json").is_file():
+        raise ValueError(f"{settings.output} has no text_encoder: run the stage 'text' first")
     return train_base(settings) if name == "base" else train_expert(name, settings)
 
 
@@ -71,23 +77,43 @@ def encode_all(settings: Settings) -> bool:
     return time.monotonic() < until
 
 
+def train_text_encoder(settings: Settings) -> bool:
+    """Train the text encoder, and write all that surrounds the trained weights."""
+    write_surroundings(settings.output)
+    optimizer, dtype = make_optimizer(), jnp.dtype(settings.dtype)
+    saver = Saver(settings.states / "text")
+    saved = saver.restore(train_text.abstract_state(optimizer))
+    if saved is None:
+        params = train_text.initial_parameters(settings.seed)
+        if (settings.output / "text_encoder" / "config.json").is_file():
+            _say(f"no state in {saver.folder}: goes on from the weights in {settings.output}")
+            params |= {_ENCODER + path: p for path, p in read_component(settings.output, "text_encoder").items()}
+        saved = Saved(start(params, optimizer))
+    tokenizer = load_tokenizer(settings.output / "tokenizer")
+    phase = train_text.make_phase(tokenizer, dtype, optimizer, scale=settings.scale, seed=settings.seed)
+    measure = train_text.make_report(tokenizer, dtype)
+    average, done = _run([phase], saver, saved, settings, lambda saved: measure(saved.state.average))
+    if done:
+        encoder = {path.removeprefix(_ENCODER): p for path, p in average.items() if path.startswith(_ENCODER)}
+        write_component(encoder, settings.output, "text_encoder")
+    return done
+
+
 def train_base(settings: Settings) -> bool:
-    """Train text encoder and base denoiser; experts that are not trained yet are then copies of it."""
+    """Train the base denoiser; experts that are not trained yet are then copies of it."""
     write_surroundings(settings.output)
     saver = Saver(settings.states / "base")
-    saved = saver.restore(abstract_state(text=True))
+    saved = saver.restore(abstract_state())
     if saved is None and (settings.output / "transformer_2" / "config.json").is_file():
         _say(f"no state in {saver.folder}: goes on with the last phase from the weights in {settings.output}")
-        params = _joined(read_component(settings.output, "transformer_2"), text_encoder(settings))
+        params = read_component(settings.output, "transformer_2")
         saved = Saved(start(params, make_optimizer()), phase=len(BASE) - 1)
     saved = saved or Saved(start(initial_parameters(settings.seed), make_optimizer()))
-    average, done = _train(BASE, saver, saved, settings, None)
+    average, done = _train(BASE, saver, saved, settings)
     if done:
-        dit, text = _parts(average)
-        write_component(text, settings.output, "text_encoder")
         for name, folder in EXPERTS.items():
             if latest_step(settings.states / name) is None:
-                write_component(dit, settings.output, folder)
+                write_component(average, settings.output, folder)
     return done
 
 
@@ -96,13 +122,11 @@ def train_expert(name: str, settings: Settings) -> bool:
     if not (settings.output / EXPERTS[name] / "config.json").is_file():
         raise ValueError(f"{settings.output} has no {EXPERTS[name]}: run the stage 'base' first")
     saver = Saver(settings.states / name)
-    saved = saver.restore(abstract_state(text=False))
-    if saved is None:
-        dit = read_component(settings.output, EXPERTS[name])
-        saved = Saved(start({f"transformer.{path}": p for path, p in dit.items()}, make_optimizer()))
-    average, done = _train(EXPERT_PLANS[name], saver, saved, settings, text_encoder(settings))
+    saved = saver.restore(abstract_state())
+    saved = saved or Saved(start(read_component(settings.output, EXPERTS[name]), make_optimizer()))
+    average, done = _train(EXPERT_PLANS[name], saver, saved, settings)
     if done:
-        write_component(_parts(average)[0], settings.output, EXPERTS[name])
+        write_component(average, settings.output, EXPERTS[name])
     return done
 
 
@@ -118,21 +142,19 @@ def learning_curve(states: Path) -> str:
     return "\n\n".join(tables) or f"no state in {states}"
 
 
-def text_encoder(settings: Settings) -> Params:
-    """The trained text encoder."""
-    return read_component(settings.output, "text_encoder")
-
-
-def _train(
-    plans: tuple[Plan, ...], saver: Saver, saved: Saved, settings: Settings, frozen: Params | None
-) -> tuple[Params, bool]:
-    """The averaged parameters after the plans, and whether they were done."""
+def _train(plans: Sequence[Plan], saver: Saver, saved: Saved, settings: Settings) -> tuple[Params, bool]:
+    """A denoiser's averaged parameters after the plans, and whether they were done."""
     tokenizer = load_tokenizer(settings.output / "tokenizer")
+    encoder = read_component(settings.output, "text_encoder")
+    phases = make_phases(plans, _data(settings, tokenizer), jnp.dtype(settings.dtype), encoder, scale=settings.scale)
+    return _run(phases, saver, saved, settings, _reporter(plans, settings, tokenizer, encoder, saver.folder.name))
+
+
+def _run(
+    phases: Sequence[Phase], saver: Saver, saved: Saved, settings: Settings, report: Report
+) -> tuple[Params, bool]:
+    """The averaged parameters after the phases, and whether they were done."""
     _say(f"step {int(saved.state.step)}; states go to {saver.folder}")
-    phases = make_phases(
-        plans, _data(settings, tokenizer), jnp.dtype(settings.dtype), scale=settings.scale, frozen=frozen
-    )
-    report = _reporter(plans, settings, tokenizer, saver.folder.name, frozen)
     saved, done = run(
         phases, saved, saver, minutes=settings.minutes, seed=settings.seed, report=report,
         report_minutes=REPORT_MINUTES,
@@ -154,40 +176,22 @@ def _data(settings: Settings, tokenizer: Tokenizer) -> Callable[[str], Data]:
     return data
 
 
-def _reporter(
-    plans: tuple[Plan, ...], settings: Settings, tokenizer: Tokenizer, name: str, frozen: Params | None
-) -> Callable[[Saved], Mapping[str, Any]]:
+def _reporter(plans: Sequence[Plan], settings: Settings, tokenizer: Tokenizer, encoder: Params, name: str) -> Report:
     vae_folder, latents = settings.output / "vae", settings.states / "latents"
 
     @cache
     def judge(kind: str) -> Judge:
         folder = make_latents(vae_folder, latents, kind, [VALIDATION])
-        return Judge(read_latents(folder, kind, [VALIDATION]), tokenizer, load_vae(vae_folder),
+        return Judge(read_latents(folder, kind, [VALIDATION]), tokenizer, encoder, load_vae(vae_folder),
                      settings.states / "samples")  # fmt: skip
 
     def report(saved: Saved) -> Mapping[str, Any]:
         own = judge(plans[min(saved.phase, len(plans) - 1)].kind)
         params = saved.state.average
-        if frozen is not None:
-            params = _joined(_parts(params)[0], frozen)
         losses = {f"loss@{level}": round(loss, 4) for level, loss in own.losses(params).items()}
         return losses | own.gaps(params) | own.samples(params, f"{name}-{int(saved.state.step):06}")
 
     return report
-
-
-def _joined(dit: Params, text: Params) -> Params:
-    joined = {f"transformer.{path}": p for path, p in dit.items()}
-    return joined | {f"text_encoder.{path}": p for path, p in text.items()}
-
-
-def _parts(params: Params) -> tuple[Params, Params]:
-    """Parameters of the transformer and of the text encoder, by their own paths."""
-
-    def under(prefix: str) -> Params:
-        return {path.removeprefix(prefix): p for path, p in params.items() if path.startswith(prefix)}
-
-    return under("transformer."), under("text_encoder.")
 
 
 def _say(line: str) -> None:

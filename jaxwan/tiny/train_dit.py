@@ -1,8 +1,8 @@
-"""Trains the bundled model's text encoder and denoisers: one base model over all noise levels, then two experts.
+"""Trains the bundled model's denoisers: one base model over all noise levels, then two experts that go on from it.
 
-The base learns single pictures first: their steps see four times the samples, and shape needs no motion. The text
-encoder trains with the base and is frozen before the experts go on from it, so that both share it. All is trained
-on encoded clips (`latents`) with flow matching: x = (1 - sigma) x0 + sigma noise, and the target is noise - x0.
+The base learns single pictures first: their steps see four times the samples, and shape needs no motion. All is
+trained on encoded clips (`latents`) with flow matching: x = (1 - sigma) x0 + sigma noise, and the target is
+noise - x0. The text encoder (`train_text`) is trained before and stays as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,29 +15,27 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxwan.config import TextEncoderConfig, TransformerConfig
+from jaxwan.config import TransformerConfig
 from jaxwan.models.rope import rope_tables
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import Context, WanTransformer
 from jaxwan.pipelines.prompt import MAX_TOKENS, Tokenizer, fold_rows
-from jaxwan.tiny.grammar import caption
+from jaxwan.tiny.captions import Captions, draw_captions, tokenize_captions
 from jaxwan.tiny.latents import Latents
 from jaxwan.tiny.muon import Params, muon
-from jaxwan.tiny.training import Phase, TrainState, make_step, module_with, parameters, start
+from jaxwan.tiny.train_text import TEXT
+from jaxwan.tiny.training import Phase, TrainState, make_rate, make_step, module_with, parameters, start
 
 DIT = TransformerConfig(
     num_attention_heads=4, attention_head_dim=32, ffn_dim=512, num_layers=8, text_dim=96, freq_dim=256
 )
-TEXT = TextEncoderConfig(vocab_size=320, d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4)
 
-ROWS = 40  # tokens of a caption, and at least one row behind them
 FLOW_SHIFT = 3.0
 NO_CAPTION = 0.1  # share of samples that are shown the empty caption, for guidance
 WEIGHT_DECAY = 0.01
 AVERAGE = 0.9995
-WARM_UP = 100
 HIGH, LOW = (0.85, 1.0), (0.0, 0.9)  # noise levels of the experts, which share the border at 0.875
 
 
@@ -63,39 +61,21 @@ EXPERT_PLANS = {
 }
 
 
-class Models(nnx.Module):
-    """What is trained: the denoiser, and the text encoder where it is not frozen."""
-
-    def __init__(self, *, text: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.transformer = WanTransformer(DIT, dtype=dtype, rngs=rngs)
-        self.text_encoder = UMT5Encoder(TEXT, dtype=dtype, rngs=rngs) if text else None
-
-
-class Captions(NamedTuple):
-    """Tokens of captions, and which of them are real."""
-
-    tokens: Int[np.ndarray, "n l"]
-    mask: Bool[np.ndarray, "n l"]
-
-
 # Steps
 
 
 def make_phases(
-    plans: Sequence[Plan], data: Callable[[str], "Data"], dtype: DTypeLike, *, scale: float = 1.0,
-    frozen: Params | None = None,
-) -> list[Phase]:  # fmt: skip
-    """The phases, with `scale` times the planned steps. frozen: the text encoder's parameters, if it is not trained."""
-    optimizer = make_optimizer()
-    return [_make_phase(plan, round(scale * plan.steps), data, dtype, optimizer, frozen) for plan in plans]
+    plans: Sequence[Plan], data: Callable[[str], "Data"], dtype: DTypeLike, encoder: Params, *, scale: float = 1.0
+) -> list[Phase]:
+    """The phases, with `scale` times the planned steps. encoder: the text encoder's parameters, which stay."""
+    optimizer, text = make_optimizer(), module_with(partial(UMT5Encoder, TEXT), encoder, dtype)
+    return [_make_phase(plan, round(scale * plan.steps), data, dtype, optimizer, text) for plan in plans]
 
 
 def _make_phase(
     plan: Plan, steps: int, data: Callable[[str], "Data"], dtype: DTypeLike, optimizer: optax.GradientTransformation,
-    frozen: Params | None,
+    encoder: UMT5Encoder,
 ) -> Phase:  # fmt: skip
-    encoder = None if frozen is None else module_with(partial(UMT5Encoder, TEXT), frozen, dtype)
-
     def loss(
         params: Params,
         key: PRNGKeyArray,
@@ -103,17 +83,14 @@ def _make_phase(
         rows: Int[Array, " b"],
         captions: Captions,
     ) -> Float[Array, ""]:
-        models = module_with(partial(Models, text=encoder is None), params, dtype)
+        dit = module_with(partial(WanTransformer, DIT), params, dtype)
         x0 = latents[rows].astype(jnp.float32)
         drawing, noising = jax.random.split(key)
         sigmas = draw_sigmas(drawing, len(rows), plan.sigmas)
-        context = embed_captions(models.transformer, encoder or models.text_encoder, captions)
-        return flow_loss(models.transformer, context, x0, sigmas, jax.random.normal(noising, x0.shape)).mean()
+        context = embed_captions(dit, encoder, captions)
+        return flow_loss(dit, context, x0, sigmas, jax.random.normal(noising, x0.shape)).mean()
 
-    def rate(done: Float[Array, ""]) -> Float[Array, ""]:
-        falling = (1 - done) / max(plan.falling, 1e-9)
-        return plan.rate * jnp.minimum(jnp.minimum(falling, 1), (1 + done * steps) / WARM_UP)
-
+    rate = make_rate(plan.rate, plan.falling, steps)
     compiled = make_step(loss, optimizer, rate, steps=steps, decay=AVERAGE)
 
     def step(state: TrainState, key: PRNGKeyArray, done: int) -> tuple[TrainState, Float[Array, ""]]:
@@ -179,9 +156,9 @@ def make_optimizer() -> optax.GradientTransformation:
 def _stacked_axes(path: str) -> int | None:
     if not path.endswith("kernel"):
         return None
-    if path.startswith(("transformer.blocks.", "text_encoder.layers.")):
+    if path.startswith(("blocks.", "text_encoder.layers.")):
         return 1
-    return 0 if path.startswith("transformer.text_embedder.") else None
+    return 0 if path.startswith("text_embedder.") else None
 
 
 def initial_parameters(seed: int) -> Params:
@@ -189,23 +166,20 @@ def initial_parameters(seed: int) -> Params:
 
     @jax.jit
     def draw(key: PRNGKeyArray) -> Params:
-        return parameters(Models(text=True, dtype=jnp.float32, rngs=nnx.Rngs(key)))
+        return parameters(WanTransformer(DIT, dtype=jnp.float32, rngs=nnx.Rngs(key)))
 
     params = draw(jax.random.key(seed))
     for path in params:
-        if path.startswith(("transformer.time_proj", "transformer.proj_out")) or path.endswith(
-            ("scale_shift_table", "attn2.out.kernel", "position_bias")
-        ):
+        if path.startswith(("time_proj", "proj_out")) or path.endswith(("scale_shift_table", "attn2.out.kernel")):
             params[path] = jnp.zeros_like(params[path])
-    queries = "text_encoder.layers.q.kernel"  # the encoder does not divide its logits
-    return params | {queries: params[queries] * TEXT.d_kv**-0.5}
+    return params
 
 
-def abstract_state(*, text: bool) -> TrainState:
-    """Shapes and dtypes of a state. text: of the base, which trains the text encoder too."""
+def abstract_state() -> TrainState:
+    """Shapes and dtypes of a state."""
 
     def begin() -> TrainState:
-        return start(parameters(Models(text=text, dtype=jnp.float32, rngs=nnx.Rngs(0))), make_optimizer())
+        return start(parameters(WanTransformer(DIT, dtype=jnp.float32, rngs=nnx.Rngs(0))), make_optimizer())
 
     return jax.eval_shape(begin)
 
@@ -226,26 +200,6 @@ class Data:
         rng = np.random.default_rng((self._seed, step))
         rows = rng.choice(len(self.latents), count, replace=False).astype(np.int32)
         empty = rng.random(count) < NO_CAPTION
-        captions = [np.where(empty[:, None], *pair) for pair in zip(self._empty, self._word(rows, rng), strict=True)]
+        worded = draw_captions(self._tokenizer, jax.tree.map(lambda x: x[rows], self._attributes), rng)
+        captions = [np.where(empty[:, None], *pair) for pair in zip(self._empty, worded, strict=True)]
         return self.latents, rows, Captions(*captions)
-
-    def _word(self, rows: Int[np.ndarray, " n"], rng: np.random.Generator) -> Captions:
-        """Captions of fewer than ROWS tokens: of the few that are longer, another wording is drawn."""
-        texts = []
-        for row in rows:
-            shown = jax.tree.map(lambda x, row=row: x[row], self._attributes)
-            text = caption(shown, int(rng.integers(1 << 62)))
-            while len(self._tokenizer.backend.encode(text).ids) >= ROWS:
-                text = caption(shown, int(rng.integers(1 << 62)))
-            texts.append(text)
-        return tokenize_captions(self._tokenizer, texts)
-
-
-def tokenize_captions(tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
-    """Tokens of texts that have fewer than ROWS."""
-    ids = [encoding.ids for encoding in tokenizer.backend.encode_batch(list(texts))]
-    tokens = np.full((len(ids), ROWS), tokenizer.pad_id, np.int32)
-    mask = np.zeros((len(ids), ROWS), bool)
-    for i, row in enumerate(ids):
-        tokens[i, : len(row)], mask[i, : len(row)] = row, True
-    return Captions(tokens, mask)

@@ -26,6 +26,7 @@ from jaxwan.pipelines.compilation_cache import cache_folder
 from jaxwan.tiny.muon import Params
 
 SAVE_MINUTES = 10.0
+WARM_UP = 100  # steps
 
 Loss = Callable[..., Float[Array, ""]]  # (parameters, key, data of this step) -> loss
 Rate = Callable[[Float[Array, ""]], Float[Array, ""]]  # share of a phase that is done, 0 to 1 -> learning rate
@@ -105,6 +106,15 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, rate: Rate, *
         return TrainState(params, average, moments, state.step + 1), value
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_rate(highest: float, falling: float, steps: int) -> Rate:
+    """Rises to `highest` within WARM_UP steps of a phase, and falls to 0 over the share `falling` at its end."""
+
+    def rate(done: Float[Array, ""]) -> Float[Array, ""]:
+        return highest * jnp.minimum(jnp.minimum((1 - done) / max(falling, 1e-9), 1), (1 + done * steps) / WARM_UP)
+
+    return rate
 
 
 def run(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from jaxwan.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from jaxwan.convert.diffusers import VAE as RULES
 from jaxwan.convert.load import flat_shapes
 from jaxwan.convert.save import save_arrays
+from jaxwan.models.text_encoder import UMT5Encoder
+from jaxwan.models.transformer import WanTransformer
 from jaxwan.models.vae import VAE
-from jaxwan.tiny import checkpoint, train_dit
+from jaxwan.tiny import checkpoint, dit_quality, train_dit, train_text
 from jaxwan.tiny.attributes import Attributes, Thing, combinations
 from jaxwan.tiny.latents import Latents
 
@@ -43,19 +46,19 @@ def small_and_quick() -> Iterator[pytest.MonkeyPatch]:
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
     """Make text encoder and denoisers small for as long as the patch lasts."""
-    for module in (train_dit, checkpoint):
+    for module in (train_dit, dit_quality, checkpoint):
         patch.setattr(module, "DIT", DIT)
+    for module in (train_text, train_dit, dit_quality, checkpoint):
         patch.setattr(module, "TEXT", TEXT)
 
 
-def draw_parameters(prefix: str, seed: int = 0) -> dict[str, jax.Array]:
-    """Random parameters of "transformer." or "text_encoder." by their own paths, of "" both; none is zero."""
+def draw_parameters(name: str, seed: int = 0) -> dict[str, jax.Array]:
+    """Random parameters of a "transformer" or a "text_encoder"; none is zero."""
     rng, drawn = np.random.default_rng(seed), {}
-    for path, p in train_dit.abstract_state(text=True).params.items():
-        if path.startswith(prefix):
-            scale = p.shape[-2] ** -0.5 if path.endswith("kernel") else 0.2
-            numbers = scale * rng.normal(size=p.shape) + path.endswith("scale")
-            drawn[path.removeprefix(prefix)] = jnp.asarray(numbers, jnp.float32)
+    make = partial(WanTransformer, train_dit.DIT) if name == "transformer" else partial(UMT5Encoder, train_text.TEXT)
+    for path, p in flat_shapes(nnx.state(nnx.eval_shape(lambda: make(dtype=jnp.float32, rngs=nnx.Rngs(0))))).items():
+        scale = p.shape[-2] ** -0.5 if path.endswith("kernel") else 0.2
+        drawn[path] = jnp.asarray(scale * rng.normal(size=p.shape) + path.endswith("scale"), jnp.float32)
     return drawn
 
 

@@ -16,8 +16,8 @@ PROMPT = "a red circle moving right on a blue background"
 def written():
     """Component -> its parameters."""
     with small_and_quick():
-        experts = {folder: draw_parameters("transformer.", seed) for seed, folder in enumerate(EXPERTS.values())}
-        yield experts | {"text_encoder": draw_parameters("text_encoder.")}
+        experts = {folder: draw_parameters("transformer", seed) for seed, folder in enumerate(EXPERTS.values())}
+        yield experts | {"text_encoder": draw_parameters("text_encoder")}
 
 
 @pytest.fixture(scope="module")

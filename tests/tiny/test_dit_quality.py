@@ -11,9 +11,9 @@ from small_tiny import VAE_CONFIG, draw_parameters, make_latents, small_and_quic
 from jaxwan.models.vae import VAE
 from jaxwan.tiny import dit_quality
 from jaxwan.tiny.attributes import READ, Attributes, Thing, combinations, row_of
+from jaxwan.tiny.captions import ROWS, tokenize_captions
 from jaxwan.tiny.dit_quality import BINS, Judge
 from jaxwan.tiny.grammar import caption
-from jaxwan.tiny.train_dit import ROWS, tokenize_captions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +25,8 @@ def shrunk():
 @pytest.fixture(scope="module")
 def judge(tokenizer, tmp_path_factory):
     vae = nnx.eval_shape(lambda: VAE(VAE_CONFIG, rngs=nnx.Rngs(0)))
-    return Judge(make_latents(80), tokenizer, vae, tmp_path_factory.mktemp("tiny") / "samples", count=64)
+    folder = tmp_path_factory.mktemp("tiny") / "samples"
+    return Judge(make_latents(80), tokenizer, draw_parameters("text_encoder"), vae, folder, count=64)
 
 
 def shown(row):
@@ -56,7 +57,9 @@ def test_clips_with_two_objects_are_left_out(judge):
 
 def test_gaps_are_what_the_loss_grows_by_in_per_cent(judge, monkeypatch):
     grown = {id(judge._captions[name]): share for name, share in zip(READ, (1.5, 1.0, 0.9, 1.234), strict=True)}
-    monkeypatch.setattr(dit_quality, "_loss", lambda params, x0, level, given: level * grown.get(id(given), 1.0))
+    monkeypatch.setattr(
+        dit_quality, "_loss", lambda params, encoder, x0, level, given: level * grown.get(id(given), 1.0)
+    )
     gaps = judge.gaps({})
     assert gaps == {f"{name}@{level}": gap for level in (0.8, 0.9)
                     for name, gap in zip(READ, (50.0, 0.0, -10.0, 23.4), strict=True)}  # fmt: skip
@@ -71,7 +74,7 @@ def test_samples_are_scored_by_the_reader_and_shown(judge, monkeypatch):
         scored.append(case)
         return dict.fromkeys(READ, len(scored) % 2 == 0) | {"background": reading == "reading"}
 
-    monkeypatch.setattr(dit_quality, "_sample", lambda params, noise, captions: noise)
+    monkeypatch.setattr(dit_quality, "_sample", lambda params, encoder, noise, captions: noise)
     monkeypatch.setattr(dit_quality, "read", lambda frames: "reading")
     monkeypatch.setattr(dit_quality, "marks_of", mark)
     monkeypatch.setattr(judge._coder, "decode", lambda latents: np.zeros((1, 5, 8, 12, 3), np.float32))
@@ -84,12 +87,12 @@ def test_samples_are_scored_by_the_reader_and_shown(judge, monkeypatch):
 @pytest.mark.slow
 def test_loss_and_samples_of_a_random_model(judge):
     """A velocity of order 1 that knows nothing has a loss of noise and clip together, and more; numbers are finite."""
-    params = draw_parameters("")
+    params = draw_parameters("transformer")
     losses = judge.losses(params, (0.5, 0.9))
     assert all(1.5 < loss < 10 for loss in losses.values())
     captions = dit_quality._slice(judge._captions[""], 0)
     noise = jax.random.normal(jax.random.key(7), (16, *judge._x0.shape[1:]))
-    made = dit_quality._sample(params, noise, captions)
+    made = dit_quality._sample(params, judge._encoder, noise, captions)
     assert made.shape == noise.shape and jnp.isfinite(made).all() and not jnp.allclose(made, noise)
     # guidance is against the caption that inference takes for none
     (empty,) = judge._tokenize([""]).tokens

@@ -28,7 +28,7 @@ EXPERTS = {
 class Unjudged:
     """In place of a Judge, which is tested in test_dit_quality.py."""
 
-    def __init__(self, encoded, tokenizer, vae, folder):
+    def __init__(self, encoded, tokenizer, encoder, vae, folder):
         self.kind = "pictures" if encoded.latents.shape[1] == 1 else "clips"
 
     def losses(self, params):
@@ -62,6 +62,11 @@ def write_vae(output):
     (output / "vae" / "config.json").write_text("{}")
 
 
+def write_vae_and_text(output):
+    write_vae(output)
+    write_component(draw_parameters("text_encoder"), output, "text_encoder")
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(jnp.array_equal(a[path], b[path]) for path in a)
 
@@ -69,7 +74,7 @@ def same(a, b):
 @pytest.fixture
 def settings(tmp_path):
     made = Settings(tmp_path / "states", tmp_path / "model", dtype="float32")
-    write_vae(made.output)
+    write_vae_and_text(made.output)
     return made
 
 
@@ -78,7 +83,7 @@ def settings(tmp_path):
 
 @pytest.fixture(scope="module")
 def weights():
-    return {name: draw_parameters(f"{name}.") for name in ("transformer", "text_encoder")}
+    return {name: draw_parameters(name) for name in ("transformer", "text_encoder")}
 
 
 @pytest.fixture
@@ -100,16 +105,20 @@ def write_base(settings, weights):
         write_component(weights["transformer"], settings.output, folder)
 
 
-def rounded(params, prefix):
-    return {prefix + path: p.astype(jnp.bfloat16).astype(jnp.float32) for path, p in params.items()}
+def rounded(params):
+    return {path: p.astype(jnp.bfloat16).astype(jnp.float32) for path, p in params.items()}
 
 
 def test_a_stage_needs_those_before_it(tmp_path):
     settings = Settings(tmp_path, tmp_path / "model")
-    for stage in ("latents", "base", "high"):
+    for stage in ("latents", "text", "base", "high"):
         with pytest.raises(ValueError, match="model has no vae: run the stage 'vae' first"):
             train_stage(stage, settings)
     write_vae(settings.output)
+    for stage in ("base", "high"):
+        with pytest.raises(ValueError, match="model has no text_encoder: run the stage 'text' first"):
+            train_stage(stage, settings)
+    write_component(draw_parameters("text_encoder"), settings.output, "text_encoder")
     for stage, folder in (("high", "transformer"), ("low", "transformer_2")):
         with pytest.raises(ValueError, match=f"model has no {folder}: run the stage 'base' first"):
             train_stage(stage, settings)
@@ -128,13 +137,13 @@ def test_base_goes_on_from_weights_with_the_last_phase(starts, settings, weights
     assert not train_stage("base", settings)
     ((saved, _),) = starts
     assert (saved.phase, saved.done, saved.state.step) == (1, 0, 0)
-    wanted = rounded(weights["transformer"], "transformer.") | rounded(weights["text_encoder"], "text_encoder.")
+    wanted = rounded(weights["transformer"])
     assert same(saved.state.params, wanted) and same(saved.state.average, wanted)
 
 
 def test_a_state_comes_before_weights(starts, settings, weights):
     write_base(settings, weights)
-    state = start(draw_parameters("", 9), make_optimizer())
+    state = start(draw_parameters("transformer", 9), make_optimizer())
     with Saver(settings.states / "base") as saver:
         saver.save(Saved(state._replace(step=jnp.int32(3)), phase=1, done=1))
     assert not train_stage("base", settings)
@@ -160,13 +169,13 @@ def test_the_curve_of_what_was_measured_is_a_table_a_stage(settings):
     assert learning_curve(settings.states).splitlines() == wanted
 
 
-def test_an_expert_starts_from_the_base_without_its_text_encoder(starts, settings, weights):
+def test_an_expert_starts_from_the_base(starts, settings, weights):
     write_base(settings, weights)
     write_surroundings(settings.output)
     assert not train_stage("low", settings)
     ((saved, names),) = starts
     assert (saved.phase, saved.done) == (0, 0) and names == ["low noise"]
-    assert same(saved.state.params, rounded(weights["transformer"], "transformer."))
+    assert same(saved.state.params, rounded(weights["transformer"]))
 
 
 def test_all_clips_and_pictures_are_encoded_with_the_validation_first(settings, monkeypatch):
@@ -200,7 +209,7 @@ def flags(folder):
 def whole(script, tmp_path_factory):
     """Folder of a base that was trained without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    write_vae(folder / "model")
+    write_vae_and_text(folder / "model")
     assert script.main(["base", *flags(folder)]) == 0
     return folder
 
@@ -208,7 +217,7 @@ def whole(script, tmp_path_factory):
 @pytest.mark.slow
 def test_base_is_trained_judged_and_written_for_both_experts(whole, capsys):
     with Saver(whole / "states" / "base") as saver:
-        saved = saver.restore(train_dit.abstract_state(text=True))
+        saved = saver.restore(train_dit.abstract_state())
     assert (saved.phase, saved.state.step) == (2, 6)
     assert [entry["gap"] for entry in saved.history] == ["pictures", "clips"]
     assert [entry["name"] for entry in saved.history] == ["base-000002", "base-000006"]
@@ -218,14 +227,13 @@ def test_base_is_trained_judged_and_written_for_both_experts(whole, capsys):
     assert still == [], "parameters that training leaves alone"
     for folder in ("transformer", "transformer_2"):
         written = read_component(whole / "model", folder)
-        assert same(written, {path.removeprefix("transformer."): p for path, p in
-                              rounded(saved.state.average, "").items() if path.startswith("transformer.")})  # fmt: skip
+        assert same(written, rounded(saved.state.average))
 
 
 @pytest.mark.slow
 def test_stopped_and_carried_elsewhere_it_ends_as_without(script, whole, tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
-    write_vae(here / "model")
+    write_vae_and_text(here / "model")
     draw = train_dit.Data.draw
 
     def draw_and_stop(self, step, count):

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import relative_error
-from small_tiny import DIT, draw_parameters, make_latents, small_and_quick
+from small_tiny import DIT, TEXT, draw_parameters, make_latents, small_and_quick
 
-from jaxwan.models.transformer import Context
+from jaxwan.models.text_encoder import UMT5Encoder
+from jaxwan.models.transformer import Context, WanTransformer
 from jaxwan.pipelines.prompt import encode_prompts
+from jaxwan.tiny import captions as captions_module
 from jaxwan.tiny import train_dit
 from jaxwan.tiny.attributes import COLOURS
+from jaxwan.tiny.captions import ROWS, tokenize_captions
 from jaxwan.tiny.grammar import COLOUR_WORDS
 from jaxwan.tiny.train_dit import (
     BASE,
@@ -21,9 +24,7 @@ from jaxwan.tiny.train_dit import (
     HIGH,
     LOW,
     NO_CAPTION,
-    ROWS,
     Data,
-    Models,
     draw_sigmas,
     embed_captions,
     flow_loss,
@@ -31,7 +32,6 @@ from jaxwan.tiny.train_dit import (
     make_optimizer,
     make_phases,
     predict,
-    tokenize_captions,
 )
 from jaxwan.tiny.training import module_with
 
@@ -90,7 +90,7 @@ def test_captions_are_those_of_the_rows(data, encoded, tokenizer):
 
 def test_captions_leave_a_row_behind_them(data, encoded, tokenizer, monkeypatch):
     assert drawn(data, 0, 128)[3].sum(1).max() < ROWS
-    monkeypatch.setattr(train_dit, "ROWS", 16)  # so few that many captions are too long, and are drawn anew
+    monkeypatch.setattr(captions_module, "ROWS", 16)  # so few that many captions are too long, and are drawn anew
     alone = encoded.attributes._replace(two=np.zeros(128, bool))
     lengths = drawn(Data(encoded._replace(attributes=alone), tokenizer), 0, 128)[3].sum(1)
     assert lengths.max() == 15 and (lengths > 1).mean() > 0.8
@@ -111,7 +111,7 @@ def test_noise_levels_are_spread_evenly_over_the_steps_of_the_sampler(among):
     assert abs(within.mean() - 0.5) < 0.02 and within.std() == pytest.approx(12**-0.5, abs=0.01)
 
 
-def test_the_loss_is_the_velocitys_squared_error(models, monkeypatch):
+def test_the_loss_is_the_velocitys_squared_error(dit, monkeypatch):
     x0, noise = (jax.random.normal(jax.random.key(i), (3, 2, 4, 6, 16)) for i in (0, 1))
     sigmas, context = jnp.array([1.0, 0.5, 0.05]), Context(jnp.zeros((3, 1, DIT.dim)), None)
 
@@ -121,7 +121,7 @@ def test_the_loss_is_the_velocitys_squared_error(models, monkeypatch):
         return exact + jnp.array([0.0, 0.0, 2.0])[:, None, None, None, None]
 
     monkeypatch.setattr(train_dit, "predict", oracle)
-    loss = flow_loss(models.transformer, context, x0, sigmas, noise)
+    loss = flow_loss(dit, context, x0, sigmas, noise)
     np.testing.assert_allclose(loss, [0, 0, 4], atol=1e-4)
 
 
@@ -131,16 +131,17 @@ def test_the_loss_is_the_velocitys_squared_error(models, monkeypatch):
 @pytest.fixture(scope="module")
 def params(shrunk):
     """All random, so that everything counts; much of it is zero at the start of training."""
-    return draw_parameters("")
-
-
-def with_params(params):
-    return module_with(partial(Models, text=True), params)
+    return draw_parameters("transformer")
 
 
 @pytest.fixture(scope="module")
-def models(params):
-    return with_params(params)
+def dit(params):
+    return module_with(partial(WanTransformer, DIT), params)
+
+
+@pytest.fixture(scope="module")
+def encoder(shrunk):
+    return module_with(partial(UMT5Encoder, TEXT), draw_parameters("text_encoder"))
 
 
 X = jax.random.normal(jax.random.key(2), (3, 2, 4, 6, 16))
@@ -148,29 +149,33 @@ SIGMAS = jnp.array([0.95, 0.5, 0.1])
 TEXTS = ["a red circle moving left on a black background", "", "blue star."]
 
 
-@jax.jit
-def velocity(params, captions):
-    models = with_params(params)
-    return predict(models.transformer, X, SIGMAS, embed_captions(models.transformer, models.text_encoder, captions))
+@pytest.fixture(scope="module")
+def velocity(encoder):
+    @jax.jit
+    def velocity(params, captions):
+        dit = module_with(partial(WanTransformer, DIT), params)
+        return predict(dit, X, SIGMAS, embed_captions(dit, encoder, captions))
+
+    return velocity
 
 
-def test_the_velocity_is_that_of_inference(params, models, tokenizer):
+def test_the_velocity_is_that_of_inference(params, dit, encoder, velocity, tokenizer):
     """Captions of ROWS rows give what inference gives with 512."""
-    encode = jax.jit(models.text_encoder)
+    encode = jax.jit(encoder)
     rows = encode_prompts(lambda tokens, mask: encode(tokens, mask), tokenizer, TEXTS)
-    expected = jax.jit(models.transformer)(X, 1000 * SIGMAS[:, None], rows)
+    expected = jax.jit(dit)(X, 1000 * SIGMAS[:, None], rows)
     found = velocity(params, tokenize_captions(tokenizer, TEXTS))
     assert relative_error(found, expected) < 3e-6  # float32: one row counts as hundreds, instead of a sum over them
     other = velocity(params, tokenize_captions(tokenizer, TEXTS[::-1]))
     assert relative_error(other, expected) > 1e-3  # captions matter
 
 
-def test_at_the_start_layers_change_nothing_and_the_velocity_is_zero(tokenizer):
+def test_at_the_start_layers_change_nothing_and_the_velocity_is_zero(velocity, tokenizer):
     begun = initial_parameters(0)
     assert not velocity(begun, tokenize_captions(tokenizer, TEXTS)).any()
     moved = {path for path, p in begun.items() if p.any()}
-    head = {f"transformer.proj_out.{name}" for name in ("kernel", "bias")}
-    assert not head & moved and {"transformer.blocks.attn1.out.kernel", "text_encoder.embedding"} <= moved
+    head = {f"proj_out.{name}" for name in ("kernel", "bias")}
+    assert not head & moved and "blocks.attn1.out.kernel" in moved
     # with a head that shows what comes to it, layers that add nothing are like no layers
     shown = begun | {path: jnp.ones_like(begun[path]) for path in head}
     without = {path: jnp.zeros_like(p) if "blocks" in path else p for path, p in shown.items()}
@@ -184,6 +189,7 @@ def test_at_the_start_layers_change_nothing_and_the_velocity_is_zero(tokenizer):
 @pytest.mark.slow
 def test_matrices_of_layers_move_alike_and_all_else_as_with_adam(params):
     """With Muon the root mean square of a step does not depend on the gradient, nor on the matrix's shape."""
+    params = params | {f"text_encoder.{path}": p for path, p in draw_parameters("text_encoder").items()}
     optimizer = make_optimizer()
     rng = np.random.default_rng(0)
     grads = {path: rng.choice([-1, 1], p.shape) * rng.uniform(0.5, 1.5, p.shape) for path, p in params.items()}
@@ -191,7 +197,7 @@ def test_matrices_of_layers_move_alike_and_all_else_as_with_adam(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(zeros), zeros)
     by_muon = {path for path in params if path.endswith("kernel") and path.startswith(
-        ("transformer.blocks.", "text_encoder.layers.", "transformer.text_embedder."))}  # fmt: skip
+        ("blocks.", "text_encoder.layers.", "text_embedder."))}  # fmt: skip
     assert len(by_muon) == 10 + 7 + 2
     for path, update in updates.items():
         assert (update * grads[path]).sum() < 0, path
@@ -207,7 +213,7 @@ def rates(monkeypatch):
     made = []
     monkeypatch.setattr(train_dit, "make_step", lambda loss, optimizer, rate, **_: made.append(rate))
     plans = [*BASE, *EXPERT_PLANS["high"], *EXPERT_PLANS["low"]]
-    phases = make_phases(plans, lambda kind: None, jnp.float32, scale=0.5)
+    phases = make_phases(plans, lambda kind: None, jnp.float32, draw_parameters("text_encoder"), scale=0.5)
     assert [phase.steps for phase in phases] == [plan.steps // 2 for plan in plans]
     return list(zip(plans, made, strict=True))
 
