@@ -61,8 +61,7 @@ def train(stage: str, settings: Settings) -> None:
     """Train a stage, or all of them in turn until the minutes are over."""
     began = time.monotonic()
     for name in STAGES if stage == "all" else (stage,):
-        left = settings.minutes and max(0.0, settings.minutes - (time.monotonic() - began) / 60)
-        if not train_stage(name, settings._replace(minutes=left)):
+        if not train_stage(name, settings.since(began)):
             break
 
 

@@ -22,7 +22,7 @@ from jaxwan.tiny.train_vae import encode, load_vae
 
 PIECE = 256  # clips a file
 BATCH = 8  # clips encoded at a time
-PIECES = {"clips": 40, "pictures": 64}
+PIECES = {"clips": 80, "pictures": 64}
 VALIDATION = 1_000_000  # number of the piece that training never sees
 
 

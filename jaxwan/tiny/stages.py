@@ -5,7 +5,7 @@ Each goes on where it was stopped, and needs what the stages before it wrote to 
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import takewhile
 from math import inf
@@ -18,7 +18,7 @@ from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
 from jaxwan.tiny import train_text
 from jaxwan.tiny.checkpoint import EXPERTS, read_component, write_component, write_surroundings
 from jaxwan.tiny.dit_quality import Judge
-from jaxwan.tiny.latents import PIECES, VALIDATION, make_latents, read_latents
+from jaxwan.tiny.latents import PIECES, VALIDATION, make_latents, pieces_folder, read_latents
 from jaxwan.tiny.muon import Params
 from jaxwan.tiny.train_dit import (
     BASE,
@@ -48,6 +48,12 @@ class Settings(NamedTuple):
     seed: int = 0
     dtype: str = "bfloat16"
 
+    def since(self, began: float) -> "Settings":
+        """With the minutes that are left of those that began at a time of the monotonic clock."""
+        if self.minutes is None:
+            return self
+        return self._replace(minutes=max(0.0, self.minutes - (time.monotonic() - began) / 60))
+
 
 def train_stage(name: str, settings: Settings) -> bool:
     """Train a stage; returns whether it is done and written. Raises ValueError when an earlier stage is missing."""
@@ -65,14 +71,14 @@ def train_stage(name: str, settings: Settings) -> bool:
     return train_base(settings) if name == "base" else train_expert(name, settings)
 
 
-def encode_all(settings: Settings) -> bool:
+def encode_all(settings: Settings, kinds: Iterable[str] = tuple(PIECES)) -> bool:
     """Encode what of the clips and pictures is not encoded yet; returns whether the minutes were enough."""
     from tqdm import tqdm
 
     until = inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
-    for kind, count in PIECES.items():
-        in_time = takewhile(lambda _: time.monotonic() < until, (VALIDATION, *range(count)))
-        numbers = tqdm(in_time, f"encoding {kind}", count + 1, disable=None)
+    for kind in kinds:
+        in_time = takewhile(lambda _: time.monotonic() < until, (VALIDATION, *range(PIECES[kind])))
+        numbers = tqdm(in_time, f"encoding {kind}", PIECES[kind] + 1, disable=None)
         make_latents(settings.output / "vae", settings.states / "latents", kind, numbers)
     return time.monotonic() < until
 
@@ -143,7 +149,12 @@ def learning_curve(states: Path) -> str:
 
 
 def _train(plans: Sequence[Plan], saver: Saver, saved: Saved, settings: Settings) -> tuple[Params, bool]:
-    """A denoiser's averaged parameters after the plans, and whether they were done."""
+    """A denoiser's averaged parameters after the plans, and whether they were done. Encodes first what is missing."""
+    began = time.monotonic()
+    if not encode_all(settings, dict.fromkeys(plan.kind for plan in plans)):
+        _say("stopped while clips were being encoded; the same command goes on")
+        return saved.state.average, False
+    settings = settings.since(began)
     tokenizer = load_tokenizer(settings.output / "tokenizer")
     encoder = read_component(settings.output, "text_encoder")
     phases = make_phases(plans, _data(settings, tokenizer), jnp.dtype(settings.dtype), encoder, scale=settings.scale)
@@ -165,23 +176,22 @@ def _run(
 
 
 def _data(settings: Settings, tokenizer: Tokenizer) -> Callable[[str], Data]:
-    """Encoded training data of a kind, encoded where it is missing and read on first use."""
+    """Encoded training data of a kind, read on first use."""
+    folder = pieces_folder(settings.output / "vae", settings.states / "latents")
 
     @cache
     def data(kind: str) -> Data:
-        numbers = range(PIECES[kind])
-        folder = make_latents(settings.output / "vae", settings.states / "latents", kind, numbers)
-        return Data(read_latents(folder, kind, numbers), tokenizer, settings.seed)
+        return Data(read_latents(folder, kind, range(PIECES[kind])), tokenizer, settings.seed)
 
     return data
 
 
 def _reporter(plans: Sequence[Plan], settings: Settings, tokenizer: Tokenizer, encoder: Params, name: str) -> Report:
-    vae_folder, latents = settings.output / "vae", settings.states / "latents"
+    vae_folder = settings.output / "vae"
+    folder = pieces_folder(vae_folder, settings.states / "latents")
 
     @cache
     def judge(kind: str) -> Judge:
-        folder = make_latents(vae_folder, latents, kind, [VALIDATION])
         return Judge(read_latents(folder, kind, [VALIDATION]), tokenizer, encoder, load_vae(vae_folder),
                      settings.states / "samples")  # fmt: skip
 

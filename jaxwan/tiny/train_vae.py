@@ -22,7 +22,7 @@ from jaxwan.config import VAEConfig
 from jaxwan.convert.diffusers import VAE as RULES
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import load_module
-from jaxwan.convert.save import save_arrays
+from jaxwan.convert.save import save_arrays, write_json
 from jaxwan.models.causal_conv import Formulation
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.media import save_image
@@ -175,8 +175,7 @@ def export(params: Params, folder: Path, *, cfg: VAEConfig = CONFIG, clips: int 
         )
     cfg = replace(cfg, latents_mean=_rounded(mean), latents_std=_rounded(std))
     save_arrays(halves, folder, RULES)
-    config = {"_class_name": "AutoencoderKLWan", **asdict(cfg)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {"_class_name": "AutoencoderKLWan", **asdict(cfg)})
 
 
 def _rounded(values: Float[np.ndarray, " z"]) -> tuple[float, ...]:

@@ -21,7 +21,8 @@ from jaxwan.tiny.attributes import names
 from jaxwan.tiny.checkpoint import write_surroundings
 from jaxwan.tiny.reader import read
 from jaxwan.tiny.scoring import make_cases
-from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT, TEXT
+from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT
+from jaxwan.tiny.train_text import TEXT
 
 torch.set_num_threads(1)  # models so small gain nothing from threads, and wait for them where cores are shared
 

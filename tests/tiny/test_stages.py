@@ -189,6 +189,18 @@ def test_all_clips_and_pictures_are_encoded_with_the_validation_first(settings, 
     assert not train_stage("latents", settings._replace(minutes=0.0)) and encoded == []
 
 
+def test_what_a_stage_lacks_of_clips_is_encoded_within_its_minutes(settings, weights, starts, monkeypatch, capsys):
+    encoded, clock = [], iter(range(0, 10**6, 30))  # half a minute at every look
+    monkeypatch.setattr(stages.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(stages, "make_latents", lambda vae, folder, kind, numbers: encoded.extend(numbers))
+    write_base(settings, weights)
+    write_surroundings(settings.output)
+    assert not train_stage("high", settings._replace(minutes=5.0)) and starts == []
+    assert 0 < len(encoded) < PIECES["clips"]
+    assert "stopped while clips were being encoded" in capsys.readouterr().err
+    assert not train_stage("high", settings._replace(minutes=60.0)) and len(starts) == 1
+
+
 # Trained through the script
 
 
