@@ -80,6 +80,9 @@ def train_vae(states: Path, output: Path, *, scale: float = 1.0, minutes: float 
     """
     saver = Saver(states / "vae")
     saved = saver.restore(abstract_state(CONFIG))
+    if saved is not None and saved.phase == len(PLANS) and (output / "config.json").is_file():
+        _say(f"{output} is trained and stays as it is")  # written anew elsewhere, the clips encoded with it would go
+        return True
     if saved is not None:
         _say(f"goes on from step {int(saved.state.step)} in {saver.folder}")
     elif (output / "config.json").is_file():
