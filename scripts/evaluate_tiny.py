@@ -39,7 +39,8 @@ from jaxwan.tiny.scoring import (
 
 SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "sampler", "flow_shift")
 SWEEP: dict[str, tuple[Any, ...]] = {
-    "guidance_scale": (1.0, 2.0, 4.0, 7.0),
+    "guidance_scale": (1.0, 2.0, 4.0, 7.0),  # alone, of both experts
+    "guidance_scale_2": (5.0,),
     "num_inference_steps": (4, 8, 12, 40),
     "sampler": ("euler", "dpm++2m"),
 }

@@ -54,7 +54,7 @@ _GENERATION = {
     "fps": 8,
     "num_inference_steps": 20,
     "guidance_scale": 5.0,
-    "guidance_scale_2": 5.0,
+    "guidance_scale_2": 3.0,
 }
 
 

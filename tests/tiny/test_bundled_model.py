@@ -17,10 +17,9 @@ from jaxwan.convert.load import load_module
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.prompt import load_tokenizer, tokenize
-from jaxwan.tiny.attributes import names
 from jaxwan.tiny.checkpoint import write_surroundings
 from jaxwan.tiny.reader import read
-from jaxwan.tiny.scoring import make_cases
+from jaxwan.tiny.scoring import make_cases, marks_of
 from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT
 from jaxwan.tiny.train_text import TEXT
 
@@ -126,12 +125,13 @@ def test_frames_with_all_defaults_equal_diffusers(ours, theirs):
 # What it makes
 
 
-def test_colour_and_background_of_clips_are_those_of_their_captions(ours):
-    cases = make_cases(2)
+def test_clips_show_their_captions(ours):
+    """94 of 100 do in all four attributes; other hardware rounds otherwise, and a clip or two may turn out differently."""
+    cases = make_cases(8)
     clips = ours([case.caption for case in cases], seed=[case.seed for case in cases]).frames
-    for case, clip in zip(cases, clips, strict=True):
-        wanted, seen = names(case.row), read(clip)
-        assert (seen.colour, seen.background) == (wanted["colour"], wanted["background"]), case.caption
+    marks = [marks_of(case, read(clip)) for case, clip in zip(cases, clips, strict=True)]
+    assert all(mark["colour"] and mark["background"] for mark in marks[:2])
+    assert sum(all(mark.values()) for mark in marks) >= 6, marks
 
 
 def test_any_text_is_a_prompt(ours):
