@@ -126,7 +126,7 @@ def test_frames_with_all_defaults_equal_diffusers(ours, theirs):
 
 
 def test_clips_show_their_captions(ours):
-    """94 of 100 do in all four attributes; other hardware rounds otherwise, and a clip or two may turn out differently."""
+    """96 of 100 do in all four attributes; other hardware rounds otherwise, a clip or two may differ."""
     cases = make_cases(8)
     clips = ours([case.caption for case in cases], seed=[case.seed for case in cases]).frames
     marks = [marks_of(case, read(clip)) for case, clip in zip(cases, clips, strict=True)]
