@@ -9,7 +9,7 @@ import pytest
 from jaxwan.tiny.stages import STAGES, Settings
 from jaxwan.tiny.training import state_folder
 
-ALL = ("vae", "base", "high", "low")
+ALL = ("vae", "text", "base", "high", "low")
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def test_all_stages_follow_each_other_until_one_is_stopped(script):
     script.calls.clear()
     script.stopped.append("base")
     assert script.main(["all"]) == 0
-    assert [name for name, _ in script.calls] == ["vae", "latents", "base"]
+    assert [name for name, _ in script.calls] == ["vae", "latents", "text", "base"]
 
 
 def test_the_minutes_are_those_of_all_stages_together(script, monkeypatch):
-    clock = iter(range(0, 3600, 120))  # two minutes a look
+    clock = map(float, range(0, 3600, 120))  # two minutes a look
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert script.main(["all", "--minutes", "5"]) == 0
-    assert [settings.minutes for _, settings in script.calls] == [3, 1, 0, 0, 0]
+    assert [settings.minutes for _, settings in script.calls] == [3, 1, 0, 0, 0, 0]
 
 
 def test_a_leg_unpacks_first_and_packs_last(script, capsys):
