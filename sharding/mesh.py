@@ -5,8 +5,10 @@ A mesh always has all five axes, most of them of size 1: dp (requests), cfg (gui
 every mesh and emits no collective over an axis that is not there.
 """
 
+import re
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,21 +26,29 @@ class MeshSpec:
     tp: int = 1
 
     @classmethod
-    def parse(cls, text: str | None) -> "MeshSpec":
-        """Read "pp=4" or "dp=2,pp=4"; None or "" is one device. Raises ValueError on an unknown axis or a bad size."""
+    def parse(cls, value: Any) -> "MeshSpec":
+        """Read "pp=4" or "dp=2,pp=4"; None or "" is one device, a MeshSpec is itself.
+
+        Raises ValueError, with the right spelling where one can be guessed, for anything else.
+        """
+        if isinstance(value, MeshSpec):
+            return value
+        if not isinstance(value, str | None):
+            shown = value if isinstance(value, int) else f"of type {type(value).__name__}"
+            raise ValueError(f'mesh {shown} is no text such as "pp=4"{_spelling(value)}: axes are {", ".join(AXES)}')
         sizes: dict[str, int] = {}
-        for part in (text or "").replace(" ", "").split(","):
-            if not part:
+        for part in (value or "").split(","):
+            axis, _, size = (word.strip() for word in part.partition("="))
+            if not axis and not size:
                 continue
-            axis, _, size = part.partition("=")
             if axis not in AXES:
-                close = get_close_matches(axis, AXES, 1)
-                hint = f" (did you mean {close[0]}?)" if close else ""
-                raise ValueError(f"mesh {text!r} has no axis {axis!r}{hint}: axes are {', '.join(AXES)}")
+                raise ValueError(f"mesh {value!r} has no axis {axis!r}{_spelling(value)}: axes are {', '.join(AXES)}")
             if axis in sizes:
-                raise ValueError(f"mesh {text!r} names {axis} twice")
+                raise ValueError(f"mesh {value!r} names {axis} twice")
             if not size.isdecimal() or int(size) < 1:
-                raise ValueError(f"mesh {text!r}: {axis}={size or '?'} must be a whole number from 1")
+                raise ValueError(
+                    f"mesh {value!r}: {axis}={size or '?'} must be a whole number from 1{_spelling(value)}"
+                )
             sizes[axis] = int(size)
         return cls(**sizes)
 
@@ -59,6 +69,19 @@ class MeshSpec:
 AXES = tuple(field.name for field in fields(MeshSpec))
 
 
+def _spelling(value: Any) -> str:
+    """ " (did you mean "pp=2"?)" for what can be read as a mesh: 2, "2", "pp2", "PP=2 dp=1", a jax.sharding.Mesh."""
+    if isinstance(value, Mesh):
+        pairs = [(str(axis), size) for axis, size in value.shape.items()]
+    elif re.fullmatch(r"\s*\d+\s*", str(value)):
+        pairs = [("pp", int(value))]
+    else:
+        pairs = re.findall(r"([a-z]+)[\s=:]*([1-9][0-9]*)", str(value).lower())
+    near = [(get_close_matches(axis, AXES, 1), size) for axis, size in pairs]
+    meant = ",".join(f"{axes[0]}={size}" for axes, size in near if axes)
+    return f' (did you mean "{meant}"?)' if meant and meant != value and len(meant.split(",")) == len(pairs) else ""
+
+
 def request_virtual_devices(count: int) -> None:
     """Ask for max(8, count) virtual CPU devices; touches the CPU platform only, never accelerators.
 
@@ -72,13 +95,28 @@ def request_virtual_devices(count: int) -> None:
         pass  # already initialised: its device count stands
 
 
+def find_devices(count: int = 1) -> list:
+    """JAX's devices; without an accelerator at least `count` virtual CPU ones, unless JAX runs already.
+
+    Raises ValueError where JAX_PLATFORMS names what is not here.
+    """
+    request_virtual_devices(count)
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where JAX's CUDA plugin is absent
+        chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        reason = f" ({str(error).strip().splitlines()[0]})" if str(error).strip() else ""
+        raise ValueError(
+            f"JAX_PLATFORMS={chosen}: JAX has no such device here; leave it out, or set cpu{reason}"
+        ) from error
+
+
 def make_mesh(mesh: MeshSpec) -> Mesh:
     """The first `mesh.num_devices` devices as a Mesh with all five axes.
 
     Without an accelerator these are virtual CPU devices. Raises ValueError when there are too few, with the remedy.
     """
-    request_virtual_devices(mesh.num_devices)
-    devices = jax.devices()
+    devices = find_devices(mesh.num_devices)
     if len(devices) < mesh.num_devices:
         raise ValueError(_too_few(mesh, devices))
     grid = np.array(devices[: mesh.num_devices]).reshape(mesh.sizes)

@@ -31,6 +31,10 @@ def test_a_mesh_is_read_and_said(text, mesh, said):
     assert MeshSpec.parse(said) == mesh
 
 
+def test_a_mesh_that_was_read_before_is_itself():
+    assert MeshSpec.parse(MeshSpec(pp=3)) == MeshSpec(pp=3)
+
+
 def test_devices_are_the_product_of_the_axes():
     mesh = MeshSpec(dp=2, cfg=2, pp=3, sp=1, tp=5)
     assert mesh.num_devices == 60
@@ -40,10 +44,20 @@ def test_devices_are_the_product_of_the_axes():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("cgf=4", "mesh 'cgf=4' has no axis 'cgf' (did you mean cfg?): axes are dp, cfg, pp, sp, tp"),
-        ("pipe=4", "has no axis 'pipe'"),
-        ("4", "has no axis '4': axes are dp, cfg, pp, sp, tp"),
-        ("PP=4", "has no axis 'PP'"),
+        ("cgf=4", "mesh 'cgf=4' has no axis 'cgf' (did you mean \"cfg=4\"?): axes are dp, cfg, pp, sp, tp"),
+        ("gpu=4", "has no axis 'gpu': axes are dp, cfg, pp, sp, tp"),
+        ("4", "has no axis '4' (did you mean \"pp=4\"?): axes are dp, cfg, pp, sp, tp"),
+        ("PP=4", "has no axis 'PP' (did you mean \"pp=4\"?)"),
+        ("pp2", "has no axis 'pp2' (did you mean \"pp=2\"?)"),
+        ("pp:2", '(did you mean "pp=2"?)'),
+        ("pp=2 dp=1", '(did you mean "pp=2,dp=1"?)'),
+        ("pp=2;dp=1", '(did you mean "pp=2,dp=1"?)'),
+        (2, 'mesh 2 is no text such as "pp=4" (did you mean "pp=2"?)'),
+        (2.0, "mesh of type float is no text"),
+        (
+            jax.make_mesh((2, 1), ("pp", "tp")),
+            'mesh of type Mesh is no text such as "pp=4" (did you mean "pp=2,tp=1"?)',
+        ),
         ("pp=4,pp=2", "names pp twice"),
         ("pp=0", "pp=0 must be a whole number from 1"),
         ("pp=-1", "pp=-1 must be a whole number from 1"),
@@ -98,6 +112,19 @@ def test_too_few_accelerators_are_told_with_the_largest_mesh_and_the_way_to_the_
     with pytest.raises(ValueError) as caught:
         make_mesh(mesh)
     assert str(caught.value) == f"{words}; or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Unable to initialize backend 'cuda': no plugin\nmore"), AssertionError()]
+)
+def test_a_platform_that_is_not_here_is_told(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match="JAX has no such device here; leave it out, or set cpu") as caught:
+        make_mesh(MeshSpec(pp=2))
+    assert "\n" not in str(caught.value)
 
 
 def test_once_jax_runs_its_device_count_stands():
