@@ -1,6 +1,7 @@
 """The tensors of one component folder: safetensors, single or sharded, read one tensor at a time."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxwan.convert.rules import CheckpointError, Shape
 
-_DTYPES = ("F32", "BF16", "F16")
+_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # name in the header -> bytes
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -80,10 +81,10 @@ class TensorFiles:
         """One tensor, in its dtype on disk."""
         return self._file_of[key].get_tensor(key)
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.paths)
+    def count_bytes(self, keys: Iterable[str]) -> int:
+        """Bytes of these tensors, whose dtypes were checked."""
+        slices = [self._file_of[key].get_slice(key) for key in keys]
+        return sum(math.prod(part.get_shape()) * _DTYPES[part.get_dtype()] for part in slices)
 
 
 def _shards(index: Path) -> list[str]:

@@ -21,7 +21,7 @@ from jaxwan.convert.rules import Rule, Shape, Slot, plan
 
 ON_HOST = 2**24  # bytes of a stacked parameter that is still stacked on the host
 
-Progress = Callable[[int], None]  # called with the bytes of each tensor once it is placed
+OnBytes = Callable[[int], None]  # called with the bytes of each tensor once it is placed
 
 
 def load_module(
@@ -31,7 +31,7 @@ def load_module(
     *,
     device: jax.Device | None = None,
     what: str = "checkpoint",
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ):
     """The module that `make` builds (under eval_shape), its parameters read from `files` onto one device."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
@@ -69,7 +69,7 @@ def fill(abstract: nnx.State, arrays: Mapping[str, Array]) -> nnx.State:
 def load_arrays(
     targets: Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]],
     sources: Sequence[tuple[tuple[int, ...], TensorFiles, Mapping[str, Slot]]],
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> dict[str, Array]:
     """Global arrays of `targets` (path -> shape, dtype, sharding), filled from `sources`.
 

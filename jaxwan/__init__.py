@@ -2,11 +2,49 @@
 
 from jaxwan import WanPipeline
 pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", mesh="pp=4")
-video = pipe("a red kite over a beach", num_frames=81).frames[0]
+pipe("a red kite over a beach", num_frames=81).save("kite.mp4")
+
+What is named here is the public interface. It is imported when first asked for: JAX takes seconds to start.
 """
 
-from jaxwan.pipelines.checkpoint import BUNDLED_MODEL
-from jaxwan.pipelines.pipeline import Output, WanPipeline
-from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Output", "WanPipeline"]
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
+    from jaxwan.pipelines.dry_run import DryRun, dry_run
+    from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
+    from jaxwan.pipelines.output import Output, check_save
+    from jaxwan.pipelines.pipeline import WanPipeline
+    from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT
+    from jaxwan.pipelines.request import Job, make_job
+
+_HOME = {
+    "checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
+    "dry_run": ("DryRun", "dry_run"),
+    "media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
+    "output": ("Output", "check_save"),
+    "pipeline": ("WanPipeline",),
+    "prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
+    "request": ("Job", "make_job"),
+}
+
+__all__ = [
+    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "WanPipeline", "check_save",
+    "check_writable", "dry_run", "load_image", "load_video", "make_job", "open_checkpoint", "read_settings",
+    "save_video",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"jaxwan.pipelines.{module}"), name)
+            return value
+    raise AttributeError(f"module 'jaxwan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -4,7 +4,7 @@ Missing keys take Diffusers' defaults (2.1 checkpoints lack several); a key that
 implemented here is refused by name when it is off its default.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -179,6 +179,8 @@ class Defaults:
     strength: int | float = 0.8  # of video to video
     boundary_ratio: int | float | None = None  # None: the model_index.json's
     timesteps: tuple[int | float, ...] | None = None  # of sampler "renoise"
+    example_prompt: str | None = None  # what the model surely understands
+    vocabulary: tuple[str, ...] | None = field(default=None, repr=False)  # all words of a model that knows few
 
 
 @dataclass(frozen=True)

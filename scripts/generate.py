@@ -9,118 +9,160 @@ With real weights (a Diffusers-layout folder or a Hugging Face id):
 
     python scripts/generate.py --mesh pp=4 --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --prompt "a red kite over a beach"
     python scripts/generate.py --mesh pp=2 --model FOLDER --image first.png --prompt "the boat sails away"
-    python scripts/generate.py --model FOLDER --prompt "…" --dry-run --device-memory 80GB
+    python scripts/generate.py --mesh pp=2 --model FOLDER --dry-run --device-memory 80GB
+
+A file that was made says how: --like FILE makes it again, with whatever else is given instead:
+
+    python scripts/generate.py --like outputs/kite.mp4 --seed 8
 
 Several prompts are one batch: repeat --prompt; a flag marked [per prompt] is then given once, or once for each.
 """
 
 import argparse
+import difflib
+import json
+import logging
+import os
 import sys
-from dataclasses import replace
+import time
+import warnings
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
+START = time.perf_counter()  # before JAX, whose start takes seconds
 
-from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT
-from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
-from jaxwan.pipelines.compilation_cache import VARIABLE, keep_compiled_programs
-from jaxwan.pipelines.dry_run import dry_run, parse_memory
-from jaxwan.pipelines.load import DTYPES, load_parts, place
-from jaxwan.pipelines.media import check_output, check_writable, save_npz, save_output
-from jaxwan.pipelines.pipeline import Output, WanPipeline
-from jaxwan.pipelines.request import Job, check_mesh, make_job
-from jaxwan.pipelines.stages import Stages
-from jaxwan.schedulers.table import SAMPLERS
-from jaxwan.sharding.mesh import AXES, MeshSpec
+import jaxwan  # noqa: E402  its parts are imported when first used
 
-EXAMPLE_PROMPT = "a red circle moves to the right over a blue background"
+log = logging.getLogger("jaxwan.generate")
+DOES_NOT_FIT = 3
+PER_PROMPT = (  # flags that may be repeated
+    "prompt negative_prompt image last_image num_inference_steps sampler flow_shift guidance_scale guidance_scale_2 "
+    "seed"
+).split()
+CALL = (
+    *PER_PROMPT,
+    *"video strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt video_index".split(),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0, or 1 after bad input was explained in a sentence."""
+    """Run the command; 0, 1 after bad input was explained in a sentence, 2 after bad flags, 3 if it does not fit."""
     args = parse(argv)
-    try:
-        return generate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with warnings.catch_warnings():
+        tell_on_stderr(quiet=args.quiet)
+        log.info("jaxwan %s, mesh %s", jaxwan.__version__, args.mesh)
+        try:
+            return plan(args) if args.dry_run else generate(args)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            if args.json:
+                print(json.dumps({"error": str(error)}))
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Say what it would take."""
+    made = like(args)
+    checkpoint = open_model(args)
+    report = jaxwan.dry_run(
+        checkpoint, mesh=args.mesh, device_memory=args.device_memory, **dtypes(args, made), **arguments(args, made)
+    )
+    print(report.to_json() if args.json else report)
+    return DOES_NOT_FIT if report.fits is False else 0
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Check everything that can be checked from configurations, then load, generate and write."""
-    mesh, memory = MeshSpec.parse(args.mesh), parse_memory(args.device_memory)
-    checkpoint = open_checkpoint(args)
-    check_mesh(mesh, checkpoint)
-    job = make_job(checkpoint, **job_arguments(args, checkpoint))
-    if args.dry_run:
-        report = dry_run(checkpoint, mesh, job, args.dtype, args.vae_dtype, memory)
-        print(report.to_json() if args.dry_run == "json" else report)
-        return 0
-    targets = output_paths(args, job)
-    for note in job.notes:
-        print(note)
-    devices = place(checkpoint, mesh, args.dtype, args.vae_dtype).devices
-    if not args.no_compilation_cache:
-        keep_compiled_programs()
-    checkpoint = with_weights(checkpoint, args.model)
-    pipe = WanPipeline(checkpoint, load_parts(checkpoint, mesh, args.dtype, args.vae_dtype, job))
-    stages = Stages()
-    stages.seconds.update(pipe.parts.seconds)
-    output = pipe.run(job, stages=stages)
-    write(output, targets, args.save_npz, stages)
-    for path in targets:
-        print(f"{path}  {job.width}x{job.height}, {job.num_frames} frames at {job.fps:g} fps")
-    times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.seconds.items())
-    dtypes = f"{pipe.parts.denoiser.dtype} DiT, {args.vae_dtype} VAE"
-    print(f"seconds: {times}  ({dtypes}, {devices.size} x {devices.flat[0].device_kind})")
+    """Check all that can be checked from configurations, then load, generate and write."""
+    made = like(args)
+    checkpoint = open_model(args)
+    call = arguments(args, made)
+    if "prompt" not in call:
+        call["prompt"] = example_prompt(args, checkpoint)
+    job = jaxwan.make_job(checkpoint, **call)
+    targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite)
+    check_npz(args, targets)
+    if args.no_compilation_cache:
+        os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
+    seconds = {"start": time.perf_counter() - START}
+    pipe = jaxwan.WanPipeline.from_pretrained(
+        checkpoint, args.mesh, warmup=job, progress=not args.quiet, **dtypes(args, made)
+    )
+    output = pipe.run(job)
+    start = time.perf_counter()
+    write(args, output, targets)
+    for phases in (pipe.seconds, output.seconds, {"write": time.perf_counter() - start}):
+        seconds |= {name: seconds.get(name, 0.0) + taken for name, taken in phases.items()}
+    tell_end(args, output, targets, seconds, pipe)
     return 0
 
 
-def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The named checkpoint, or the bundled one; of a hub id only the configuration files are fetched."""
-    if args.model is None:
-        print("no --model: the tiny bundled one, which knows coloured shapes that move over a background",
-              file=sys.stderr)  # fmt: skip
-        return read_checkpoint(BUNDLED_MODEL)
-    return read_checkpoint(find_checkpoint(args.model, json_only=True))
+# From flags to a call
 
 
-def with_weights(checkpoint: Checkpoint, model: str | None) -> Checkpoint:
-    """The checkpoint with all of its files there: those of a hub id are fetched now that nothing speaks against it."""
-    return checkpoint if model is None else replace(checkpoint, folder=find_checkpoint(model))
-
-
-def job_arguments(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Arguments of `make_job` from the flags; a repeatable flag given once is one value for all prompts."""
-    names = (
-        "prompt negative_prompt image last_image video strength height width num_frames fps num_inference_steps "
-        "guidance_scale guidance_scale_2 boundary_ratio flow_shift sampler timesteps seed num_videos_per_prompt"
-    ).split()
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name, value in given.items():
-        if isinstance(value, list) and len(value) == 1 and name != "timesteps":
-            given[name] = value[0]
-    if args.model is None and "prompt" not in given:
-        print(f"no --prompt: {EXAMPLE_PROMPT!r}", file=sys.stderr)
-        given["prompt"] = EXAMPLE_PROMPT
-    if "prompt" not in given:
-        raise ValueError('--prompt is missing (an empty one, --prompt "", is allowed)')
+def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the call: what the flags say, else what is in --like's file."""
+    call = {name: getattr(args, name) for name in CALL if getattr(args, name) is not None}
+    for name in PER_PROMPT:
+        if len(call.get(name, ())) == 1:
+            (call[name],) = call[name]
     if args.official_negative_prompt:
         if args.negative_prompt is not None:
             raise ValueError("--negative-prompt and --official-negative-prompt are both given: give one of them")
-        given["negative_prompt"] = OFFICIAL_NEGATIVE_PROMPT
+        call["negative_prompt"] = jaxwan.OFFICIAL_NEGATIVE_PROMPT
     if args.latents is not None:
-        given["latents"] = load_latents(args.latents)
-    return given
+        call["latents"] = load_latents(args.latents)
+    gone = {"sampler": ["timesteps"], "seed": ["video_index"], "timesteps": ["num_inference_steps"],
+            "num_inference_steps": ["timesteps"]}  # what another value of a flag makes meaningless  # fmt: skip
+    stale = {name for given in call for name in gone.get(given, [])}
+    return {name: made[name] for name in CALL if name in made and name not in stale} | call
 
 
-def load_latents(path: str) -> np.ndarray:
+def like(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings in --like's file, empty without; refused where the flags must say more to make it again."""
+    if args.like is None:
+        return {}
+    made = jaxwan.read_settings(args.like)
+    for name in made.pop("inputs", []):
+        if getattr(args, str(name), None) is None:
+            again = (
+                f"give --{str(name).replace('_', '-')} again" if hasattr(args, str(name)) else "repeat it from Python"
+            )
+            raise ValueError(f"{args.like} was made from {name!r:.40}, which it does not hold: {again}")
+    if args.model is None and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
+        raise ValueError(f"{args.like} was made with the model {made.get('model')!r:.200}: say where it is, --model …")
+    return made
+
+
+def dtypes(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
+    """dtype and vae_dtype, if the flags or --like's file name any."""
+    named = {name: getattr(args, name) or made.get(name) for name in ("dtype", "vae_dtype")}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def open_model(args: argparse.Namespace) -> "jaxwan.Checkpoint":
+    """The named checkpoint, or the bundled one."""
+    if args.model is None:
+        log.info("no --model: the tiny bundled one, which knows coloured shapes that move over a background")
+    return jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL if args.model is None else args.model)
+
+
+def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") -> str:
+    """The bundled model's example, for those who gave no prompt. Raises ValueError for a model that was named."""
+    example = checkpoint.defaults.example_prompt
+    if args.model is not None or example is None:
+        raise ValueError('--prompt is missing (an empty one, --prompt "", is allowed)')
+    log.info("no --prompt: %r", example)
+    return example
+
+
+def load_latents(path: str) -> Any:
     """The array of a .npy file, which is never unpickled."""
+    import numpy as np
+
     try:
         with open(path, "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
@@ -130,29 +172,101 @@ def load_latents(path: str) -> np.ndarray:
         raise OSError(f"--latents {path} cannot be read ({error.strerror})") from error
 
 
-def output_paths(args: argparse.Namespace, job: Job) -> list[Path]:
-    """One file a video, each checked to be writable; also --save-npz's."""
-    default = f"outputs/{datetime.now():%Y%m%d-%H%M%S}-{job.requests[0].seed}.mp4"
-    path = Path(args.output or default)
-    paths = [path] if job.batch == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(job.batch)]
-    if args.save_npz is not None and check_writable(args.save_npz) in paths:
+# Results
+
+
+def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
+    """Where the video goes; several go beside it."""
+    if args.output is not None:
+        return Path(args.output)
+    seed = f"-seed{job.requests[0].seed}" if job.batch == 1 else ""  # several say their own
+    return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}.mp4")
+
+
+def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
+    """--save-npz can be written, and is no other file of this run. Raises ValueError or OSError."""
+    if args.save_npz is None:
+        return
+    if jaxwan.check_writable(args.save_npz, args.overwrite) in targets:
         raise ValueError(f"--save-npz {args.save_npz} is also where the video goes: choose another name")
-    return [check_output(p, job.num_frames) for p in paths]
 
 
-def write(output: Output, targets: list[Path], npz: str | None, stages: Stages) -> None:
-    """Videos (or single frames) to their files, and the arrays to --save-npz."""
-    with stages.stage("write", len(targets)) as update:
-        for frames, path in zip(output.frames, targets, strict=True):
-            save_output(frames, path, output.fps)
-            update(1)
-        if npz is not None:
-            save_npz(npz, latents=output.latents, frames=output.frames)
+def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]) -> None:
+    """The videos, each told when it is there, and the arrays."""
+    for i, path in enumerate(targets):
+        output[i].save(path, metadata=not args.no_metadata)
+        if not args.json:
+            print(path if args.quiet else f"{path}  {described(output.settings[i])}", flush=True)
+    if args.save_npz is not None:
+        output.save_npz(args.save_npz)
+
+
+def described(video: dict[str, Any]) -> str:
+    """One video in a line."""
+    index = f" index {video['video_index']}" if video["video_index"] else ""
+    size = f"{video['width']}x{video['height']}, {video['num_frames']} frames at {video['fps']:g} fps"
+    return f"{size}, seed {video['seed']}{index}: {video.get('prompt', 'embeddings')!r}"
+
+
+def tell_end(
+    args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path], seconds: dict[str, float], pipe: Any
+) -> None:
+    """How long it took: the phases, and what is in none of them, add up to the wall time."""
+    total = time.perf_counter() - START
+    seconds["other"] = total - sum(seconds.values())
+    times = ", ".join(f"{name} {taken:.1f}" for name, taken in seconds.items())
+    log.info("seconds: %.1f = %s  (%r)", total, times, pipe)
+    if args.json:
+        files = [{"path": str(path)} | made for path, made in zip(targets, output.settings, strict=True)]
+        print(json.dumps({
+            "files": files, "npz": args.save_npz, "mesh": args.mesh, "seconds": {"total": total} | seconds,
+        }, indent=2))  # fmt: skip
+
+
+class Lines(logging.Handler):
+    """Plain lines on stderr, above the bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def tell_on_stderr(*, quiet: bool) -> None:
+    """What the library notes, and Python's warnings, without their lines of code; with `quiet` nothing."""
+    lines = Lines()
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines], force=True)
+    logging.getLogger("jaxwan").setLevel(logging.ERROR if quiet else logging.INFO)
+    warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
+
+
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Explains a mistake in one line, with the nearest flag."""
+
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].split("=")[0]
+            if not given.startswith("-"):
+                self.error(f"what is {given!r} for? Texts go behind a flag, in quotes: --prompt {' '.join(unknown)!r}")
+            flags = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(given, flags, 1)
+            self.error(f"there is no flag {given}: {f'did you mean {near[0]}?' if near else 'see --help'}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )  # fmt: skip
     many: dict[str, Any] = {"action": "append"}  # once, or once per prompt
 
     what = parser.add_argument_group("what to show")
@@ -163,40 +277,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--last-image", **many, help="last frame, for models that take one [per prompt]")
     what.add_argument("--video", help="source of video to video, for models without image channels")
     what.add_argument("--strength", type=float, help="how far video to video goes from the source, (0, 1]; default 0.8")
+    what.add_argument("--like", metavar="FILE", help="an mp4, gif or png made here: with its prompt, seed and settings")
 
     size = parser.add_argument_group("size (defaults: the model card's; with an image or video, its aspect ratio)")
     size.add_argument("--height", type=int, help="pixels, a multiple of 16 (TI2V-5B: 32)")
     size.add_argument("--width", type=int, help="pixels, a multiple of 16 (TI2V-5B: 32)")
     size.add_argument("--num-frames", type=int, help="4k+1, such as 81; 1 makes a picture")
     size.add_argument("--fps", type=float, help="frames a second of the written video")
-    size.add_argument("--num-videos-per-prompt", type=int, default=1, help="default %(default)s")
+    size.add_argument("--num-videos-per-prompt", type=int, help="default 1")
+    size.add_argument("--video-index", type=int, metavar="N",
+                      help="of a prompt's first video, whose noise is that of seed and index; default 0")  # fmt: skip
 
     how = parser.add_argument_group("sampling (defaults: the checkpoint's)")
     how.add_argument("--num-inference-steps", **many, type=int, help="denoising steps, 1 to 128 [per prompt]")
-    how.add_argument("--sampler", **many, help=f"{', '.join(SAMPLERS)} [per prompt]")
+    how.add_argument("--sampler", **many, help="unipc, euler, dpm++2m, renoise (docs/samplers.md) [per prompt]")
     how.add_argument("--flow-shift", **many, type=float, help="moves the steps towards noise, such as 3 [per prompt]")
     how.add_argument("--timesteps", nargs="+", type=float, help="for --sampler renoise: such as 1000 757 522")
     how.add_argument("--guidance-scale", **many, type=float,
                      help="pull towards the prompt, of the high-noise expert if two; 1: off [per prompt]")  # fmt: skip
     how.add_argument("--guidance-scale-2", **many, type=float, help="of the low-noise expert [per prompt]")
     how.add_argument("--boundary-ratio", type=float, help="where the low-noise expert takes over, such as 0.875")
-    how.add_argument("--seed", **many, type=int, help="of the noise; drawn and printed when not given [per prompt]")
+    how.add_argument("--seed", **many, type=int, help="of the noise; drawn and told when not given [per prompt]")
     how.add_argument("--latents", metavar="FILE.npy", help="unit noise to start from, (B, C, T, h, w)")
 
     where = parser.add_argument_group("where and with what")
     where.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the tiny bundled one")
+    where.add_argument("--mesh", default="pp=1", help="devices by axis, such as pp=4; default %(default)s")
     where.add_argument(
-        "--mesh", default="pp=1", help=f"devices by axis ({', '.join(AXES)}), such as pp=4; default %(default)s"
+        "--dtype", help="of DiT and text encoder: bfloat16 or float32; default bfloat16, on a CPU float32"
     )
-    where.add_argument("--dtype", choices=DTYPES, help="of DiT and text encoder; default bfloat16, on a CPU float32")
-    where.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="default %(default)s")
-    where.add_argument("--output", help="NAME.mp4 or .gif (NAME-0.mp4 … for several), or .png for one frame")
-    where.add_argument("--save-npz", metavar="FILE", help="also write latents and frames as float32 arrays")
+    where.add_argument("--vae-dtype", help="bfloat16 or float32, the default")
     where.add_argument("--no-compilation-cache", action="store_true",
-                       help=f"keep no compiled programs for later runs; so does {VARIABLE}=0")  # fmt: skip
-    where.add_argument("--dry-run", nargs="?", const="text", choices=("text", "json"),
-                       help="only say what it would take: tokens, stages, ticks, memory; reads no weights")  # fmt: skip
+                       help="keep no compiled programs for later runs; so does JAXWAN_COMPILATION_CACHE=0")  # fmt: skip
+    where.add_argument("--dry-run", action="store_true",
+                       help="only say what it would take; exits with 3 if it does not fit")  # fmt: skip
     where.add_argument("--device-memory", help="for --dry-run: memory of a device, such as 80GB")
+
+    out = parser.add_argument_group("results")
+    out.add_argument("-o", "--output", metavar="NAME", help="NAME.mp4 or .gif, or .png for one frame; several videos "
+                     "get their place and seed: NAME-0-seed7.mp4; default: outputs/TIME-seed7.mp4")  # fmt: skip
+    out.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    out.add_argument("--no-metadata", action="store_true", help="write no prompt and settings into the file")
+    out.add_argument("--save-npz", metavar="FILE", help="also write latents and frames as float32 arrays")
+    out.add_argument("--json", action="store_true", help="print one JSON object: files with their settings, and "
+                     "seconds; or the dry run's report; or the error")  # fmt: skip
+    out.add_argument("-q", "--quiet", action="store_true", help="print names of files and errors alone")
+    out.add_argument("--version", action="version", version=f"jaxwan {jaxwan.__version__}")
     args = parser.parse_args(argv)
     if args.device_memory is not None and not args.dry_run:
         parser.error("--device-memory is for --dry-run: add it, or leave this out")

@@ -1,10 +1,15 @@
 """Who may import whom, and how the folders lie: the rules of docs/architecture.md as a table and as code."""
 
 import ast
+import importlib.metadata
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import jaxwan
 
 ROOT = Path(__file__).parents[1]
 ARRAYS = {"jax", "numpy", "jaxtyping"}
@@ -64,6 +69,8 @@ def complaints(path: Path) -> list[str]:
     for module, name, in_function in imports(ast.parse(path.read_text())):
         top = module.split(".")[0]
         inner = module.split(".")[1] if "." in module else name
+        if (module, name) == ("jaxwan", "__version__"):
+            continue
         if top in IN_FUNCTIONS and not in_function:
             wrong.append(f"{module} outside a function")
         if (top in ONLY_IN_TESTS and not (path == RIVALS and in_function)) or module.startswith(".."):
@@ -90,6 +97,32 @@ def test_scripts_use_public_names_only():
     names = [part for path in SCRIPTS for module, name, _ in imports(ast.parse(path.read_text()))
              for part in (*module.split("."), name or "") if module.startswith("jaxwan")]  # fmt: skip
     assert names and not [name for name in names if name.startswith("_")]
+
+
+def test_generating_takes_no_more_than_what_the_package_names():
+    tree = ast.parse((ROOT / "scripts/generate.py").read_text())
+    assert {module for module, _, _ in imports(tree) if module.split(".")[0] == "jaxwan"} == {"jaxwan"}
+    names = {
+        node.attr for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jaxwan"
+    }  # fmt: skip
+    assert names and names <= {*jaxwan.__all__, "__version__"}
+
+
+def test_what_the_package_names_is_there_and_importing_it_starts_nothing_heavy():
+    assert set(dir(jaxwan)) == {*jaxwan.__all__, "__version__"}
+    for name in jaxwan.__all__:
+        assert getattr(jaxwan, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'WanPipelines'"):
+        _ = jaxwan.WanPipelines
+    code = "import sys, jaxwan; print(jaxwan.__version__, 'jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == [jaxwan.__version__, "False", "False"]
+
+
+def test_the_version_is_told_once():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("version") is None
+    assert importlib.metadata.version("jaxwan") == jaxwan.__version__
 
 
 @pytest.mark.parametrize("name", LINKS)

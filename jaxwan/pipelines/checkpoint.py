@@ -30,9 +30,11 @@ _CLASSES = {
 }
 _KINDS = {
     **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps"), int),
-    **dict.fromkeys(("sampler", "negative_prompt"), str),
+    **dict.fromkeys(("sampler", "negative_prompt", "example_prompt", "vocabulary"), str),
 }  # of generation_config.json; all else is a number
+_LISTS = ("timesteps", "vocabulary")
 BUNDLED_MODEL = Path(__file__).parents[1] / "tiny/model"  # its card is the README.md in it
+_BUNDLED_NAME = "jaxwan-tiny"
 CHANNEL_MASK = 4  # mask channels beside the image latents of a 36-channel model
 
 
@@ -50,6 +52,12 @@ class Checkpoint:
     boundary_ratio: float | None
     variant: Variant
     defaults: Defaults
+    hub_id: str | None = None  # where the weights are still to be fetched from
+
+    @property
+    def name(self) -> str:
+        """What people call it, and files it made: the hub id, or the folder's own name."""
+        return self.hub_id or (_BUNDLED_NAME if self.folder == BUNDLED_MODEL else self.folder.resolve().name)
 
     @property
     def image_input(self) -> ImageInput:
@@ -68,22 +76,43 @@ class Checkpoint:
         return ("transformer", "transformer_2")[: self.num_experts]
 
 
+def open_checkpoint(model: "str | Path | Checkpoint") -> Checkpoint:
+    """The configurations of a folder or hub id (of which the JSON files alone are fetched); a Checkpoint is itself.
+
+    Raises OSError where there is none, ValueError for what is not implemented.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    checkpoint = read_checkpoint(find_checkpoint(model, json_only=True))
+    return checkpoint if _local(model).is_dir() else replace(checkpoint, hub_id=str(model))
+
+
+def with_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its weights there too: those of a hub id are fetched now. Raises OSError."""
+    return replace(checkpoint, folder=find_checkpoint(checkpoint.hub_id)) if checkpoint.hub_id else checkpoint
+
+
 def find_checkpoint(model: str | Path, *, json_only: bool = False) -> Path:
     """The folder of a path or a hub id; a hub id is fetched (its JSON files alone when `json_only`).
 
-    Raises FileNotFoundError when there is no such folder and the text is no hub id, OSError when the hub cannot be had.
+    Raises ValueError for an empty text, FileNotFoundError when there is no such folder and the text is no hub id,
+    OSError when the hub cannot be had.
     """
-    path = Path(model)
-    if path.parts[:1] == ("~",):
-        path = path.expanduser()
+    text, path = str(model), _local(model)
+    if not text:
+        raise ValueError("model is an empty text: give a folder or a hub id, owner/name")
     if path.is_dir():
         return path
-    text = str(model)
     if path.is_file():
         raise NotADirectoryError(f"{text} is a file; a checkpoint is a folder in the Diffusers layout")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"there is no folder {text} (and a hub id has the form owner/name)")
     return _fetch(text, ["*.json"] if json_only else ["*.json", "*.safetensors", "*.model"])
+
+
+def _local(model: str | Path) -> Path:
+    path = Path(model)
+    return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
 def _fetch(repo: str, patterns: list[str]) -> Path:
@@ -205,11 +234,11 @@ def _defaults(folder: Path, variant: Variant, experts: int) -> Defaults:
         )
     given = {key: value for key, value in given.items() if key in known and value is not None}
     for key, value in given.items():
-        for one in value if key == "timesteps" and isinstance(value, list) else [value]:
+        if key in _LISTS and not isinstance(value, list):
+            raise ConfigError(f"{folder}/generation_config.json: {key}={value!r} must be a list")
+        for one in value if key in _LISTS and isinstance(value, list) else [value]:
             check_kind(f"{folder}/generation_config.json: {key}", one, _KINDS.get(key, (int, float)))
-    if isinstance(given.get("timesteps"), list):
-        given["timesteps"] = tuple(given["timesteps"])
-    return replace(defaults, **given)
+    return replace(defaults, **{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
 
 
 def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:

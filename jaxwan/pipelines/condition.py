@@ -60,7 +60,7 @@ def encode_images(
 
 def abstract_conditioning(checkpoint: Checkpoint, job: Job, shape: tuple[int, ...]) -> Conditioning:
     """What the images of a job become, for latents of `shape` (T, H, W, Z): shapes, but for `has_first`."""
-    requests = [r for r in job.requests for _ in range(job.num_videos)]
+    requests = [r for r, _ in job.videos]
 
     def array(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(requests), *sizes), np.float32)
@@ -122,7 +122,7 @@ def encode_video(coder: VideoCoder, pixels: Float[np.ndarray, "b f h w 3"]) -> F
 
 def make_controls(job: Job, conditioning: Conditioning, latent_frames: int) -> Controls:
     """The steps of every video of a job, prompt-major."""
-    requests = [r for r in job.requests for _ in range(job.num_videos)]
+    requests = [r for r, _ in job.videos]
     table = stack_tables([r.table for r in requests])
     expert = choose_expert(table.timesteps, job.boundary_ratio)
     guidance = np.array([[r.guidance_scale, r.guidance_scale_2] for r in requests])

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxwan.config import TransformerConfig
 from jaxwan.convert.diffusers import TRANSFORMER
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import Progress, fill, flat_shapes, load_arrays, prove
+from jaxwan.convert.load import OnBytes, fill, flat_shapes, load_arrays, prove
 from jaxwan.flops import text_flops, transformer_flops
 from jaxwan.models.transformer import Context, KeysValues, WanTransformer
 from jaxwan.pipelines.prompt import FOLDED_ROWS, count_rows, folds_texts, log_counts
@@ -103,7 +103,7 @@ def placed_weights(cfg: TransformerConfig, num_experts: int, mesh: Mesh, dtype: 
 
 def load_weights(
     cfg: TransformerConfig, experts: Sequence[TensorFiles], mesh: Mesh, dtype: DTypeLike,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> Weights:  # fmt: skip
     """The experts' parameters, each tensor written straight into the row of the stage that holds its layer.
 

@@ -6,8 +6,11 @@ described where it is counted; a compiler keeps a few more or fewer alive, so le
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,21 +19,22 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxwan.config import ImageInput, TransformerConfig
+from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
 from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
-from jaxwan.pipelines.checkpoint import Checkpoint
+from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights, carries_text
-from jaxwan.pipelines.load import default_dtype
+from jaxwan.pipelines.load import default_dtype, parse_dtype
 from jaxwan.pipelines.parts import component_makers
 from jaxwan.pipelines.prompt import MAX_TOKENS
-from jaxwan.pipelines.request import Job
-from jaxwan.sharding.mesh import MeshSpec, request_virtual_devices
+from jaxwan.pipelines.request import Job, check_mesh, make_job, with_prompt
+from jaxwan.sharding.mesh import MeshSpec, find_devices
 from jaxwan.sharding.ring import RingPlan
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_LEAST_MEMORY = 10**6  # bytes
 
 
 @dataclass(frozen=True)
@@ -59,50 +63,112 @@ class DryRun:
     needed_bytes: list[int]
     device_memory: int | None
     fits: bool | None
+    would_fit: tuple[str, ...] = ()  # changes, in words
 
     def to_json(self) -> str:
         """The report as one JSON object."""
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
-        steps = ", ".join(f"{n}" for n in self.layers_per_stage)
         lines = [
-            f"{self.variant}-like, {self.width}x{self.height}, {self.num_frames} frames, {self.dtype} DiT, "
-            f"{self.vae_dtype} VAE, mesh {self.mesh}",
-            f"tokens      {self.tokens:,} ({'x'.join(map(str, self.latent_shape))} latents)",
-            f"stages      {len(self.layers_per_stage)} with {steps} layers",
-            f"ring        {self.microbatches} micro-batches, a step every {self.period} ticks, {self.ticks} ticks, "
-            f"{self.utilisation:.0%} used" + self._advice(),
-            f"work        {self._work()}",
+            f"{self.variant}-like, {self.width}x{self.height}, {self.num_frames} frames, mesh {self.mesh}; "
+            f"{self.dtype} transformer, {self.vae_dtype} VAE",
+            f"model runs  {self.forwards} of {self.tokens:,} tokens "
+            f"({'x'.join(map(str, self.latent_shape))} latents), {sum(self.forward_tflop.values()):,.4g} TFLOP each",
+            f"decoding    {self.decode_tflop:,.4g} TFLOP a video",
+            f"layers      {_plus(self.layers_per_stage)}" + self._use(),
+            "",
+            f"memory          {'weights':>13} {'denoising':>13} {'decoding':>13} {'needed':>13}",
+            *self._memory(),
+            "",
+            *self._buffers(),
+            "",
+            self._verdict(),
         ]
-        for phase, buffers in self.activation_bytes.items():
-            lines.append(f"{phase:<11} {_gib(sum(buffers.values()))}")
-            lines += [f"    {_gib(size)}  {name}" for name, size in buffers.items()]
-        lines.append("device      parameters    needed")
-        rows = list(zip(self.parameter_bytes, self.needed_bytes, strict=True))
-        lines += [f"{i:<8} {_gib(p)} {_gib(n)}" for i, (p, n) in enumerate(rows)]
-        return "\n".join([*lines, self._verdict()])
+        return "\n".join(lines)
 
-    def _work(self) -> str:
-        forward = sum(self.forward_tflop.values())
-        return (
-            f"{forward:,.4g} TFLOP a forward ({self.forward_tflop['self_attention'] / forward:.0%} self-attention), "
-            f"{self.forwards} forwards; decoding a video {self.decode_tflop:,.4g} TFLOP"
-        )
+    def _use(self) -> str:
+        stages = len(self.layers_per_stage)
+        if stages == 1:
+            return " on one device"
+        more = "" if self.utilisation > 0.99 else "; more prompts or videos in one call fill the idle time"
+        return f" on {stages} devices, each at work {self.utilisation:.0%} of the time{more}"
 
-    def _advice(self) -> str:
-        if self.utilisation > 0.99 or len(self.layers_per_stage) == 1:
-            return ""
-        return " (more prompts or videos in one call fill the idle stages)"
+    def _memory(self) -> list[str]:
+        """A line a device, or one for several that are alike."""
+        phases = [sum(self.activation_bytes[phase].values()) for phase in ("denoise", "decode")]
+        rows = [
+            (weights, phases[0], phases[1] if i == 0 else 0, needed)
+            for i, (weights, needed) in enumerate(zip(self.parameter_bytes, self.needed_bytes, strict=True))
+        ]
+        lines, start = [], 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or rows[end] != rows[start]:
+                name = f"device {start}" if end - start == 1 else f"devices {start}-{end - 1}"
+                lines.append(f"{name:<15} " + " ".join(f"{_size(size):>13}" for size in rows[start]))
+                start = end
+        return lines
+
+    def _buffers(self) -> list[str]:
+        """The largest of what a phase needs, those that make up all but a fiftieth."""
+        lines = []
+        for phase, name in (("denoise", "denoising"), ("decode", "decoding")):
+            buffers, shown = self.activation_bytes[phase], 0
+            lines.append(f"{name} needs, beside the weights:")
+            for what, size in sorted(buffers.items(), key=lambda item: -item[1]):
+                if shown < 0.98 * sum(buffers.values()):
+                    lines.append(f"  {_size(size):>13}  {what}")
+                    shown += size
+        return lines
 
     def _verdict(self) -> str:
-        most = _gib(max(self.needed_bytes)).strip()
+        most = _size(max(self.needed_bytes))
         if self.device_memory is None:
-            return f"each device must have {most} (say --device-memory 80GB to compare)"
-        return f"{'fits' if self.fits else 'DOES NOT FIT'}: {most} of {_gib(self.device_memory).strip()}"
+            return f"each device must have {most} (say how much one has, such as 80GB, to compare)"
+        if self.fits:
+            return f"fits: {most} of {_size(self.device_memory)} a device"
+        would = "; ".join(self.would_fit) or "nothing tried does: other sizes, lengths, numbers of devices, dtypes"
+        return f"DOES NOT FIT: {most} of {_size(self.device_memory)} a device. What would fit: {would}"
 
 
 def dry_run(
+    model: "str | Path | Checkpoint",
+    *,
+    mesh: str | MeshSpec | None = None,
+    dtype: Any = None,
+    vae_dtype: Any = "float32",
+    device_memory: int | str | None = None,
+    **call: Any,
+) -> DryRun:
+    """What a call would take on a mesh that need not exist here; reads no weights. Print it, or ask its fields.
+
+    call: arguments of a WanPipeline call; prompt and images may be left out. dtype None: bfloat16 when device_memory
+    names an accelerator's, else what the devices here would use. device_memory: of one device, "80GB" or bytes; None:
+    the present accelerator's, where there is one. Raises as `WanPipeline.from_pretrained` and a call do.
+
+        print(dry_run("Wan-AI/Wan2.2-T2V-A14B-Diffusers", mesh="pp=4", device_memory="80GB", num_frames=81))
+    """
+    spec, memory = MeshSpec.parse(mesh), parse_memory(device_memory)
+    dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
+    checkpoint = open_checkpoint(model)
+    check_mesh(spec, checkpoint)
+    return make_report(checkpoint, spec, make_job(checkpoint, **_stood_in(checkpoint, call)), dtype, vae_dtype, memory)
+
+
+def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with a prompt and the images that its model cannot do without, where it has none."""
+    call = with_prompt(call)
+    needs = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
+    if not needs or call.get("video") is not None:
+        return call
+    if call.get("height") is None and call.get("width") is None and call.get("image") is None:
+        call |= {"height": checkpoint.defaults.height, "width": checkpoint.defaults.width}
+    blank = np.zeros((64, 64, 3), np.uint8)
+    names = ["image"] + ["last_image"] * (checkpoint.transformer.pos_embed_seq_len is not None)
+    return call | {name: blank for name in names if call.get(name) is None}
+
+
+def make_report(
     checkpoint: Checkpoint,
     mesh: MeshSpec,
     job: Job,
@@ -110,19 +176,20 @@ def dry_run(
     vae_dtype: str = "float32",
     device_memory: int | None = None,
 ) -> DryRun:
-    """The report for a checked job on a mesh that need not exist here.
-
-    dtype None: bfloat16 when device_memory names an accelerator's, else what the devices here would use.
-    device_memory None: the present accelerator's, where there is one.
-    """
-    request_virtual_devices(mesh.num_devices)  # a later pipeline is to find them, if this asks JAX for its devices
-    if dtype is None:
-        dtype = "bfloat16" if device_memory is not None else default_dtype(jax.devices()[0])
+    """The report for a checked job; arguments as `dry_run`'s."""
     if device_memory is None:
-        device_memory = present_memory()
+        device = find_devices(mesh.num_devices)[0]  # as many as a later pipeline is to find
+        dtype, device_memory = dtype or default_dtype(device), present_memory(device)
+    report = _report(checkpoint, mesh, job, dtype or "bfloat16", vae_dtype, device_memory)
+    return report if report.fits is not False else replace(report, would_fit=tuple(_would_fit(report, checkpoint, job)))
+
+
+def _report(
+    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, device_memory: int | None
+) -> DryRun:
     cfg, size = checkpoint.transformer, (job.num_frames, job.height, job.width)
     plan = RingPlan(mesh.pp, job.batch, 2 if job.guided else 1)
-    steps = [int(r.table.num_steps) for r in job.requests for _ in range(job.num_videos)]
+    steps = [int(r.table.num_steps) for r, _ in job.videos]
     parameters = parameter_bytes(checkpoint, mesh.pp, dtype, vae_dtype)
     activations = activation_bytes(checkpoint, job, plan, dtype, vae_dtype)
     peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
@@ -143,6 +210,46 @@ def dry_run(
     )  # fmt: skip
 
 
+def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str]:
+    """Changes to a job that does not fit, in words, with each of which alone it would; else the least of all kinds."""
+    mesh, layers = MeshSpec.parse(report.mesh), checkpoint.transformer.num_layers
+    meshes = [replace(mesh, pp=pp) for pp in (2, 4, 8, 16, 32) if mesh.pp < pp <= layers]
+    dtypes = ["bfloat16"] * (report.dtype != "bfloat16")
+    vae_dtypes = ["bfloat16"] * (report.vae_dtype != "bfloat16")
+    smaller = [replace(job, **size) for size in _smaller(checkpoint, job)]
+
+    def fits(mesh: MeshSpec = mesh, job: Job = job, dtype: str = report.dtype, vae_dtype: str = report.vae_dtype):
+        return _report(checkpoint, mesh, job, dtype, vae_dtype, report.device_memory).fits
+
+    told = [
+        *(f"mesh {m}" for m in _first(meshes, lambda m: fits(mesh=m))),
+        *(f"dtype {d}" for d in _first(dtypes, lambda d: fits(dtype=d))),
+        *(f"vae_dtype {d}" for d in _first(vae_dtypes, lambda d: fits(vae_dtype=d))),
+        *(f"{j.width}x{j.height}, {j.num_frames} frames" for j in _first(smaller, lambda j: fits(job=j))),
+    ]
+    yield from told
+    if not told:
+        changes = [(j, m) for j in (job, *smaller) for m in (mesh, *meshes)]
+        for j, m in _first(changes, lambda both: fits(both[1], both[0], "bfloat16", "bfloat16")):
+            yield f"mesh {m}, dtype and vae_dtype bfloat16, {j.width}x{j.height}, {j.num_frames} frames, all together"
+
+
+def _smaller(checkpoint: Checkpoint, job: Job) -> Iterator[dict[str, int]]:
+    """Sizes below a job's, the nearest first: fewer frames at its size, then as many or fewer at less of it."""
+    step, stride = checkpoint.geometry.temporal, checkpoint.geometry.stride
+    for scale in (1, 2 / 3, 1 / 2, 1 / 3):
+        height, width = (max(1, int(side * scale) // stride) * stride for side in (job.height, job.width))
+        for share in (1, 3 / 4, 1 / 2, 1 / 4):
+            num_frames = int((job.num_frames - 1) * share) // step * step + 1
+            if (num_frames, height, width) != (job.num_frames, job.height, job.width):
+                yield {"num_frames": num_frames, "height": height, "width": width}
+
+
+def _first(candidates: Iterable[Any], accept: Callable[[Any], bool]) -> list[Any]:
+    """The first accepted candidate, alone in a list, which is empty where none is."""
+    return next(([c] for c in candidates if accept(c)), [])
+
+
 def _forward_tflop(checkpoint: Checkpoint, job: Job) -> dict[str, float]:
     cfg, size = checkpoint.transformer, (job.num_frames, job.height, job.width)
     expand = checkpoint.variant.image_input is ImageInput.FIRST_FRAME
@@ -160,11 +267,22 @@ def image_rows(cfg: TransformerConfig) -> int:
 
 def parameter_bytes(checkpoint: Checkpoint, stages: int, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
     """Bytes of parameters on each device: a stage's layers and the DiT's ends; the other models on the first."""
-    _, weights = abstract_weights(checkpoint.transformer, checkpoint.num_experts, stages, dtype)
-    each = tree_bytes(weights.blocks) // stages + tree_bytes(weights.ends)
+    blocks, ends = _weight_bytes(checkpoint.transformer, checkpoint.num_experts, stages, jnp.dtype(dtype))
+    each = blocks // stages + ends
+    return [each + _first_device_bytes(checkpoint, jnp.dtype(dtype), jnp.dtype(vae_dtype)), *[each] * (stages - 1)]
+
+
+@cache  # like what else traces a model: a search for what fits asks for the same again and again
+def _weight_bytes(cfg: TransformerConfig, num_experts: int, stages: int, dtype: np.dtype) -> tuple[int, int]:
+    """Bytes of all layers, padding too, and of a device's ends."""
+    _, weights = abstract_weights(cfg, num_experts, stages, dtype)
+    return tree_bytes(weights.blocks), tree_bytes(weights.ends)
+
+
+@cache
+def _first_device_bytes(checkpoint: Checkpoint, dtype: np.dtype, vae_dtype: np.dtype) -> int:
     makers = component_makers(checkpoint, dtype, vae_dtype).values()
-    first = sum(tree_bytes(nnx.split(nnx.eval_shape(make))[1]) for make in makers)
-    return [each + first, *[each] * (stages - 1)]
+    return sum(tree_bytes(nnx.split(nnx.eval_shape(make))[1]) for make in makers)
 
 
 def activation_bytes(
@@ -182,7 +300,7 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
     latent = 4 * math.prod(geometry.latent_shape(job.num_frames, job.height, job.width)) * geometry.z_dim
     tokens = geometry.num_tokens(job.num_frames, job.height, job.width)
     hidden = tokens * cfg.dim * item
-    _, weights = abstract_weights(cfg, 1, 1, jnp.bfloat16 if item == 2 else jnp.float32)
+    blocks, ends = _weight_bytes(cfg, 1, 1, jnp.dtype(jnp.bfloat16 if item == 2 else jnp.float32))
     chunk = query_chunk(1, tokens, tokens, cfg.num_attention_heads)
     image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
     stage_layers = -(-cfg.num_layers // plan.stages) * checkpoint.num_experts
@@ -199,27 +317,33 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
         "one layer: float32 of the hidden state": tokens * cfg.dim * 4,
         "one layer: MLP": tokens * cfg.ffn_dim * item,
         "attention: one chunk of logits (XLA's form)": 4 * cfg.num_attention_heads * chunk * tokens,
-        "one layer's weights": tree_bytes(weights.blocks) // cfg.num_layers,
-        "one expert's ends": tree_bytes(weights.ends),
+        "one layer's weights": blocks // cfg.num_layers,
+        "one expert's ends": ends,
     }
 
 
 def _decode_bytes(checkpoint: Checkpoint, job: Job, vae_dtype: DTypeLike) -> dict[str, int]:
     """One step of four frames: the convolutions' halos, exactly, and three arrays of the largest size in the step."""
-    vae = nnx.eval_shape(lambda: VAE(checkpoint.vae, dtype=vae_dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(vae)
     frames, height, width = checkpoint.geometry.latent_shape(job.num_frames, job.height, job.width)
-    latent = jax.ShapeDtypeStruct((1, 1, height, width, checkpoint.vae.z_dim), jnp.float32)
+    halos, largest = _decode_step_bytes(checkpoint.vae, height, width, jnp.dtype(vae_dtype))
+    return {
+        "halos of the causal convolutions": halos,
+        "three arrays of the step's largest size": 3 * largest,
+        "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
+    }
+
+
+@cache
+def _decode_step_bytes(cfg: VAEConfig, height: int, width: int, dtype: np.dtype) -> tuple[int, int]:
+    """Bytes of the halos that stay from step to step, and of the largest array in one."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: VAE(cfg, dtype=dtype, rngs=nnx.Rngs(0))))
+    latent = jax.ShapeDtypeStruct((1, 1, height, width, cfg.z_dim), jnp.float32)
 
     def step(state, cache, latent):
         return nnx.merge(graph, state).decode_chunk(cache, latent, formulation="direct")  # as on accelerators
 
-    cache, _ = jax.eval_shape(lambda s, x: step(s, None, x), state, latent)
-    return {
-        "halos of the causal convolutions": tree_bytes(cache),
-        "three arrays of the step's largest size": 3 * largest_buffer(step, state, cache, latent),
-        "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
-    }
+    halos, _ = jax.eval_shape(lambda s, x: step(s, None, x), state, latent)
+    return tree_bytes(halos), largest_buffer(step, state, halos, latent)
 
 
 def largest_buffer(function: Callable, *arguments: Any) -> int:
@@ -242,26 +366,38 @@ def tree_bytes(tree: Any) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def present_memory() -> int | None:
-    """Memory of the first device when it is an accelerator that says so."""
-    device = jax.devices()[0]
+def present_memory(device: jax.Device) -> int | None:
+    """Memory of a device when it is an accelerator that says so."""
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
-def parse_memory(text: str | None) -> int | None:
-    """Bytes of "80GB" (80e9) or "80GiB" (80 * 2**30). Raises ValueError for what is no size."""
-    if text is None:
+def parse_memory(value: str | int | None) -> int | None:
+    """Bytes of "80GB" (80e9) or "80GiB" (80 * 2**30); a number of Python's is bytes. ValueError for what is no size."""
+    if value is None:
         return None
-    number = text.strip().rstrip("BKMGTIbkmgti")
-    unit = text.strip()[len(number) :].upper()
+    text = str(value).strip()
+    number = text.rstrip("BKMGTIbkmgti")
+    unit = text[len(number) :].upper() if isinstance(value, str) else "B"
     try:
-        size = int(float(number) * _UNITS[unit])
+        size = int(float(number) * (_UNITS[unit] if unit else _LEAST_MEMORY))
     except (KeyError, ValueError, OverflowError):
         size = 0
-    if size <= 0:
-        raise ValueError(f"device memory {text!r} is no size above 0, such as 80GB or 80GiB")
+    if size > 0 and not unit:
+        raise ValueError(f"device memory {value!r} has no unit: {number}GB, {number}GiB?")
+    if size < _LEAST_MEMORY:
+        raise ValueError(f"device memory {value!r} is no size from 1MB up, such as 80GB or 80GiB")
     return size
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:9.2f} GiB" if size >= 2**27 else f"{size / 2**20:9.2f} MiB"
+def _size(size: int) -> str:
+    if not size:
+        return "-"
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"
+
+
+def _plus(counts: list[int]) -> str:
+    """ "40", "10 + 10 + 10 + 10" or, of many, "16 x 2 + 1"."""
+    if len(counts) <= 8:
+        return " + ".join(map(str, counts))
+    runs = [(n, sum(1 for _ in same)) for n, same in groupby(counts)]
+    return " + ".join(f"{times} x {n}" if times > 1 else f"{n}" for n, times in runs)

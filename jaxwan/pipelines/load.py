@@ -1,8 +1,10 @@
 """A checkpoint onto a mesh: every component's files proved to fit, then read to where they are used."""
 
-import sys
+import difflib
+import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +14,21 @@ from jax.sharding import Mesh
 from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER, image_encoder_rules
 from jaxwan.convert.diffusers import VAE as VAE_RULES
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import Progress, flat_shapes, load_module, prove
+from jaxwan.convert.load import OnBytes, flat_shapes, load_module, prove
 from jaxwan.convert.rules import CheckpointError, Rule, Shape
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import Weights, load_weights
 from jaxwan.pipelines.media import load_image_processor
 from jaxwan.pipelines.parts import Parts, abstract_parts, component_makers
+from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.pipelines.request import Job, check_mesh
-from jaxwan.pipelines.stages import Stages
 from jaxwan.pipelines.warmup import compiling, job_programs
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 DTYPES = ("bfloat16", "float32")
+log = logging.getLogger(__name__)
 
 
 def load_parts(
@@ -34,38 +37,42 @@ def load_parts(
 ) -> Parts:  # fmt: skip
     """Load a checkpoint whose configuration was read; dtype None is the devices' default.
 
-    The programs of a `job` are compiled meanwhile; `seconds` says under "compile" for how long nothing else happened.
+    The programs of a `job` are compiled meanwhile; `seconds`, which add up to the time that this took, say under
+    "compile" for how long nothing else happened.
     Raises ValueError or OSError before any tensor is read: for the mesh, for a file that is missing or truncated, for
     tensors that do not fit.
     """
-    devices = place(checkpoint, mesh, dtype, vae_dtype)
+    start = time.perf_counter()
+    devices = place(checkpoint, mesh)
     folder = checkpoint.folder
     tokenizer = load_tokenizer(folder / "tokenizer")
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(folder / "image_processor") if clip else None
-    files = prove_components(checkpoint)
+    files, num_bytes = prove_components(checkpoint)
     first = devices.devices.flat[0]
     if first.platform == "cpu":
-        print(f"no accelerator: {devices.size} virtual CPU device{'s' * (devices.size > 1)}", file=sys.stderr)
+        log.info("no accelerator: %d virtual CPU device%s", devices.size, "s" * (devices.size > 1))
     dtype = dtype or default_dtype(first)
     parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor)
-    stages = Stages(progress=progress)
-    start = time.perf_counter()
+    phases = Progress(visible=progress)
+    before = time.perf_counter()
     programs = [] if job is None else list(job_programs(checkpoint, parts, job))
     with compiling(programs) as finished:
-        traced = time.perf_counter() - start
-        with stages.stage("load", sum(f.total_bytes for f in files.values()), "B") as update:
+        traced = time.perf_counter() - before
+        with phases.phase("load", num_bytes, "B") as update:
             loaded = load_tensors(checkpoint, devices, dtype, vae_dtype, files, update)
         if programs:
-            with stages.stage("compile", len(programs), "program") as update:
+            with phases.phase("compile", len(programs), "program") as update:
                 for _ in finished:
                     update(1)
-    stages.seconds["compile"] += traced
-    return parts.filled(*loaded)._replace(seconds=stages.seconds)
+    seconds = phases.seconds
+    seconds["compile"] += traced
+    seconds["load"] += time.perf_counter() - start - sum(seconds.values())  # reading headers and shapes
+    return parts.filled(*loaded)._replace(seconds=seconds)
 
 
 def load_tensors(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: str, vae_dtype: str, files: dict[str, TensorFiles], progress: Progress
+    checkpoint: Checkpoint, mesh: Mesh, dtype: str, vae_dtype: str, files: dict[str, TensorFiles], progress: OnBytes
 ) -> tuple[dict[str, nnx.State], Weights]:
     """Parameters by component folder, and the DiT's, from files that were proved to hold them."""
     states = {
@@ -79,16 +86,15 @@ def load_tensors(
     return states, load_weights(checkpoint.transformer, experts, mesh, dtype, progress)
 
 
-def place(checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None, vae_dtype: str) -> Mesh:
-    """The devices for a checkpoint. Raises ValueError for a mesh it does not fit or too few devices, or a dtype."""
+def place(checkpoint: Checkpoint, mesh: MeshSpec) -> Mesh:
+    """The devices for a checkpoint. Raises ValueError for a mesh it does not fit, or too few devices."""
     check_mesh(mesh, checkpoint)
-    check_dtype("dtype", dtype)
-    check_dtype("vae_dtype", vae_dtype)
     return make_mesh(mesh)
 
 
-def prove_components(checkpoint: Checkpoint) -> dict[str, TensorFiles]:
-    """The files of every component, each proved to hold exactly what its configuration asks for; headers only.
+def prove_components(checkpoint: Checkpoint) -> tuple[dict[str, TensorFiles], int]:
+    """The files of every component, each proved to hold exactly what its configuration asks for, and the bytes of all
+    that will be read; headers only.
 
     Raises one CheckpointError for the complaints of all components.
     """
@@ -96,16 +102,17 @@ def prove_components(checkpoint: Checkpoint) -> dict[str, TensorFiles]:
     expert = _shapes(lambda: WanTransformer(checkpoint.transformer, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     shapes |= dict.fromkeys(checkpoint.experts, expert)
     files = {name: TensorFiles.find(checkpoint.folder / name) for name in shapes}
-    problems = []
+    problems, num_bytes = [], 0
     for name, targets in shapes.items():
         what = str(checkpoint.folder / name)
         try:
-            prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=what)
+            slots = prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=what)
+            num_bytes += files[name].count_bytes(slots)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
         raise CheckpointError("; ".join(problems))
-    return files
+    return files, num_bytes
 
 
 def _shapes(make: Callable[[], nnx.Module]) -> dict[str, Shape]:
@@ -125,7 +132,16 @@ def default_dtype(device: jax.Device) -> str:
     return "float32" if device.platform == "cpu" else "bfloat16"
 
 
-def check_dtype(name: str, value: str | None) -> None:
-    """Raises ValueError for a dtype that is not offered."""
-    if value is not None and value not in DTYPES:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(DTYPES)}")
+def parse_dtype(name: str, value: Any) -> str | None:
+    """The name, one of DTYPES, of what says it as JAX, NumPy or a text does; None stays. ValueError for any other."""
+    if value is None:
+        return None
+    try:
+        text = jnp.dtype(value).name
+    except TypeError:
+        text = str(value)
+    if text not in DTYPES:
+        nearest = difflib.get_close_matches({"bf16": "bfloat16", "fp32": "float32"}.get(text, text), DTYPES, 1)
+        hint = f": nearest is {nearest[0]}" if nearest else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(DTYPES)}{hint}")
+    return text

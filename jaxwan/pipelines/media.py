@@ -3,11 +3,12 @@
 8-bit input (files, PIL, uint8 arrays) is resized where a size is asked for; float arrays must have it already.
 """
 
+import json
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
@@ -232,29 +233,35 @@ def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
     return (frames * 255).round().astype(np.uint8)
 
 
-def check_output(path: str | Path, num_frames: int) -> Path:
+def check_output(path: str | Path, num_frames: int, overwrite: bool = True) -> Path:
     """Prove that `num_frames` frames can be saved as `path`, before anything costly, leaving nothing behind.
 
     Raises ValueError for a suffix that is not .mp4 or .gif (or .png, for one frame), OSError where nothing can be
-    written.
+    written, or a file is that is not to be replaced.
     """
     path = Path(path)
     allowed = [".mp4", ".gif"] + [".png"] * (num_frames == 1)
     if path.suffix.lower() not in allowed:
         raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
-    if path.suffix.lower() == ".mp4":
-        import av
-
-        if "libx264" not in av.codecs_available:
-            raise OSError("the installed av package cannot encode H.264: it was built without libx264")
-    return check_writable(path)
+    if path.suffix.lower() == ".mp4" and not can_encode_h264():
+        raise OSError("the installed av package cannot encode H.264: it was built without libx264")
+    return check_writable(path, overwrite)
 
 
-def check_writable(path: str | Path) -> Path:
+def can_encode_h264() -> bool:
+    """Whether the installed PyAV was built with libx264."""
+    import av
+
+    return "libx264" in av.codecs_available
+
+
+def check_writable(path: str | Path, overwrite: bool = True) -> Path:
     """Prove that a file can be written as `path`, whose folder may have to be made first. Raises OSError."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"output {path} is a folder")
+    if not overwrite and path.exists():
+        raise FileExistsError(f"output {path} exists: choose another name, or say --overwrite (overwrite=True)")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         (existing / path.name).exists()  # raises for a name that is too long
@@ -264,38 +271,49 @@ def check_writable(path: str | Path) -> Path:
         raise OSError(f"output folder {existing} cannot be written ({error.strerror})") from error
 
 
-def save_output(frames: Any, path: str | Path, fps: int | float | Fraction) -> None:
-    """Write frames (F, H, W, 3) as what the suffix of `path` says (`check_output`)."""
+def save_output(
+    frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write frames (F, H, W, 3) as what the suffix of `path` says (`check_output`), with texts such as a title."""
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
-        save_image(frames[0], path)
+        save_image(frames[0], path, metadata)
     elif suffix == ".gif":
-        save_gif(frames, path, fps)
+        save_gif(frames, path, fps, metadata)
     else:
-        save_video(frames, path, fps)
+        save_video(frames, path, fps, metadata)
 
 
-def save_image(frame: Any, path: str | Path) -> None:
+def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write one frame (H, W, 3), uint8 or float in [0, 1], as png; an existing file is replaced once all is written."""
     import PIL.Image
+    from PIL.PngImagePlugin import PngInfo
 
+    texts = PngInfo()
+    for key, text in (metadata or {}).items():
+        texts.add_itxt(key.capitalize(), text)  # PNG's own keywords are Title, Comment, …
     with _replacing(Path(path)) as temporary:
-        PIL.Image.fromarray(to_uint8(frame)).save(temporary, format="PNG")
+        PIL.Image.fromarray(to_uint8(frame)).save(temporary, format="PNG", pnginfo=texts)
 
 
-def save_gif(frames: Any, path: str | Path, fps: int | float | Fraction) -> None:
+def save_gif(
+    frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, and delays in
-    hundredths of a second. An existing file is replaced once all is written."""
+    hundredths of a second. Of the metadata it takes the comment. An existing file is replaced once all is written."""
     import PIL.Image
 
     images = [PIL.Image.fromarray(frame).quantize(dither=PIL.Image.Dither.NONE) for frame in to_uint8(frames)]
     with _replacing(Path(path)) as temporary:
         images[0].save(
-            temporary, format="GIF", save_all=True, append_images=images[1:], duration=float(1000 / fps), loop=0
-        )
+            temporary, format="GIF", save_all=True, append_images=images[1:], duration=float(1000 / fps), loop=0,
+            comment=(metadata or {}).get("comment", "").encode(),
+        )  # fmt: skip
 
 
-def save_video(frames: Iterable[Any], path: str | Path, fps: int | float | Fraction) -> None:
+def save_video(
+    frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write frames (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as H.264 mp4.
 
     8 bit 4:2:0, limited range, BT.709, index in front: what browsers play while loading. An existing file is replaced,
@@ -308,6 +326,7 @@ def save_video(frames: Iterable[Any], path: str | Path, fps: int | float | Fract
     rate = Fraction(fps).limit_denominator(1001)  # 23.976 and 30000/1001 stay what they are
     options = {"movflags": "+faststart"}
     with _replacing(Path(path)) as temporary, av.open(f"file:{temporary}", "w", format="mp4", options=options) as file:
+        file.metadata.update(metadata or {})
         stream = None
         for i, frame in enumerate(_on_host(frames)):
             pixels = to_uint8(frame, f"frame {i}")
@@ -319,6 +338,36 @@ def save_video(frames: Iterable[Any], path: str | Path, fps: int | float | Fract
         if stream is None:
             raise ValueError(f"there are no frames to save as {path}")
         file.mux(stream.encode())
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `Output.save` wrote into an mp4, gif or png: values as the file has them, not checked.
+
+    Raises OSError for a file that cannot be read, ValueError for one without settings.
+    """
+    import av
+    import av.error
+    import PIL.Image
+
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".mp4":
+            with path.open("rb") as file, av.open(file, "r") as container:
+                text = container.metadata.get("comment")
+        else:
+            with PIL.Image.open(path) as image:
+                text = image.info.get("Comment") or image.info.get("comment")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"file {path} does not exist") from error
+    except (OSError, SyntaxError, av.error.FFmpegError) as error:
+        raise OSError(f"file {path} is no readable mp4, gif or png") from error
+    try:
+        settings = json.loads(text or "")
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or "jaxwan" not in settings:
+        raise ValueError(f"{path} does not say how it was made: jaxwan wrote no settings into it")
+    return settings
 
 
 def save_npz(path: str | Path, **arrays: np.ndarray) -> None:

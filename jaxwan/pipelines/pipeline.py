@@ -1,8 +1,8 @@
 """WanPipeline: a checkpoint on a mesh, from prompts (and images or a video) to videos."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxwan.pipelines.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import (
     Conditioning,
@@ -24,33 +24,20 @@ from jaxwan.pipelines.condition import (
     renoise_noise,
 )
 from jaxwan.pipelines.denoise import RENOISINGS, Controls, Inputs, Loop
-from jaxwan.pipelines.load import load_parts, place
+from jaxwan.pipelines.load import load_parts, parse_dtype, place
 from jaxwan.pipelines.media import clip_pixels, load_video, resize_video, to_unit_range
+from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.parts import Parts
+from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
-from jaxwan.pipelines.request import Job, make_job
-from jaxwan.pipelines.stages import Stages
+from jaxwan.pipelines.request import Job, Number, make_job, with_prompt
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import add_noise, make_table, stack_tables
 from jaxwan.sharding.mesh import MeshSpec
 
 OUTPUT_TYPES = ("np", "latent", "pil")
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Videos of a call, prompt-major.
-
-    latents: float32, normalised, (B, C, T, h, w). frames: float32 in [0, 1], (B, F, H, W, 3); with output_type "pil"
-    a list of lists of images, with "latent" the latents. seconds: time a stage took, compilation apart.
-    """
-
-    frames: Any
-    latents: np.ndarray
-    fps: float
-    seeds: tuple[int, ...]
-    seconds: dict[str, float]
+log = logging.getLogger(__name__)
 
 
 class WanPipeline:
@@ -62,74 +49,134 @@ class WanPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path,
+        model: str | Path | Checkpoint,
         mesh: str | MeshSpec | None = None,
-        dtype: str | None = None,
-        vae_dtype: str = "float32",
+        dtype: Any = None,
+        vae_dtype: Any = "float32",
         *,
+        warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
     ) -> "WanPipeline":
         """Load a Diffusers-layout folder or hub id onto a mesh such as "pp=4" (None: one device).
 
-        dtype is the DiT's and text encoder's: bfloat16 by default on accelerators (with Diffusers' modules kept in
-        float32), float32 on a CPU. Raises ValueError or OSError before anything heavy is read.
+        dtype is the DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators
+        (with Diffusers' modules kept in float32), float32 on a CPU.
+
+        warmup: the arguments of a call, `dict(prompt="…", num_frames=81)`, or what `make_job` made of them. The call is
+        checked before anything heavy is read, and what it runs is compiled while the weights are. Calls of the same
+        size, number of videos and inputs then compile nothing.
+
+        progress: bars (or plain lines) of what takes long, now and in calls; False is silent.
+
+        Raises ValueError or OSError before anything heavy is read; TypeError for an argument that a call does not have.
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
+        spec, dtype, vae_dtype = MeshSpec.parse(mesh), parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype)
+        checkpoint = open_checkpoint(model)
+        job = warmup if isinstance(warmup, Job | None) else make_job(checkpoint, **with_prompt(warmup))
+        place(checkpoint, spec)
         keep_compiled_programs()
-        spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.parse(mesh)
-        checkpoint = read_checkpoint(find_checkpoint(model, json_only=True))
-        place(checkpoint, spec, dtype, vae_dtype)
-        checkpoint = replace(checkpoint, folder=find_checkpoint(model))  # of a hub id, the weights too
-        return cls(checkpoint, load_parts(checkpoint, spec, dtype, vae_dtype, progress=progress), progress=progress)
+        checkpoint = with_weights(checkpoint)
+        parts = load_parts(checkpoint, spec, dtype, vae_dtype or "float32", job, progress=progress)
+        return cls(checkpoint, parts, progress=progress)
+
+    def __repr__(self) -> str:
+        denoiser = self.parts.denoiser
+        mesh = MeshSpec(**denoiser.mesh.shape)
+        kind = denoiser.mesh.devices.flat[0].device_kind
+        return f"WanPipeline({self.checkpoint.name}, {denoiser.dtype}, mesh {mesh}, {mesh.num_devices} x {kind})"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What loading took, by phase."""
+        return dict(self.parts.seconds)
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         *,
+        image: Any = None,
+        last_image: Any = None,
+        video: Any = None,
+        strength: Number | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: Number | None = None,
+        num_inference_steps: int | Sequence[int | None] | None = None,
+        guidance_scale: Number | Sequence[Number | None] | None = None,
+        guidance_scale_2: Number | Sequence[Number | None] | None = None,
+        boundary_ratio: Number | None = None,
+        flow_shift: Number | Sequence[Number | None] | None = None,
+        sampler: str | Sequence[str | None] | None = None,
+        timesteps: Sequence[Number] | np.ndarray | None = None,
+        seed: int | Sequence[int | None] | None = None,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        num_videos_per_prompt: int = 1,
+        video_index: int = 0,
         output_type: str = "np",
         callback_on_step_end: Callback | None = None,
-        **arguments: Any,
+        **unknown: Any,
     ) -> Output:
-        """Generate; the arguments are Diffusers', with their meanings.
+        """Generate; names and meanings are Diffusers' where it has the argument. What is left out is the checkpoint's.
 
-        prompt, negative_prompt: a text or one a prompt. image, last_image: path, PIL or (H, W, 3) array, or a list of
-        them. video, strength: video to video. height, width, num_frames, fps, num_inference_steps, guidance_scale
-        (high-noise expert), guidance_scale_2 (low-noise expert), boundary_ratio, flow_shift, sampler, timesteps
-        (`renoise` only), seed, latents (unit noise, (B, C, T, h, w)), prompt_embeds, negative_prompt_embeds,
-        num_videos_per_prompt. Unset ones are the checkpoint's. output_type: "np", "latent" or "pil".
+        prompt, negative_prompt: a text, or one a prompt.
+        image, last_image: first and last frame: a path, PIL image or array (H, W, 3), uint8 or float in [0, 1]; or one
+            a prompt. video, strength: source of video to video, and how far to go from it, (0, 1].
+        height, width, num_frames, fps: of the video, in pixels and frames; num_frames is 4k+1.
+        num_inference_steps, sampler, flow_shift, timesteps (of sampler "renoise"): docs/samplers.md.
+        guidance_scale: of the high-noise expert (or the only one). guidance_scale_2: of the low-noise expert.
+        boundary_ratio: where the low-noise expert takes over, in timesteps / 1000.
+        seed: of the noise; drawn when left out, and in the output's `seeds`. num_videos_per_prompt: their noise is that
+            of (seed, index) with index from `video_index` on.
+        latents: unit noise to start from, (B, C, T, h, w). prompt_embeds, negative_prompt_embeds: (B, 512, C).
+        output_type: "np" (frames as float32), "pil" or "latent" (nothing is decoded).
+        callback_on_step_end: (pipe, step, timestep, {"latents": …}) looks on after every step; timestep is a list (one
+            a video, the last one for finished videos) where schedules differ.
 
-        callback_on_step_end(pipe, step, timestep, {"latents": …}) looks on after every step; timestep is a list (one a
-        video, the last one for finished videos) where schedules differ.
-        Raises ValueError or OSError in a sentence, before anything is computed.
+        Raises ValueError or OSError in a sentence, before anything is computed; TypeError for another argument.
         """
         check_output_type(output_type)
-        job = make_job(self.checkpoint, prompt=prompt, **arguments)
-        for note in job.notes:
-            print(note)
+        job = make_job(
+            self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, image=image, last_image=last_image,
+            video=video, strength=strength, height=height, width=width, num_frames=num_frames, fps=fps,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2,
+            boundary_ratio=boundary_ratio, flow_shift=flow_shift, sampler=sampler, timesteps=timesteps, seed=seed,
+            latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            num_videos_per_prompt=num_videos_per_prompt, video_index=video_index, **unknown,
+        )  # fmt: skip
         return self.run(job, output_type=output_type, callback_on_step_end=callback_on_step_end)
 
-    def run(
-        self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None,
-        stages: Stages | None = None,
-    ) -> Output:  # fmt: skip
+    def run(self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None) -> Output:
         """Generate a checked job (`make_job`)."""
-        stages = stages or Stages(progress=self.progress)
-        text = self._context(job, stages)
+        check_output_type(output_type)
+        for note in job.notes:
+            log.info(note)
+        progress = Progress(visible=self.progress)
+        text = self._context(job, progress)
         size = (job.num_frames, job.height, job.width)
-        with stages.stage("encode", 1) as update:
+        with progress.phase("encode", _count_encoded(job), "image" if job.video is None else "video") as update:
             conditioning = self._conditioning(job, size)
             latents = self._starting_latents(job)
-            update(1)
+            update(_count_encoded(job))
         inputs = self._inputs(job, text, conditioning, latents.shape)
-        latents = self._denoise(job, latents, inputs, stages, callback_on_step_end)
-        seeds = tuple(r.seed for r in job.requests)
-        frames = latents if output_type == "latent" else self._decode(latents, stages)
+        latents = self._denoise(job, latents, inputs, progress, callback_on_step_end)
+        frames = latents if output_type == "latent" else self._decode(latents, progress)
         if output_type == "pil":
             frames = [_to_pil(video) for video in frames]
-        return Output(frames, latents, job.fps, seeds, stages.seconds)
+        return Output(frames, latents, job.fps, self._settings(job), progress.seconds)
 
-    def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **arguments: Any) -> Warmup:
+    def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
+        """What made each video: the call's settings, the model and its numbers."""
+        vae_dtype = jax.tree.leaves(self.parts.coder.state)[0].dtype
+        made_by = {"model": self.checkpoint.name, "dtype": str(self.parts.denoiser.dtype), "vae_dtype": str(vae_dtype)}
+        return tuple(made_by | settings for settings in job.settings())
+
+    def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **call: Any) -> Warmup:
         """Compile all that a call with these arguments runs, several programs at a time, and compute nothing.
 
         What counts is what a program depends on: size, number of videos, whether any is guided, whether images or a
@@ -141,12 +188,10 @@ class WanPipeline:
         Calls of the same kind then compile nothing, and neither does a second warm-up. Raises as a call does.
         """
         check_output_type(output_type)
-        if prompt is None and arguments.get("prompt_embeds") is None:
-            prompt = ""
-        job = make_job(self.checkpoint, prompt=prompt, **arguments)
+        job = make_job(self.checkpoint, **with_prompt({"prompt": prompt} | call))
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
-        with Stages(progress=self.progress).stage("compile", len(programs), "program") as update:
+        with Progress(visible=self.progress).phase("compile", len(programs), "program") as update:
             with compiling(programs) as finished:
                 seconds = {}
                 for name, took in finished:
@@ -175,7 +220,7 @@ class WanPipeline:
 
     def decode(self, latents: ArrayLike) -> np.ndarray:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w). ValueError for another shape."""
-        return self._decode(self._checked(latents), Stages(progress=False))
+        return self._decode(self._checked(latents), Progress(visible=False))
 
     def _checked(self, latents: ArrayLike) -> np.ndarray:
         array, channels = np.asarray(latents, np.float32), self.checkpoint.geometry.z_dim
@@ -221,20 +266,19 @@ class WanPipeline:
 
     # The stages of a call
 
-    def _context(self, job: Job, stages: Stages) -> np.ndarray:
+    def _context(self, job: Job, progress: Progress) -> np.ndarray:
         """[R, G, L, C]: each video's text, and with guidance its negative text."""
-        with stages.stage("text", 1) as update:
-            cond = job.prompt_embeds
-            if cond is None:
-                cond = self.encode_prompt([r.prompt or "" for r in job.requests])
-            branches = [cond]
-            if job.guided:
-                uncond = job.negative_prompt_embeds
-                if uncond is None:
-                    uncond = self.encode_prompt([r.negative_prompt or "" for r in job.requests])
-                branches.append(uncond)
-            update(1)
-        return np.repeat(np.stack(branches, axis=1), job.num_videos, axis=0)
+        branches = [(job.prompt_embeds, [r.prompt or "" for r in job.requests])]
+        if job.guided:
+            branches.append((job.negative_prompt_embeds, [r.negative_prompt or "" for r in job.requests]))
+        made, texts = [], sum(len(texts) for rows, texts in branches if rows is None)
+        with progress.phase("text", texts, "text") as update:
+            for rows, texts in branches:
+                if rows is None:
+                    rows = self.encode_prompt(texts)
+                    update(len(texts))
+                made.append(rows)
+        return np.repeat(np.stack(made, axis=1), job.num_videos, axis=0)
 
     def _conditioning(self, job: Job, size: tuple[int, int, int]) -> Conditioning:
         """Image input of every video of the job."""
@@ -258,22 +302,22 @@ class WanPipeline:
             self.parts.coder.cfg.z_dim,
         )
         if job.latents is None:
-            noise = np.stack([initial_noise(r.seed, i, shape) for r, i in _videos(job)])
+            noise = np.stack([initial_noise(r.seed, i, shape) for r, i in job.videos])
         else:
             noise = to_internal(job.latents)
         if job.video is None:
             return noise
         clean = encode_video(self.parts.coder, 2 * resize_video(job.video, job.height, job.width)[None] - 1)[0]
-        sigmas = [float(r.table.sigmas[0]) for r, _ in _videos(job)]
+        sigmas = [float(r.table.sigmas[0]) for r, _ in job.videos]
         return np.stack([add_noise(clean, n, s) for n, s in zip(noise, sigmas, strict=True)])
 
     def _inputs(self, job: Job, text: np.ndarray, conditioning: Conditioning, shape: tuple[int, ...]) -> Inputs:
-        noise = np.stack([renoise_noise(r.table, r.seed, i, shape[1:]) for r, i in _videos(job)])
+        noise = np.stack([renoise_noise(r.table, r.seed, i, shape[1:]) for r, i in job.videos])
         return Inputs(make_controls(job, conditioning, shape[1]), text, *conditioning, noise)
 
-    def _denoise(self, job: Job, latents: np.ndarray, inputs: Inputs, stages: Stages, callback) -> np.ndarray:
+    def _denoise(self, job: Job, latents: np.ndarray, inputs: Inputs, progress: Progress, callback) -> np.ndarray:
         """All steps; the public (B, C, T, h, w)."""
-        with stages.stage("denoise", int(inputs.controls.table.num_steps.max()), "step") as update:
+        with progress.phase("denoise", int(inputs.controls.table.num_steps.max()), "step") as update:
             loop = self.parts.denoiser.start(latents, inputs)
             for index in range(loop.rounds):
                 loop.advance(index + 1)
@@ -295,10 +339,10 @@ class WanPipeline:
         if returned and any(returned[key] is not given.get(key) for key in returned):
             raise ValueError("callback_on_step_end may look on but not change: it returned other latents")
 
-    def _decode(self, latents: np.ndarray, stages: Stages) -> np.ndarray:
+    def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
         """Frames of the public latents, one video at a time, so that a device needs no more memory than for one."""
         frames = np.empty((len(latents), *self.checkpoint.geometry.pixel_shape(*latents.shape[2:]), 3), np.float32)
-        with stages.stage("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
+        with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
             for video, rows in zip(to_internal(latents), frames, strict=True):
                 start = 0
                 for chunk in _one_behind(self.parts.coder.decode_chunks(video[None])):
@@ -328,9 +372,11 @@ def to_internal(latents: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(latents.transpose(0, 2, 3, 4, 1))
 
 
-def _videos(job: Job) -> list[tuple]:
-    """(request, index within num_videos_per_prompt) of every video, prompt-major."""
-    return [(r, i) for r in job.requests for i in range(job.num_videos)]
+def _count_encoded(job: Job) -> int:
+    """Images (or the one video) that are encoded before the loop."""
+    if job.video is not None:
+        return 1
+    return len({id(image) for r in job.requests for image in (r.image, r.last_image) if image is not None})
 
 
 def _is_first(latents: np.ndarray) -> np.ndarray:

@@ -1,30 +1,33 @@
-"""The stages of a run as a person sees them: a progress bar for each, and how long each took."""
+"""The phases of a run as a person sees them: a bar for each, or plain lines, and how long each took."""
 
+import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+_LINE_EVERY = 10.0  # seconds, where there is no terminal
+Update = Callable[[int], Any]  # called with the units done since the last call
 
 
-class Stages:
-    """Seconds of each stage, with compilation told apart: `seconds["denoise"]` excludes what `compile` counts.
+class Progress:
+    """Seconds of each phase, with compilation told apart: `seconds["denoise"]` excludes what `compile` counts.
 
     What other threads compile meanwhile delays nothing here, and is not counted.
     """
 
-    def __init__(self, *, progress: bool = True):
-        self.progress = progress
+    def __init__(self, *, visible: bool = True):
+        self.visible = visible
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str = "it") -> Iterator:
-        """A progress bar of `total` units; time adds up under `name`. Yields the bar's `update`."""
-        from tqdm import tqdm
-
+    def phase(self, name: str, total: int, unit: str) -> Iterator[Update]:
+        """Show `total` units being done, if any; time adds up under `name`. Yields what is told the units just done."""
         compiling, own = 0.0, threading.get_ident()
 
         def listen(event: str, duration: float, **_):
@@ -34,15 +37,62 @@ class Stages:
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         start = time.perf_counter()
-        scale = unit == "B"
-        bar = tqdm(total=total, desc=f"{name:>8}", unit=unit, unit_scale=scale, disable=not self.progress, leave=True)
         try:
-            yield bar.update
+            with _shown(name, total, unit) if self.visible and total else _hidden() as update:
+                yield update
         finally:
-            bar.close()
             jax.monitoring.unregister_event_duration_listener(listen)
             self._add(name, time.perf_counter() - start - compiling)
             self._add("compile", compiling)
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+@contextmanager
+def _hidden() -> Iterator[Update]:
+    yield lambda done: None
+
+
+@contextmanager
+def _shown(name: str, total: int, unit: str) -> Iterator[Update]:
+    """A bar in terminals and notebooks; elsewhere a line now and then, and one at the end."""
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        from tqdm import TqdmWarning
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqdmWarning)  # a notebook without ipywidgets gets bars of text
+            from tqdm.auto import tqdm
+        with tqdm(total=total, desc=f"{name:>8}", unit=unit, unit_scale=unit == "B") as bar:
+            yield bar.update
+        return
+    lines = _Lines(name, total, unit)
+    yield lines.update
+    lines.end()
+
+
+class _Lines:
+    """Progress on a stream that cannot take a line back."""
+
+    def __init__(self, name: str, total: int, unit: str):
+        self.name, self.total, self.unit, self.done = name, total, unit, 0
+        self.start = self.last = time.perf_counter()
+
+    def update(self, done: int) -> None:
+        self.done += done
+        now = time.perf_counter()
+        if now - self.last >= _LINE_EVERY and self.done < self.total:
+            self.last = now
+            self._print(f"{self._number(self.done)} of {self._count(self.total)}, {now - self.start:.0f} s")
+
+    def end(self) -> None:
+        self._print(f"{self._count(self.done)} in {time.perf_counter() - self.start:.1f} s")
+
+    def _count(self, number: int) -> str:
+        return f"{self._number(number)} {'MB' if self.unit == 'B' else self.unit + 's' * (number != 1)}"
+
+    def _number(self, number: int) -> str:
+        return f"{number / 1e6:,.1f}" if self.unit == "B" else str(number)
+
+    def _print(self, text: str) -> None:
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwan.config import TransformerConfig
+from jaxwan.config import Defaults, TransformerConfig
 
 MAX_TOKENS = 512  # the length every Wan model was trained with; image-to-video 2.1 even splits its context there
 FOLDED_ROWS = 64  # tokens of a text, and at least one row behind them, in models that fold
@@ -81,6 +81,18 @@ def check_unicode(text: str, what: str = "the prompt") -> None:
     """Raises ValueError for half a surrogate pair, which JSON and broken command lines can carry."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{what} is no valid Unicode text: {text!r}")
+
+
+def tell_unknown_words(prompts: Sequence[str | None], defaults: Defaults) -> None:
+    """Warn of words that a model of few words does not know."""
+    if defaults.vocabulary is None:
+        return
+    words = re.findall(r"[^\W_]+", " ".join(text or "" for text in prompts).lower())
+    unknown = [word for word in dict.fromkeys(words) if word not in defaults.vocabulary]
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        example = f"; it knows those of {defaults.example_prompt!r}" if defaults.example_prompt else ""
+        warnings.warn(f"the model does not know the word{'s' * (len(unknown) > 1)} {shown}{example}", stacklevel=2)
 
 
 def tokenize(

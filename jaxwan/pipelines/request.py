@@ -4,8 +4,9 @@ Everything here needs the configuration files alone. What the caller left open i
 decided that way and may surprise is kept in `Job.notes`, for the caller to be told.
 """
 
+import inspect
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwan.config import ImageInput
+from jaxwan.pipelines.arguments import refuse_unknown
 from jaxwan.pipelines.checkpoint import Checkpoint, check_kind
 from jaxwan.pipelines.media import fit_size, load_image, load_video, resize_image, resize_video
-from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode
+from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, first_used_step, make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 SEEDS = 2**64
+MAX_INDEX = 2**32  # of a video within its prompt: a word of the noise's key
 FPS_RANGE = 0.01, 1000.0  # what a video file's fractions can say
 Number = int | float
+_ARRAYS = ("video", "latents", "prompt_embeds", "negative_prompt_embeds")  # of a job
+_SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Request:
 
     prompt: str | None
     negative_prompt: str | None
-    table: Table
+    sampling: "Sampling"
     guidance_scale: float  # high-noise expert
     guidance_scale_2: float  # low-noise expert
     seed: int
@@ -42,6 +47,22 @@ class Request:
         """Whether classifier-free guidance runs: decided by guidance_scale alone, as in Diffusers."""
         return self.guidance_scale > 1
 
+    @property
+    def table(self) -> Table:
+        """The sampler's weights."""
+        return self.sampling.table
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A request's way from noise to video, as it was asked for and as a table."""
+
+    sampler: str
+    num_inference_steps: int | None  # None with timesteps
+    flow_shift: float | None
+    timesteps: tuple[float, ...] | None
+    table: Table
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,12 +70,14 @@ class Job:
 
     requests: tuple[Request, ...]
     num_videos: int  # per prompt
+    video_index: int  # of the first one
     num_frames: int
     height: int
     width: int
     fps: float
     boundary_ratio: float | None
     video: np.ndarray | None = None
+    strength: Number | None = None  # of video to video
     latents: np.ndarray | None = None  # public axis order (B, C, T, h, w)
     prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
@@ -69,6 +92,19 @@ class Job:
     def batch(self) -> int:
         """Videos of the call."""
         return len(self.requests) * self.num_videos
+
+    @property
+    def videos(self) -> list[tuple[Request, int]]:
+        """(request, index within its prompt) of every video."""
+        return [(r, self.video_index + i) for r in self.requests for i in range(self.num_videos)]
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        """What makes each video again: plain values, by their names as arguments of a call, and under `inputs` the
+        names of arguments that were images, a video or arrays."""
+        shared = {name: getattr(self, name) for name in ("height", "width", "num_frames", "fps")}
+        shared |= {} if self.strength is None else {"strength": self.strength}
+        arrays = [name for name in _ARRAYS if getattr(self, name) is not None]
+        return tuple(_settings(request, index, self.boundary_ratio, arrays) | shared for request, index in self.videos)
 
 
 def make_job(
@@ -96,16 +132,23 @@ def make_job(
     prompt_embeds: Any = None,
     negative_prompt_embeds: Any = None,
     num_videos_per_prompt: int = 1,
+    video_index: int = 0,
+    **unknown: Any,
 ) -> Job:
     """Check and complete the arguments of a call; their meanings are WanPipeline's.
 
-    Raises ValueError (OSError for files) in a sentence: what came, what is allowed, the nearest valid value.
+    Raises ValueError (OSError for files, TypeError for an argument that there is not) in a sentence: what came, what is
+    allowed, the nearest valid value.
     """
+    refuse_unknown(unknown, ARGUMENTS)
     prompts, negatives, embeds, negative_embeds = _texts(
         checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds
     )
     count = len(prompts)
+    tell_unknown_words(prompts, checkpoint.defaults)
     num_videos = _whole("num_videos_per_prompt", num_videos_per_prompt, 1)
+    video_index = _whole("video_index", video_index, 0)
+    _check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
     num_frames = None if num_frames is None else _whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
     frames, video_fps = _video(video, num_frames, strength)
@@ -115,27 +158,60 @@ def make_job(
     checkpoint.geometry.check_size(num_frames, height, width)
     _check_rope(checkpoint, num_frames, height, width)
     _check_pixels(images, last_images, frames, (num_frames, height, width))
-    tables = _tables(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, frames, strength)
+    if frames is not None:
+        strength = _number("strength", _first(strength, checkpoint.defaults.strength))
+    samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
     boundary = _boundary(checkpoint, boundary_ratio)
     guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
     seeds = _seeds(count, seed, notes)
     return Job(
         requests=tuple(
-            Request(prompts[i], negatives[i], tables[i], *guidance[i], seeds[i], images[i], last_images[i])
+            Request(prompts[i], negatives[i], samplings[i], *guidance[i], seeds[i], images[i], last_images[i])
             for i in range(count)
         ),
         num_videos=num_videos,
+        video_index=video_index,
         num_frames=num_frames,
         height=height,
         width=width,
         fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
         boundary_ratio=boundary,
         video=None if frames is None else frames[:num_frames],
+        strength=strength,
         latents=_latents(checkpoint, latents, count * num_videos, (num_frames, height, width)),
         prompt_embeds=embeds,
         negative_prompt_embeds=negative_embeds,
         notes=tuple(notes),
     )
+
+
+def with_prompt(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, with an empty prompt if they have none: for calls that are only planned or compiled."""
+    silent = call.get("prompt") is None and call.get("prompt_embeds") is None
+    return {**call, "prompt": ""} if silent else dict(call)
+
+
+ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(make_job).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def _settings(request: Request, index: int, boundary: float | None, arrays: list[str]) -> dict[str, Any]:
+    inputs = [name for name in ("image", "last_image") if getattr(request, name) is not None]
+    own = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        **{name: getattr(request.sampling, name) for name in _SAMPLING},
+        "guidance_scale": request.guidance_scale,
+        "guidance_scale_2": None if boundary is None else request.guidance_scale_2,
+        "boundary_ratio": boundary,
+        "seed": request.seed,
+        "video_index": index,
+        "inputs": (inputs + arrays) or None,
+    }
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
@@ -315,7 +391,7 @@ def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, 
 # Sampling
 
 
-def _tables(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, frames, strength) -> list[Table]:
+def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, strength) -> list[Sampling]:
     defaults, own = checkpoint.defaults, checkpoint.sampler
     samplers = _per_prompt("sampler", sampler, count, str, _first(defaults.sampler, own.sampler))
     shifts = _per_prompt("flow_shift", shift, count, (int, float), _first(defaults.flow_shift, own.shift))
@@ -324,18 +400,21 @@ def _tables(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps
     timesteps = _timesteps(timesteps)
     silent = defaults.num_inference_steps if timesteps is None else len(timesteps)
     counts = _per_prompt("num_inference_steps", steps, count, int, silent)
-    tables = []
+    made = []
     for name, value, n in zip(samplers, shifts, counts, strict=True):
         _check_range("flow_shift", value, *SHIFT_RANGE)
         if timesteps is None:
             _check_range("num_inference_steps", n, 1, MAX_STEPS)
         elif n != len(timesteps):
             raise ValueError(f"num_inference_steps={n} for {len(timesteps)} timesteps: leave it out")
-        first = 0
-        if frames is not None:
-            first = first_used_step(n, _number("strength", _first(strength, defaults.strength)))
-        tables.append(make_table(name, n, value, order=own.order, timesteps=timesteps, first_step=first))
-    return tables
+        first = 0 if strength is None else first_used_step(n, strength)
+        table = make_table(name, n, value, order=own.order, timesteps=timesteps, first_step=first)
+        name = f"unipc{own.order}" if name == "unipc" else name
+        if timesteps is None:
+            made.append(Sampling(name, n, float(value), None, table))
+        else:
+            made.append(Sampling(name, None, None, tuple(map(float, timesteps)), table))
+    return made
 
 
 def _timesteps(given: Any) -> list | None:

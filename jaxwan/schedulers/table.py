@@ -136,10 +136,8 @@ def make_table(
     if sampler not in SAMPLERS:
         nearest = difflib.get_close_matches(sampler.lower(), SAMPLERS, n=1, cutoff=0)[0]
         raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}: nearest is {nearest}")
-    if sampler == "unipc":
-        _check_range("order", order, 1, solvers.MAX_ORDER)
-        sampler = f"unipc{order}"
-    schedule, solve = _PARTS[sampler]
+    _check_range("order", order, 1, solvers.MAX_ORDER)
+    schedule, solve = _PARTS[f"unipc{order}" if sampler == "unipc" else sampler]
     sigmas, shown = schedule(*_schedule_arguments(sampler, num_steps, shift, timesteps))
     _check_range("first_step", first_step, 0, len(shown) - 1)
     sigmas, shown = sigmas[first_step:], shown[first_step:]
@@ -170,7 +168,7 @@ def _schedule_arguments(sampler: str, num_steps: int | None, shift: float | int,
     if sampler == "renoise":
         return (_checked_timesteps(timesteps, num_steps),)
     if timesteps is not None:
-        raise ValueError(f"timesteps are for sampler='renoise' only: {sampler} makes its own from num_steps and shift")
+        raise ValueError(f"timesteps are for sampler='renoise' only: {sampler} makes its own")
     if num_steps is None:
         raise ValueError(f"num_steps=None is for sampler='renoise' only: {sampler} takes 1 to {MAX_STEPS}")
     _check_range("num_steps", num_steps, 1, MAX_STEPS)

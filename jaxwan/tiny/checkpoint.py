@@ -14,6 +14,7 @@ from jaxwan.convert.save import STEM, save_arrays, write_json
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.tiny.clips import HEIGHT, NUM_FRAMES, WIDTH
+from jaxwan.tiny.grammar import vocabulary
 from jaxwan.tiny.muon import Params
 from jaxwan.tiny.tokenizer import write_tokenizer
 from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT
@@ -55,6 +56,8 @@ _GENERATION = {
     "num_inference_steps": 20,
     "guidance_scale": 5.0,
     "guidance_scale_2": 3.0,
+    "example_prompt": "a red circle moves to the right over a blue background",
+    "vocabulary": list(vocabulary()),
 }
 
 

@@ -167,7 +167,10 @@ def test_parts_that_do_not_fit_are_refused(written, tmp_path, name, file, values
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": 4}, "unknown steps; known are boundary_ratio, flow_shift, fps"),
+        ({"steps": 4}, "unknown steps; known are boundary_ratio, example_prompt, flow_shift, fps"),
+        ({"vocabulary": "red"}, "vocabulary='red' must be a list"),
+        ({"vocabulary": ["red", 3]}, "vocabulary=3 must be a text"),
+        ({"timesteps": 4}, "timesteps=4 must be a list"),
         ({"height": "720"}, "generation_config.json: height='720' must be a whole number"),
         ({"num_inference_steps": 4.5}, "num_inference_steps=4.5 must be a whole number"),
         ({"guidance_scale": True}, "guidance_scale=True must be a number"),

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxwan import BUNDLED_MODEL
 from jaxwan.pipelines import pipeline
 from jaxwan.pipelines.compilation_cache import cache_folder, keep_compiled_programs
 
@@ -23,7 +24,7 @@ jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rspl
 atexit.register(lambda: print("hits", events.count("cache_hits"), "misses", events.count("cache_misses")))
 """
 SMALLEST = ("--prompt", "a", "--num-frames", "1", "--height", "32", "--width", "32", "--num-inference-steps", "2",
-            "--seed", "1", "--output", "a.png", "--save-npz", "a.npz")  # fmt: skip
+            "--seed", "1", "--output", "a.png", "--save-npz", "a.npz", "--overwrite")  # fmt: skip
 
 
 def python(code, folder, *arguments, **environment):
@@ -76,27 +77,39 @@ def test_the_environment_turns_it_off_or_elsewhere(tmp_path, environment):
     assert (tmp_path / "elsewhere").exists() == ("JAX_COMPILATION_CACHE_DIR" in environment)
 
 
-@pytest.mark.parametrize(("flags", "times"), [([], 1), (["--no-compilation-cache"], 0)])
-def test_the_command_keeps_them_unless_told_not_to(monkeypatch, flags, times):
+@pytest.mark.parametrize(("flags", "kept"), [([], True), (["--no-compilation-cache"], False)])
+def test_the_command_keeps_them_unless_told_not_to(monkeypatch, tmp_path, flags, kept):
     specification = importlib.util.spec_from_file_location("generate_script", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
-    calls = []
+    folders = []
 
-    def stop(*_):
+    def stop(*_, **__):
+        folders.append(keep_compiled_programs())
         raise ValueError("far enough")
 
-    monkeypatch.setattr(script, "keep_compiled_programs", lambda: calls.append("kept"))
-    monkeypatch.setattr(script, "load_parts", stop)
-    assert script.main([*SMALLEST, *flags]) == 1
-    assert len(calls) == times
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAXWAN_COMPILATION_CACHE", "1")
+    monkeypatch.setattr(pipeline, "load_parts", stop)
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert script.main([*SMALLEST, *flags]) == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert folders == [tmp_path / "jaxwan/compiled" if kept else None]
 
 
-def test_loading_a_pipeline_keeps_them(tmp_path, monkeypatch):
+def test_loading_a_pipeline_keeps_them(monkeypatch):
     calls = []
+
+    def stop(*_, **__):
+        raise ValueError("far enough")
+
     monkeypatch.setattr(pipeline, "keep_compiled_programs", lambda: calls.append("kept"))
-    with pytest.raises((ValueError, OSError)):
-        pipeline.WanPipeline.from_pretrained(tmp_path)
+    monkeypatch.setattr(pipeline, "load_parts", stop)
+    with pytest.raises(ValueError, match="far enough"):
+        pipeline.WanPipeline.from_pretrained(BUNDLED_MODEL)
     assert calls == ["kept"]
 
 

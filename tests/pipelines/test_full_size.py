@@ -12,7 +12,7 @@ from published import write_configs
 from jaxwan.pipelines.checkpoint import CHANNEL_MASK, read_checkpoint
 from jaxwan.pipelines.condition import Conditioning, make_controls
 from jaxwan.pipelines.denoise import WEIGHT_AXES, Inputs, Weights, abstract_weights, make_program, to_float32
-from jaxwan.pipelines.dry_run import dry_run
+from jaxwan.pipelines.dry_run import make_report
 from jaxwan.pipelines.request import make_job
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
 from jaxwan.sharding.ring import RingPlan, Turns
@@ -94,7 +94,7 @@ def test_the_ring_compiles_at_full_size_without_tokens_by_tokens(compiled, name,
 def test_the_compiler_takes_no_more_than_the_dry_run_tells(compiled):
     """In float32: in bfloat16 a CPU's program holds float32 copies of the weights, which no accelerator needs."""
     checkpoint, ring = compiled("Wan2.2-T2V-A14B", jnp.float32)
-    told = dry_run(checkpoint, MeshSpec(pp=STAGES), make_job(checkpoint, prompt="a"), "float32", "float32", 10**12)
+    told = make_report(checkpoint, MeshSpec(pp=STAGES), make_job(checkpoint, prompt="a"), "float32", "float32", 10**12)
     memory = ring.memory_analysis()
     taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # the results take the arguments' place
     parameters, activations = told.parameter_bytes[1], sum(told.activation_bytes["denoise"].values())

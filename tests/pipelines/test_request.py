@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from PIL import Image
 from published import PUBLISHED, edit, write_configs
 
-from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
 from jaxwan.pipelines.media import save_video
-from jaxwan.pipelines.request import check_mesh, make_job
+from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.pipelines.request import ARGUMENTS, check_mesh, make_job
 from jaxwan.sharding.mesh import MeshSpec
 
 T2V, I2V, TI2V = "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"
@@ -243,6 +245,85 @@ def test_strength_of_renoise_counts_its_timesteps(job):
     assert request.table.timesteps[:3].tolist() == [500, 250, 0]
 
 
+# Names, words, settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"guidence_scale": 4}, "there is no argument guidence_scale: did you mean guidance_scale?"),
+        ({"promt": "a"}, "did you mean prompt?"),
+        ({"num_frame": 5}, "did you mean num_frames?"),
+        ({"steps": 4}, "there is no argument steps: did you mean num_inference_steps?"),
+        ({"cfg": 4}, "did you mean guidance_scale?"),
+        ({"shift": 4}, "did you mean flow_shift?"),
+        ({"xyz": None}, "there is no argument xyz: there are prompt, negative_prompt, image,"),
+        ({"generator": object()}, "has no meaning here: noise comes from seed, a whole number"),
+        ({"return_dict": False}, "return_dict=False has no meaning here: a call returns an Output"),
+        ({"attention_kwargs": {"scale": 1}}, "there are no attention processors"),
+        ({"max_sequence_length": 226}, "every prompt has 512 rows"),
+        ({"image_embeds": np.zeros(3)}, "give the image itself, as image"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callback_on_step_end is given the latents"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_refused_with_the_right_one(job, arguments, words):
+    with pytest.raises(TypeError) as caught:
+        job(**arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_of_diffusers_that_change_nothing_are_taken(job):
+    job(generator=None, return_dict=True, attention_kwargs=None, max_sequence_length=512,
+        callback_on_step_end_tensor_inputs=["latents"])  # fmt: skip
+
+
+def test_a_call_of_a_pipeline_shows_its_whole_signature():
+    call = inspect.signature(inspect.unwrap(WanPipeline.__call__)).parameters
+    made = inspect.signature(inspect.unwrap(make_job)).parameters
+    own = ("self", "output_type", "callback_on_step_end")
+    assert {n: (p.default, p.annotation) for n, p in call.items() if n not in own} == {
+        n: (p.default, p.annotation) for n, p in made.items() if n != "checkpoint"
+    }
+    assert list(call)[1:3] == ["prompt", "negative_prompt"] and set(ARGUMENTS) < set(call)
+
+
+def test_words_that_a_model_of_few_words_does_not_know_are_told():
+    checkpoint = read_checkpoint(BUNDLED_MODEL)
+    with pytest.warns(UserWarning) as caught:
+        make_job(checkpoint, prompt=["a Cat, on the moon", "a red star, up-right; cat"], seed=1)
+    (warning,) = caught
+    example = checkpoint.defaults.example_prompt
+    assert str(warning.message) == f"the model does not know the words 'cat', 'moon'; it knows those of {example!r}"
+    with pytest.warns(UserWarning, match="the words 'b', 'c', 'd', 'e', 'f' and 2 more; it"):
+        make_job(checkpoint, prompt="a b c d e f g h", seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_job(checkpoint, prompt=[example, "", "A RED circle; it's", "a (white) star."][:2], seed=1)
+        make_job(checkpoint, prompt="a white star that grows", negative_prompt="cat", seed=1)
+
+
+def test_settings_are_a_call_that_makes_each_video_again(job):
+    made = job(
+        prompt=["a", "b"], guidance_scale=[2, 3.5], seed=[1, 2], num_inference_steps=[3, 4], num_videos_per_prompt=2,
+        video_index=5, sampler=["euler", "unipc"], **SIZE,
+    )  # fmt: skip
+    settings = made.settings()
+    assert [(s["prompt"], s["seed"], s["video_index"]) for s in settings] == [
+        ("a", 1, 5), ("a", 1, 6), ("b", 2, 5), ("b", 2, 6)
+    ]  # fmt: skip
+    assert [s["sampler"] for s in settings] == ["euler", "euler", "unipc2", "unipc2"]
+    json.dumps(settings)
+    for own in settings:
+        again = job(**own)
+        assert again.settings() == (own,) and again.batch == 1
+        ((request, index),) = again.videos
+        assert index == own["video_index"]
+        original = made.requests["ab".index(request.prompt)]
+        for a, b in zip(request.table, original.table, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 # What is refused: arguments -> words of the sentence (what came, what is allowed, the nearest valid value)
 
 
@@ -264,6 +345,8 @@ BAD = [
     ({"height": 64, "width": 160_000}, "counts to 1024"),
     ({"fps": 0}, "fps=0 is outside 0.01 to 1000"),
     ({"fps": float("nan")}, "fps=nan is not finite"),
+    ({"video_index": -1}, "video_index=-1 must be a whole number from 0"),
+    ({"video_index": 2**32}, "video_index=4294967296 is outside 0 to 4294967295: nearest is 4294967295"),
     ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0 must be a whole number from 1"),
     # texts
     ({"prompt": None}, 'a prompt is missing (an empty one, "", is allowed)'),

@@ -1,7 +1,5 @@
 """Programs compiled ahead of time are those that a call runs, and nothing else changes."""
 
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.load import load_parts
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.request import make_job
-from jaxwan.pipelines.stages import Stages
 from jaxwan.pipelines.warmup import compiling
 from jaxwan.sharding.mesh import MeshSpec
 
@@ -92,6 +89,19 @@ def test_programs_compiled_while_the_weights_are_read_are_those_of_the_run(folde
     np.testing.assert_array_equal(outputs[0].frames, expected.frames)
 
 
+def test_a_call_named_while_loading_is_checked_first_and_then_compiles_nothing(folder, pipeline, monkeypatch):
+    path, outputs = folder("t2v-A14B"), []
+    monkeypatch.setattr(pipelines, "load_parts", None)  # not reached
+    with pytest.raises(ValueError, match="num_frames=6 is not 4k"):
+        WanPipeline.from_pretrained(path, warmup=CALL | dict(num_frames=6))
+    with pytest.raises(TypeError, match="there is no argument num_frame: did you mean num_frames"):
+        WanPipeline.from_pretrained(path, warmup=dict(num_frame=5))
+    monkeypatch.undo()
+    pipe = WanPipeline.from_pretrained(path, dtype=jnp.float32, warmup=SIZE, progress=False)
+    assert compilations(lambda: outputs.append(pipe(**CALL))) == 0
+    np.testing.assert_array_equal(outputs[0].latents, pipeline("t2v-A14B", "pp=1")(**CALL).latents)
+
+
 def test_a_pipeline_that_reads_weights_alone_compiles_no_program_of_a_call(folder, monkeypatch):
     monkeypatch.setattr(warmup, "_compile", None)
     checkpoint = read_checkpoint(folder("2.1-t2v"))
@@ -132,18 +142,3 @@ def test_settings_of_the_caller_hold_for_what_is_compiled_in_threads():
             assert [name for name, _ in finished] == ["product"]
         assert compilations(lambda: product(x)) == 0
     assert compilations(lambda: product(x)) == 1
-
-
-def test_a_stage_counts_what_it_compiles_itself_and_not_what_other_threads_do():
-    def compile_one(number):
-        jax.jit(lambda x: x * number).lower(jnp.float32(1)).compile()
-
-    stages = Stages(progress=False)
-    with stages.stage("beside", 1):
-        other = threading.Thread(target=compile_one, args=(3.0,))
-        other.start()
-        other.join()
-    assert stages.seconds["compile"] == 0 < stages.seconds["beside"]
-    with stages.stage("itself", 1):
-        compile_one(5.0)
-    assert stages.seconds["compile"] > 0 < stages.seconds["itself"]

@@ -20,6 +20,7 @@ from PIL import Image
 from published import edit, write_configs
 from runs import IMAGE, NEGATIVES, PROMPTS, run_diffusers, unit_noise
 
+import jaxwan
 from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.pipelines import load
 from jaxwan.pipelines.media import load_video, save_video
@@ -73,13 +74,13 @@ def made(monkeypatch):
     """The jobs that reach the pipeline, and what it makes of them without computing anything."""
     seen = Made([], [])
 
-    def run(self, job, *, stages):
+    def run(self, job):
         latents = np.random.default_rng(0).standard_normal((job.batch, 16, 2, 4, 4)).astype(np.float32)
         ramp = np.linspace(0, 0.9, job.width, dtype=np.float32)[:, None]
         video = np.arange(job.batch, dtype=np.float32)[:, None, None, None, None]
         frames = np.broadcast_to((video + ramp) / job.batch, (job.batch, job.num_frames, job.height, job.width, 3))
         seen.jobs.append(job)
-        seen.outputs.append(Output(frames, latents, job.fps, (), stages.seconds))
+        seen.outputs.append(Output(frames, latents, job.fps, self._settings(job), {}))
         return seen.outputs[-1]
 
     monkeypatch.setattr(WanPipeline, "run", run)
@@ -119,10 +120,11 @@ def test_without_any_model_a_mesh_of_four_ends_with_an_mp4_and_no_torch(tmp_path
     assert "the tiny bundled one" in done.stderr
     assert "no --prompt: 'a red circle" in done.stderr
     assert "no accelerator: 4 virtual CPU devices" in done.stderr
-    (seed,) = re.findall(r"^seed (\d+)$", done.stdout, re.MULTILINE)
+    (seed,) = re.findall(r"^seed (\d+)$", done.stderr, re.MULTILINE)
     (path,) = (tmp_path / "outputs").iterdir()
-    assert re.fullmatch(rf"\d{{8}}-\d{{6}}-{seed}\.mp4", path.name)
-    assert f"outputs/{path.name}  96x64, 17 frames at 8 fps" in done.stdout
+    assert re.fullmatch(rf"\d{{8}}-\d{{6}}-seed{seed}\.mp4", path.name)
+    prompt = "'a red circle moves to the right over a blue background'"
+    assert done.stdout == f"outputs/{path.name}  96x64, 17 frames at 8 fps, seed {seed}: {prompt}\n"
     frames, fps = load_video(path)
     assert frames.shape == (17, 64, 96, 3) and fps == 8
     with np.load(tmp_path / "arrays.npz") as arrays:
@@ -130,10 +132,17 @@ def test_without_any_model_a_mesh_of_four_ends_with_an_mp4_and_no_torch(tmp_path
             "latents": ((1, 16, 5, 8, 12), np.float32), "frames": ((1, 17, 64, 96, 3), np.float32)
         }  # fmt: skip
         assert np.abs(frames / 255 - arrays["frames"][0]).mean() < 0.1 < 2 * arrays["frames"].std()
-    timings = done.stdout.splitlines()[-1]
-    for stage in ("load", "compile", "text", "denoise", "decode", "write"):
-        assert re.search(rf"\b{stage} \d+\.\d", timings) and f"{stage}:" in done.stderr
-    assert "float32 DiT, float32 VAE, 4 x cpu" in timings
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"jaxwan {jaxwan.__version__}, mesh pp=4"
+    for phase in ("load", "compile", "text", "denoise", "decode"):  # nothing is encoded, so nothing is said of it
+        assert [line for line in lines if re.match(rf"{phase}: \d", line)], phase
+    assert "encode:" not in done.stderr and "\r" not in done.stderr and "Warning" not in done.stderr
+    told = re.fullmatch(
+        r"seconds: ([\d.]+) = (.*)  \(WanPipeline\(jaxwan-tiny, float32, mesh pp=4, 4 x cpu\)\)", lines[-1]
+    )
+    phases = dict(re.findall(r"(\w+) ([\d.]+)", told[2]))
+    assert set(phases) == {"start", "load", "compile", "text", "encode", "denoise", "decode", "write", "other"}
+    assert abs(sum(map(float, phases.values())) - float(told[1])) <= 0.05 * len(phases) + 0.05  # each is rounded
 
 
 def test_from_python_too_the_devices_are_there_by_themselves(tmp_path):
@@ -175,16 +184,20 @@ def test_a_checkpoint_that_diffusers_saved_gives_diffusers_frames_on_four_stages
 def test_each_video_of_a_batch_is_a_file(run, made):
     status, out, err = run(
         "--model", BUNDLED_MODEL, "--prompt", "a", "--prompt", "b", "--num-videos-per-prompt", 2, "--height", 32,
-        "--width", 48, "--num-frames", 5, "--fps", 12, "--output", "made/here/clip.mp4", "--mesh", "pp=2",
+        "--width", 48, "--num-frames", 5, "--fps", 12, "--output", "made/here/clip.mp4", "--mesh", "pp=2", "--seed", 7,
+        "--seed", 8,
     )  # fmt: skip
     assert status == 0, err
     (output,) = made.outputs
-    assert sorted(os.listdir("made/here")) == [f"clip-{i}.mp4" for i in range(4)]
-    for i in range(4):
-        clip, fps = load_video(f"made/here/clip-{i}.mp4")
+    names = ["clip-0-seed7.mp4", "clip-1-seed7-1.mp4", "clip-2-seed8.mp4", "clip-3-seed8-1.mp4"]
+    assert sorted(os.listdir("made/here")) == names
+    lines = out.splitlines()
+    for i, (name, prompt) in enumerate(zip(names, "aabb", strict=True)):
+        clip, fps = load_video(f"made/here/{name}")
         assert fps == 12 and clip.shape == (5, 32, 48, 3)
         assert np.argmin([np.abs(clip / 255 - frames).mean() for frames in output.frames]) == i
-        assert f"made/here/clip-{i}.mp4  48x32, 5 frames at 12 fps" in out
+        index = " index 1" if i % 2 else ""
+        assert lines[i] == f"made/here/{name}  48x32, 5 frames at 12 fps, seed {7 + i // 2}{index}: '{prompt}'"
 
 
 def test_one_frame_may_go_to_a_png(run, made):
@@ -214,20 +227,21 @@ def test_every_flag_reaches_the_job(run, made, files):
         "--num-inference-steps", 4, "--num-inference-steps", 6, "--guidance-scale", 2, "--guidance-scale", 3,
         "--guidance-scale-2", 1.5, "--boundary-ratio", 0.5, "--flow-shift", 8,
         "--sampler", "euler", "--sampler", "unipc1", "--seed", 3,
-        "--num-videos-per-prompt", 2, "--output", "clip.mp4",
+        "--num-videos-per-prompt", 2, "--video-index", 3, "-o", "clip.mp4",
     )  # fmt: skip
     assert status == 0, err
     (job,) = made.jobs
     a, b = job.requests
     assert (a.prompt, b.prompt) == ("a", "b")
     assert a.negative_prompt == b.negative_prompt == OFFICIAL_NEGATIVE_PROMPT
-    assert (job.height, job.width, job.num_frames, job.fps, job.num_videos) == (64, 32, 5, 7.5, 2)
+    assert (job.height, job.width, job.num_frames, job.fps) == (64, 32, 5, 7.5)
+    assert [(r.prompt, i) for r, i in job.videos] == [("a", 3), ("a", 4), ("b", 3), ("b", 4)]
     assert job.video.shape == (5, 16, 16, 3)
     assert (a.table.num_steps, b.table.num_steps) == (2, 3)  # half of 4 and 6
     assert a.table.timesteps[0] % 1 and not b.table.timesteps[0] % 1  # Euler's are no whole numbers
     assert [(r.guidance_scale, r.guidance_scale_2, r.seed) for r in job.requests] == [(2.0, 1.5, 3), (3.0, 1.5, 3)]
     assert job.boundary_ratio == 0.5
-    assert sorted(os.listdir()) == [f"clip-{i}.mp4" for i in range(4)]
+    assert sorted(os.listdir()) == [f"clip-{i}-seed3-{3 + i % 2}.mp4" for i in range(4)]
 
 
 # What the command says of itself
@@ -239,8 +253,9 @@ def test_every_flag_is_in_the_help(run):
     for flag in (
         "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength "
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
-        "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --mesh --dtype --vae-dtype "
-        "--output --save-npz --no-compilation-cache --dry-run --device-memory"
+        "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --video-index --mesh --dtype "
+        "--vae-dtype -o --overwrite --no-metadata --save-npz --json -q --version --like --no-compilation-cache "
+        "--dry-run --device-memory"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
 
@@ -249,11 +264,12 @@ def test_a_dry_run_needs_neither_weights_nor_devices(tmp_path, cache):
     folder = write_configs(tmp_path / "configs", "Wan2.2-T2V-A14B")
     here = tmp_path / "here"
     here.mkdir()
-    done = in_a_process_of_its_own(
-        here, cache, "--model", folder, "--prompt", "a cat", "--mesh", "pp=40", "--dry-run=json", "--device-memory",
-        "80GB", before="import atexit\nfrom jax._src import xla_bridge\n"
-        "atexit.register(lambda: print('devices:', xla_bridge.backends_are_initialized(), file=sys.stderr))",
-    )  # fmt: skip
+    watch = (
+        "import atexit\nfrom jax._src import xla_bridge\n"
+        "atexit.register(lambda: print('devices:', xla_bridge.backends_are_initialized(), file=sys.stderr))"
+    )
+    flags = ["--model", folder, "--mesh", "pp=40", "--dry-run", "--json", "--device-memory", "80GB"]
+    done = in_a_process_of_its_own(here, cache, *flags, before=watch)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["tokens"], report["layers_per_stage"], report["ticks"]) == (75_600, [1] * 40, 1640)
@@ -263,10 +279,109 @@ def test_a_dry_run_needs_neither_weights_nor_devices(tmp_path, cache):
 
 
 def test_a_dry_run_reads_as_text_too(run):
-    status, out, _ = run("--model", BUNDLED_MODEL, "--prompt", "a", "--dry-run", "--mesh", "pp=5")
+    status, out, _ = run("--model", BUNDLED_MODEL, "--dry-run", "--mesh", "pp=5")
     assert status == 0
-    assert "stages      5 with 2, 2, 2, 2, 0 layers" in out and "each device must have" in out
+    assert "layers      2 + 2 + 2 + 2 + 0 on 5 devices" in out and "each device must have" in out
     assert os.listdir() == []
+
+
+def test_a_dry_run_that_does_not_fit_says_what_would_and_exits_with_3(run):
+    status, out, _ = run("--dry-run", "--device-memory", "30MB")
+    assert status == 3
+    assert re.search(r"^DOES NOT FIT: .* of 28.61 MiB a device. What would fit: .*mesh pp=8", out, re.MULTILINE)
+    status, out, _ = run("--dry-run", "--device-memory", "30MB", "--json")
+    assert status == 3 and "mesh pp=8" in json.loads(out)["would_fit"]
+
+
+# For scripts
+
+
+def test_json_holds_files_settings_and_seconds(run, made):
+    status, out, err = run(
+        "--prompt", "a", "--prompt", "b", "--seed", 5, "--json", "-o", "clip.gif", "--save-npz", "x.npz"
+    )
+    assert status == 0, err
+    told = json.loads(out)
+    assert [(f["path"], f["prompt"], f["seed"]) for f in told["files"]] == [
+        ("clip-0-seed5.gif", "a", 5), ("clip-1-seed5.gif", "b", 5)
+    ]  # fmt: skip
+    assert told["files"][0] == {"path": "clip-0-seed5.gif"} | made.outputs[0].settings[0]
+    assert told["npz"] == "x.npz" and told["mesh"] == "pp=1"
+    seconds = told["seconds"]
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["total"])
+    status, out, err = run("--num-frames", 6, "--json")
+    assert status == 1 and json.loads(out)["error"] == err.splitlines()[-1].removeprefix("error: ")
+
+
+def test_quiet_tells_names_alone(run, made):
+    status, out, err = run("--prompt", "a cat", "-q", "-o", "clip.gif")
+    assert (status, out, err) == (0, "clip.gif\n", "")
+    status, out, err = run("--num-frames", 6, "--quiet")
+    assert (status, out) == (1, "") and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_the_version(run):
+    assert run("--version") == (0, f"jaxwan {jaxwan.__version__}\n", "")
+
+
+def test_files_are_kept_unless_told_otherwise(run, made):
+    Path("clip.mp4").write_text("dear")
+    status, _, err = run("-o", "clip.mp4")
+    assert status == 1 and "error: output clip.mp4 exists: choose another name, or say --overwrite" in err
+    assert Path("clip.mp4").read_text() == "dear" and made.jobs == []
+    status, _, err = run("--save-npz", "clip.mp4")
+    assert status == 1 and "clip.mp4 exists" in err and made.jobs == []
+    assert run("-o", "clip.mp4", "--overwrite")[0] == 0
+    assert load_video("clip.mp4")[0].shape == (17, 64, 96, 3)
+
+
+# The same again
+
+
+def test_a_file_is_made_again_by_its_settings(run, made):
+    first = (
+        "--prompt a --prompt b --negative-prompt c --seed 5 --num-videos-per-prompt 2 --video-index 1 --height 32 "
+        "--width 48 --num-frames 5 --fps 12 --sampler euler --num-inference-steps 3 --flow-shift 4 --guidance-scale 2 "
+        "--boundary-ratio 0.5"
+    ).split()
+    assert run(*first, "-o", "clip.mp4")[0] == 0
+    for i, settings in enumerate(made.outputs[0].settings):
+        status, _, err = run("--like", f"clip-{i}-seed5-{settings['video_index']}.mp4", "-o", f"again-{i}.gif")
+        assert status == 0, err
+        assert made.outputs[-1].settings == (settings,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (["--prompt", "a blue star"], {"prompt": "a blue star"}),
+        (["--seed", 6], {"seed": 6, "video_index": 0}),
+        (["--sampler", "euler", "--num-inference-steps", 5], {
+            "sampler": "euler", "num_inference_steps": 5, "flow_shift": 3.0, "timesteps": None}),
+        (["--timesteps", 900, 700, 500], {"timesteps": (900.0, 700.0, 500.0)}),
+        (["--no-metadata"], {}),
+    ],
+)  # fmt: skip
+def test_flags_say_what_is_other_than_in_the_file(run, made, flags, changed):
+    timesteps = ["--sampler", "renoise", "--timesteps", 1000, 500]
+    assert run("--prompt", "a red star", "--seed", 5, "--video-index", 2, *timesteps, "-o", "clip.gif")[0] == 0
+    status, _, err = run("--like", "clip.gif", *flags, "-o", "other.gif")
+    assert status == 0, err
+    expected = made.outputs[0].settings[0] | changed
+    assert made.outputs[1].settings == ({name: value for name, value in expected.items() if value is not None},)
+
+
+def test_what_a_file_does_not_hold_must_be_given_again(run, made, files, tmp_path):
+    assert run("--video", files["CLIP"], "-o", "clip.gif")[0] == 0
+    status, _, err = run("--like", "clip.gif")
+    assert status == 1 and "was made from 'video', which it does not hold: give --video again" in err
+    assert run("--like", "clip.gif", "--video", files["CLIP"], "-o", "again.gif")[0] == 0
+    assert made.outputs[0].settings == made.outputs[1].settings
+    folder = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "some-model"))
+    assert run("--model", folder, "--prompt", "a", "-o", "model.gif")[0] == 0
+    status, _, err = run("--like", "model.gif")
+    assert status == 1 and "was made with the model 'some-model': say where it is, --model …" in err
+    assert run("--like", "model.gif", "--model", folder, "-o", "again-2.gif")[0] == 0
 
 
 # Refusals: (flags) -> words of the sentence; `MODEL` is the bundled checkpoint, named
@@ -275,7 +390,16 @@ BAD = [
     (["--height", 30, "--width", 48], "height=30 is no multiple of 16: nearest are 16 and 32"),
     (["--num-frames", 8], "num_frames=8 is not 4k+1: nearest are 5 and 9"),
     (["--model", "MODEL"], '--prompt is missing (an empty one, --prompt "", is allowed)'),
-    (["--mesh", "ppp=4"], "mesh 'ppp=4' has no axis 'ppp' (did you mean pp?)"),
+    (["--mesh", "ppp=4"], "mesh 'ppp=4' has no axis 'ppp' (did you mean \"pp=4\"?)"),
+    (["--mesh", "4"], "mesh '4' has no axis '4' (did you mean \"pp=4\"?)"),
+    (["--mesh", "pp=2 dp=1"], "(did you mean \"pp=2,dp=1\"?)"),
+    (["--model", ""], "model is an empty text: give a folder or a hub id, owner/name"),
+    (["--promt", "a"], "error: there is no flag --promt: did you mean --prompt?"),
+    (["--num_frames=5"], "error: there is no flag --num_frames: did you mean --num-frames?"),
+    (["--xyz"], "error: there is no flag --xyz: see --help"),
+    (["a", "red", "star"], "error: what is 'a' for? Texts go behind a flag, in quotes: --prompt 'a red star'"),
+    (["--like", "none.mp4"], "none.mp4 does not exist"),
+    (["--like", "CLIP"], "clip.mp4 does not say how it was made"),
     (["--mesh", "pp=9"], "mesh pp=9 has 9 stages for 8 layers: the largest is pp=8"),
     (["--mesh", "tp=2"], "tp=2 is not built yet"),
     (["--num-inference-steps", 0], "num_inference_steps=0 is outside 1 to 128: nearest is 1"),
@@ -289,7 +413,7 @@ BAD = [
     (["--seed", -1], "seed=-1 is outside 0 to"),
     (["--sampler", "dpm"], "sampler='dpm' is not one of"),
     (["--sampler", "renoise"], "timesteps are missing"),
-    (["--timesteps", 1000, 500], "timesteps are for sampler='renoise' only"),
+    (["--timesteps", 1000, 500], "timesteps are for sampler='renoise' only: unipc makes its own"),
     (["--negative-prompt", "a", "--official-negative-prompt"], "are both given: give one of them"),
     (["--latents", "none.npy"], "--latents none.npy cannot be read (No such file or directory)"),
     (["--latents", "CLIP"], "is no .npy file of plain numbers"),
@@ -303,8 +427,9 @@ BAD = [
     (["--output", "CLIP/clip.mp4"], "cannot be written"),
     (["--save-npz", "CLIP/arrays.npz"], "cannot be written"),
     (["--output", "a.mp4", "--save-npz", "a.mp4"], "--save-npz a.mp4 is also where the video goes"),
-    (["--dtype", "float16"], "invalid choice: 'float16'"),
-    (["--dry-run", "--device-memory", "many"], "device memory 'many' is no size above 0, such as 80GB or 80GiB"),
+    (["--dtype", "float16"], "dtype='float16' is not one of bfloat16, float32: nearest is bfloat16"),
+    (["--dry-run", "--device-memory", "many"], "device memory 'many' is no size from 1MB up, such as 80GB or 80GiB"),
+    (["--dry-run", "--device-memory", "24"], "device memory '24' has no unit: 24GB, 24GiB?"),
     (["--device-memory", "80GB"], "--device-memory is for --dry-run"),
     (["--prompt", "half \udcc3"], "prompt is no valid Unicode text"),
 ]  # fmt: skip
@@ -329,7 +454,7 @@ def test_bad_input_is_explained_and_leaves_nothing_behind(run, files, flags, wor
     status, out, err = run(*map(named, flags))
     assert status not in (0, None)
     last = err.splitlines()[-1]
-    assert words in last and re.match("error: |generate.*: error: |usage: |.*: error: ", last)
+    assert last.startswith("error: ") and words in last
     assert "Traceback" not in err
     assert os.listdir() == []
 
@@ -338,7 +463,8 @@ def test_bad_input_in_a_process_of_its_own(tmp_path, cache):
     done = in_a_process_of_its_own(tmp_path, cache, "--model", BUNDLED_MODEL, "--prompt", "a", "--mesh", "pp=5",
                                    "--output", "/proc/no/clip.mp4")  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    first, error = done.stderr.splitlines()
+    assert first.startswith("jaxwan ") and error.startswith("error: ")
     assert os.listdir(tmp_path) == []
 
 
@@ -378,7 +504,7 @@ def test_a_broken_checkpoint_is_explained_before_a_tensor_is_read(run, tmp_path,
     spoil(folder, name)
     status, _, err = run("--model", folder, "--prompt", "a", "--output", "new/clip.mp4")
     assert status == 1
-    (line,) = err.splitlines()  # no progress bar: nothing was loaded
+    first, line = (said for said in err.splitlines() if not said.startswith("seed "))  # no progress: nothing was loaded
     assert line.startswith("error: ") and words in line
     assert os.listdir() == []
 
@@ -403,5 +529,5 @@ def test_the_weights_of_a_hub_id_are_fetched_last(run, monkeypatch):
     assert status == 0 and asked == [False] * 2
     status, _, err = run("--model", "owner/name", "--prompt", "a")
     assert status == 1 and asked == [False] * 3 + [True]
-    assert err == "error: owner/name is no local folder, and the hub did not give it: no network\n"
+    assert err.endswith("error: owner/name is no local folder, and the hub did not give it: no network\n")
     assert os.listdir() == []

@@ -1,0 +1,45 @@
+"""Names of a call's arguments: the nearest right one of a misspelt one, and those that other programs have."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# Arguments of Diffusers' pipelines that have no meaning here: what of them holds anyway, and what to do instead
+_WITHOUT_MEANING = {
+    "generator": ((None,), "noise comes from seed, a whole number"),
+    "return_dict": ((None, True), "a call returns an Output, whose videos are in .frames"),
+    "attention_kwargs": ((None, {}), "there are no attention processors that would take them"),
+    "callback_on_step_end_tensor_inputs": ((None, ["latents"]), "callback_on_step_end is given the latents"),
+    "max_sequence_length": ((None, 512), "every prompt has 512 rows"),
+    "image_embeds": ((None,), "give the image itself, as image"),
+}
+
+# What an argument is called in Wan's own scripts and in other programs
+_ELSEWHERE = {
+    **dict.fromkeys(("steps", "sample_steps", "sampling_steps", "num_steps"), "num_inference_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "sample_guide_scale", "guide_scale"), "guidance_scale"),
+    **dict.fromkeys(("shift", "sample_shift"), "flow_shift"),
+    **dict.fromkeys(("scheduler", "sample_solver", "sampler_name"), "sampler"),
+    **dict.fromkeys(("frame_num", "frames", "length"), "num_frames"),
+    **dict.fromkeys(("n_prompt", "negative"), "negative_prompt"),
+    **dict.fromkeys(("num_videos", "num_images_per_prompt", "batch_size"), "num_videos_per_prompt"),
+    **dict.fromkeys(("base_seed", "noise_seed"), "seed"),
+    **dict.fromkeys(("callback", "callback_on_step"), "callback_on_step_end"),
+    "frame_rate": "fps",
+    "boundary": "boundary_ratio",
+    "denoise": "strength",
+}
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises TypeError, naming the right argument, for one that is unknown or has no meaning here."""
+    for name, value in given.items():
+        if name in _WITHOUT_MEANING:
+            harmless, instead = _WITHOUT_MEANING[name]
+            if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
+                raise TypeError(f"{name}={value!r:.40} has no meaning here: {instead}")
+            continue
+        right = _ELSEWHERE.get(name)
+        near = [right] if right else difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise TypeError(f"there is no argument {name}: {hint}")

@@ -1,0 +1,166 @@
+"""What a call returns: videos, how they were made, and how they are kept and shown."""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from jaxwan import __version__
+from jaxwan.pipelines.media import can_encode_h264, check_output, save_npz, save_output, to_uint8
+from jaxwan.pipelines.request import Job
+
+SHOWN_BYTES = 2_000_000  # of all videos shown in a notebook together
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Output:
+    """Videos of a call, prompt-major: prompt 0's, then prompt 1's, …
+
+    frames: float32 in [0, 1], (B, F, H, W, 3); with output_type "pil" a list of lists of images, with "latent" the
+    latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again (`Job.settings`), with
+    the model's name and dtypes. seconds: time a phase took, compilation apart.
+
+    `output[1]` and `output[2:4]` are Outputs too, and `len(output)` counts videos.
+    """
+
+    frames: Any
+    latents: np.ndarray
+    fps: float
+    settings: tuple[dict[str, Any], ...]
+    seconds: dict[str, float]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Each video's seed."""
+        return tuple(video["seed"] for video in self.settings)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def __getitem__(self, index: int | slice) -> "Output":
+        if not isinstance(index, slice):
+            index = _one(index, len(self))
+        latents = self.latents[index]
+        frames = latents if self.frames is self.latents else self.frames[index]
+        return Output(frames, latents, self.fps, self.settings[index], self.seconds)
+
+    def save(self, path: str | Path, *, overwrite: bool = True, metadata: bool = True) -> list[Path]:
+        """Write each video as mp4 or gif (or png, one frame), as the suffix of `path` says; returns where they are.
+
+        One video goes to `path` itself, several to names beside it (`numbered`). An existing file is replaced, once all
+        of the new one is written, or with `overwrite=False` refused. metadata: write the settings into the file, where
+        `read_settings` finds them: no time, path or machine is among them.
+
+        Raises ValueError for another suffix or where nothing was decoded, OSError where nothing can be written.
+        """
+        videos = [self._pixels(i) for i in range(len(self))]
+        paths = [check_output(p, len(videos[0]), overwrite) for p in numbered(path, self.settings)]
+        for pixels, target, settings in zip(videos, paths, self.settings, strict=True):
+            save_output(pixels, target, self.fps, comment(settings) if metadata else None)
+        return paths
+
+    def save_npz(self, path: str | Path) -> None:
+        """Write the arrays `latents` and `frames` (if decoded) as .npz."""
+        frames = (
+            {} if self.frames is self.latents else {"frames": np.stack([self._pixels(i) for i in range(len(self))])}
+        )
+        save_npz(path, latents=self.latents, **frames)
+
+    def _pixels(self, i: int) -> np.ndarray:
+        """Frames (F, H, W, 3) of a video."""
+        if self.frames is self.latents:
+            raise ValueError("output_type='latent' has no frames to save or show: decode them with pipe.decode")
+        video = self.frames[i]
+        return video if isinstance(video, np.ndarray) else np.stack([np.asarray(image) for image in video])
+
+    def __repr__(self) -> str:
+        videos = f"{len(self)} video{'s' * (len(self) != 1)}"
+        if self.frames is self.latents:
+            return f"Output({videos}, latents {self.latents.shape}, {_seeds(self.seeds)})"
+        frames, height, width = (s := self.settings[0])["num_frames"], s["height"], s["width"]
+        return f"Output({videos} of {width}x{height}, {frames} frames at {self.fps:g} fps, {_seeds(self.seeds)})"
+
+    def _repr_html_(self) -> str | None:
+        """The videos, for notebooks; made smaller where they would take more than SHOWN_BYTES."""
+        if self.frames is self.latents:
+            return None
+        shown = [_embedded(self._pixels(i), self.fps, SHOWN_BYTES // len(self)) for i in range(len(self))]
+        captions = [f"seed {s['seed']}: {s.get('prompt', '')}" for s in self.settings]
+        return "".join(
+            f'<figure style="display: inline-block">{video}<figcaption>{html.escape(text)}</figcaption></figure>'
+            for video, text in zip(shown, captions, strict=True)
+        )
+
+
+# Names and settings of files
+
+
+def numbered(path: str | Path, settings: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Where each of several videos goes: beside `path`, with its place, its seed and, from 1 on, its index within its
+    prompt; one video is `path` itself.
+
+    clip.mp4 of two prompts, seeds 7 and 8: clip-0-seed7.mp4, clip-1-seed8.mp4
+    """
+    path = Path(path)
+    if len(settings) == 1:
+        return [path]
+    indices = [f"-{video['video_index']}" if video["video_index"] else "" for video in settings]
+    return [path.with_stem(f"{path.stem}-{i}-seed{v['seed']}{indices[i]}") for i, v in enumerate(settings)]
+
+
+def check_save(job: Job, path: str | Path, *, overwrite: bool = True) -> list[Path]:
+    """Where `Output.save(path)` will write the videos of a job, proved to be possible before anything costly.
+
+    Raises as `Output.save` does.
+    """
+    return [check_output(p, job.num_frames, overwrite) for p in numbered(path, job.settings())]
+
+
+def comment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Title and comment of a file: the prompt, and all settings as JSON."""
+    text = json.dumps({"jaxwan": __version__, **settings}, ensure_ascii=False)
+    return {"title": settings.get("prompt", ""), "comment": text}
+
+
+# Notebooks
+
+
+def _embedded(frames: np.ndarray, fps: float, limit: int) -> str:
+    """An HTML element that holds the frames, halved in size until they take no more than `limit` bytes."""
+    frames = to_uint8(frames)
+    suffix = ".png" if len(frames) == 1 else ".mp4" if can_encode_h264() else ".gif"
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "shown" + suffix)
+        save_output(frames, path, fps)
+        while path.stat().st_size * 4 / 3 > limit and min(frames.shape[1:3]) >= 64:  # base64 is 4/3 as long
+            frames = _halved(frames)
+            save_output(frames, path, fps)
+        data = base64.b64encode(path.read_bytes()).decode()
+    style = 'style="min-width: 192px; image-rendering: pixelated"'
+    if suffix == ".mp4":
+        return f'<video controls loop autoplay muted {style} src="data:video/mp4;base64,{data}"></video>'
+    return f'<img {style} src="data:image/{suffix[1:]};base64,{data}">'
+
+
+def _halved(frames: np.ndarray) -> np.ndarray:
+    """Half as high and wide, to even sizes; each pixel is the mean of four."""
+    height, width = (size // 4 * 2 for size in frames.shape[1:3])
+    blocks = frames[:, : 2 * height, : 2 * width].reshape(len(frames), height, 2, width, 2, 3)
+    return blocks.mean(axis=(2, 4)).round().astype(np.uint8)
+
+
+def _one(index: int, length: int) -> slice:
+    place = range(length)[index]  # IndexError as of any sequence
+    return slice(place, place + 1)
+
+
+def _seeds(seeds: tuple[int, ...]) -> str:
+    different = list(dict.fromkeys(seeds))
+    shown = ", ".join(map(str, different[:4])) + (", …" if len(different) > 4 else "")
+    return f"seed{'s' * (len(different) != 1)} {shown}"

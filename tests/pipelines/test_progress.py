@@ -1,0 +1,76 @@
+"""What a person sees of a run, and how its time is told apart."""
+
+import io
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxwan.pipelines import progress
+from jaxwan.pipelines.progress import Progress
+
+
+def compile_one(number):
+    jax.jit(lambda x: x * number).lower(jnp.float32(1)).compile()
+
+
+def test_a_phase_counts_what_it_compiles_itself_and_not_what_other_threads_do():
+    phases = Progress(visible=False)
+    with phases.phase("beside", 1, "it"):
+        other = threading.Thread(target=compile_one, args=(3.0,))
+        other.start()
+        other.join()
+    assert phases.seconds["compile"] == 0 < phases.seconds["beside"]
+    with phases.phase("itself", 1, "it"):
+        compile_one(5.0)
+    assert phases.seconds["compile"] > 0 < phases.seconds["itself"]
+
+
+def test_a_phase_that_fails_still_counts():
+    phases = Progress()
+    with pytest.raises(ValueError, match="no"), phases.phase("denoise", 3, "step"):
+        raise ValueError("no")
+    assert phases.seconds["denoise"] > 0
+
+
+def run(total=3, unit="step", visible=True):
+    with Progress(visible=visible).phase("denoise", total, unit) as update:
+        for _ in range(min(total, 10)):
+            update(max(1, total // 10))
+
+
+def test_without_a_terminal_a_phase_is_a_plain_line(capsys):
+    run()
+    run(1)
+    run(2_500_000, "B")
+    out, err = capsys.readouterr()
+    assert out == "" and "\r" not in err
+    lines = err.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == ["denoise: 3 steps", "denoise: 1 step", "denoise: 2.5 MB"]
+
+
+def test_a_long_phase_says_now_and_then_how_far_it_is(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    run(8)
+    said = ["denoise: 2 of 8 steps, 12 s", "denoise: 4 of 8 steps, 24 s", "denoise: 6 of 8 steps, 36 s"]
+    assert capsys.readouterr().err.splitlines() == [*said, "denoise: 8 steps in 54.0 s"]
+
+
+def test_in_a_terminal_a_bar_fills(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run()
+    shown = sys.stderr.getvalue()
+    assert "denoise: 100%" in shown and "3/3" in shown
+
+
+@pytest.mark.parametrize("how", [{"visible": False}, {"total": 0}])
+def test_what_is_silent_or_does_nothing_shows_nothing(capsys, how):
+    run(**how)
+    assert capsys.readouterr() == ("", "")
