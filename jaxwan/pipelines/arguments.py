@@ -14,7 +14,7 @@ _WITHOUT_MEANING = {
     "image_embeds": ((None,), "give the image itself, as image"),
 }
 
-# What an argument is called in Wan's own scripts and in other programs
+# What an argument is called in Diffusers, Wan's own scripts and other programs
 _ELSEWHERE = {
     **dict.fromkeys(("steps", "sample_steps", "sampling_steps", "num_steps"), "num_inference_steps"),
     **dict.fromkeys(("cfg", "cfg_scale", "sample_guide_scale", "guide_scale"), "guidance_scale"),
@@ -25,6 +25,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("num_videos", "num_images_per_prompt", "batch_size"), "num_videos_per_prompt"),
     **dict.fromkeys(("base_seed", "noise_seed"), "seed"),
     **dict.fromkeys(("callback", "callback_on_step"), "callback_on_step_end"),
+    **dict.fromkeys(("device", "device_map"), "mesh"),
+    "torch_dtype": "dtype",
     "frame_rate": "fps",
     "boundary": "boundary_ratio",
     "denoise": "strength",

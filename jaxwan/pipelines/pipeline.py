@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxwan.pipelines.arguments import refuse_unknown
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import (
@@ -56,11 +57,12 @@ class WanPipeline:
         *,
         warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
+        **unknown: Any,
     ) -> "WanPipeline":
-        """Load a Diffusers-layout folder or hub id onto a mesh such as "pp=4" (None: one device).
+        """Load a Diffusers-layout folder or hub id (or what `open_checkpoint` made) onto a mesh such as "pp=4".
 
-        dtype is the DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators
-        (with Diffusers' modules kept in float32), float32 on a CPU.
+        mesh None is one device. dtype is the DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16
+        by default on accelerators (with Diffusers' modules kept in float32), float32 on a CPU.
 
         warmup: the arguments of a call, `dict(prompt="…", num_frames=81)`, or what `make_job` made of them. The call is
         checked before anything heavy is read, and what it runs is compiled while the weights are. Calls of the same
@@ -72,6 +74,7 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
+        refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "warmup", "progress"))
         spec, dtype, vae_dtype = MeshSpec.parse(mesh), parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype)
         checkpoint = open_checkpoint(model)
         job = warmup if isinstance(warmup, Job | None) else make_job(checkpoint, **with_prompt(warmup))

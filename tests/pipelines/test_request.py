@@ -12,6 +12,7 @@ from published import PUBLISHED, edit, write_configs
 
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
+from jaxwan.pipelines.load import parse_dtype
 from jaxwan.pipelines.media import save_video
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.request import ARGUMENTS, check_mesh, make_job
@@ -271,6 +272,38 @@ def test_an_argument_that_there_is_not_is_refused_with_the_right_one(job, argume
         job(**arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_loading_refuses_an_argument_that_there_is_not():
+    for name, right in (("torch_dtype", "dtype"), ("device_map", "mesh"), ("warmp", "warmup")):
+        with pytest.raises(TypeError, match=f"there is no argument {name}: did you mean {right}?"):
+            WanPipeline.from_pretrained(BUNDLED_MODEL, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mesh": 2}, 'mesh 2 is no text such as "pp=4"'),
+        ({"mesh": "pp=9"}, "mesh pp=9 has 9 stages for 8 layers"),
+        ({"dtype": np.float16}, "is not one of bfloat16, float32: nearest is"),
+        ({"dtype": "bf16"}, "dtype='bf16' is not one of bfloat16, float32: nearest is bfloat16"),
+        ({"vae_dtype": int}, "is not one of bfloat16, float32"),
+        ({"model": ""}, "model is an empty text"),
+    ],
+)
+def test_loading_refuses_what_it_cannot_do_before_it_reads_a_tensor(monkeypatch, arguments, words):
+    monkeypatch.setattr("jaxwan.pipelines.pipeline.load_parts", None)
+    plain = inspect.unwrap(WanPipeline.from_pretrained.__func__)  # without the type checks of the tests
+    with pytest.raises(ValueError) as caught:
+        plain(WanPipeline, **{"model": BUNDLED_MODEL} | arguments)
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("given", [jnp.bfloat16, "bfloat16", np.dtype(jnp.bfloat16), jnp.dtype("bfloat16")])
+def test_dtypes_are_taken_as_people_write_them(given):
+    assert parse_dtype("dtype", given) == "bfloat16"
+    assert parse_dtype("dtype", None) is None and parse_dtype("dtype", np.float32) == "float32"
 
 
 def test_arguments_of_diffusers_that_change_nothing_are_taken(job):
