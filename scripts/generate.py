@@ -28,6 +28,7 @@ import time
 import warnings
 from datetime import datetime
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 START = time.perf_counter()  # before JAX, whose start takes seconds
@@ -85,6 +86,8 @@ def generate(args: argparse.Namespace) -> int:
     job = jaxwan.make_job(checkpoint, **call)
     targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite)
     check_npz(args, targets)
+    for note in job.notes:
+        log.info(note)
     if args.no_compilation_cache:
         os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
     seconds = {"start": time.perf_counter() - START}
@@ -205,7 +208,7 @@ def described(video: dict[str, Any]) -> str:
     """One video in a line."""
     index = f" index {video['video_index']}" if video["video_index"] else ""
     size = f"{video['width']}x{video['height']}, {video['num_frames']} frames at {video['fps']:g} fps"
-    return f"{size}, seed {video['seed']}{index}: {video.get('prompt', 'embeddings')!r}"
+    return f"{size}, seed {video['seed']}{index}: {shorten(video.get('prompt', 'embeddings'), 80, placeholder='…')!r}"
 
 
 def tell_end(

@@ -152,13 +152,13 @@ class WanPipeline:
             latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
             num_videos_per_prompt=num_videos_per_prompt, video_index=video_index, **unknown,
         )  # fmt: skip
+        for note in job.notes:
+            log.info(note)
         return self.run(job, output_type=output_type, callback_on_step_end=callback_on_step_end)
 
     def run(self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None) -> Output:
-        """Generate a checked job (`make_job`)."""
+        """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
         check_output_type(output_type)
-        for note in job.notes:
-            log.info(note)
         progress = Progress(visible=self.progress)
         text = self._context(job, progress)
         size = (job.num_frames, job.height, job.width)

@@ -74,3 +74,13 @@ def test_in_a_terminal_a_bar_fills(monkeypatch):
 def test_what_is_silent_or_does_nothing_shows_nothing(capsys, how):
     run(**how)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_pipeline_logs_and_never_prints(pipeline, capsys, caplog):
+    pipe = pipeline("2.1-t2v")  # without progress
+    capsys.readouterr()
+    with caplog.at_level("INFO", "jaxwan"):
+        pipe("a", height=16, width=16, num_frames=1, num_inference_steps=1)
+    assert capsys.readouterr() == ("", "")
+    assert [record.name for record in caplog.records] == ["jaxwan.pipelines.pipeline"]
+    assert caplog.messages[0].startswith("seed ")
