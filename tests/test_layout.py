@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -82,6 +83,14 @@ def complaints(path: Path) -> list[str]:
         if (top == "jaxwan" and inner not in parts | {part}) or (top != "jaxwan" and top not in packages):
             wrong.append(f"{module} in {part}")
     return wrong
+
+
+def test_the_code_under_test_lies_beside_the_tests_in_their_processes_too(tmp_path):
+    """Not that of another clone, which the environment's installation may point to."""
+    find = "import importlib.util; print(importlib.util.find_spec('jaxwan').origin)"
+    found = subprocess.run([sys.executable, "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True)
+    here = importlib.util.find_spec("jaxwan")
+    assert here and here.origin == found.stdout.strip() == str(ROOT / "jaxwan" / "__init__.py")
 
 
 @pytest.mark.parametrize("path", FILES + SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))

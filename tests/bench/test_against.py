@@ -1,5 +1,6 @@
 """The comparison with Diffusers: the same work on both sides, in turns, and rows that say what cannot be compared."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_a_way_to_run_that_fails_is_a_row(rows):
 
 def test_without_diffusers_the_row_says_so(tmp_path, monkeypatch):
     (tmp_path / "diffusers.py").write_text("raise ImportError(\"No module named 'diffusers'\")")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (row,) = measure_against(ITEM)
     assert row.status == "skipped" and row.name == "dit/small/against diffusers"
     assert row.reason == "No module named 'diffusers': pip install torch diffusers"
