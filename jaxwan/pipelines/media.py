@@ -24,6 +24,8 @@ Image = Any  # PIL.Image.Image in RGB, or a float32 array (H, W, 3) in [0, 1]
 ImageSource = Any  # a path, a PIL image, or an array (H, W, 3): uint8, or float in [0, 1]
 VideoSource = Any  # a path, a sequence of PIL images, or an array (F, H, W, 3): uint8, or float in [0, 1]
 
+A_PICTURE = "one picture is no video, give it as image"
+
 
 # Input
 
@@ -49,10 +51,15 @@ def load_video(
 ) -> tuple[UInt8[np.ndarray, "f h w 3"] | Float[np.ndarray, "f h w 3"], Fraction | None]:
     """The first `max_frames` frames (all by default) and, of a file, its frame rate.
 
-    Raises OSError for a file that is missing or unreadable, ValueError for frames of another shape, depth or range.
+    Raises OSError for a file that is missing or unreadable, ValueError for a picture and for frames of another shape,
+    depth or range.
     """
+    import PIL.Image
+
     if isinstance(source, str | Path):
         return _read_video(Path(source), what, max_frames)
+    if isinstance(source, PIL.Image.Image) or (getattr(source, "ndim", 0) == 3 and source.shape[-1] == 3):
+        raise ValueError(f"{what} has shape {np.asarray(source).shape}, must be (F, H, W, 3): {A_PICTURE}")
     if isinstance(source, list | tuple):
         return _stacked(source[:max_frames], what), None
     return _checked(source, ("F", "H", "W", 3), what)[:max_frames], None
@@ -136,14 +143,28 @@ def clip_pixels(image: Image, processor: Any) -> Float[np.ndarray, "h w 3"]:
 def _read_image(path: Path, what: str) -> Image:
     import PIL.Image
 
+    errors = SyntaxError, PIL.Image.DecompressionBombError  # PIL tells broken PNGs by SyntaxError
+    reading = _reading(path, what, "image", PIL.UnidentifiedImageError, *errors)
+    with reading, PIL.Image.open(path) as image:
+        image.load()
+        return _upright_rgb(image, what)
+
+
+@contextmanager
+def _reading(path: Path, what: str, kind: str, unknown: type[Exception], *errors: type[Exception]) -> Iterator[None]:
+    """Errors of a reader as OSErrors that name the path once, and the reason; `unknown` is that of foreign content."""
     try:
-        with PIL.Image.open(path) as image:
-            image.load()
-            return _upright_rgb(image, what)
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what} {path} does not exist") from error
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # PIL tells broken PNGs by SyntaxError
-        raise OSError(f"{what} {path} is no readable image ({error})") from error
+    except (OSError, unknown, *errors) as error:
+        if path.is_file() and not path.stat().st_size:
+            reason = "it is empty"
+        elif isinstance(error, unknown):
+            reason = "damaged, or of an unknown format"
+        else:
+            reason = getattr(error, "strerror", None) or str(error)  # str of those that have both names the path again
+        raise OSError(f"{what} {path} is no readable {kind} ({reason})") from error
 
 
 def _upright_rgb(image: Any, what: str) -> Image:
@@ -158,18 +179,17 @@ def _read_video(path: Path, what: str, max_frames: int | None) -> tuple[UInt8[np
     import av
     import av.error
 
-    try:
-        # As a file object: of a name, ffmpeg would also take protocols.
-        with path.open("rb") as file, av.open(file, "r") as container:
-            if not container.streams.video:
-                raise ValueError(f"{what} {path} has no video stream")
-            stream = container.streams.video[0]
-            frames = [_upright(frame) for frame in islice(container.decode(stream), max_frames)]
-            rate = stream.average_rate or stream.guessed_rate
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{what} {path} does not exist") from error
-    except (OSError, av.error.FFmpegError) as error:
-        raise OSError(f"{what} {path} is no readable video ({error})") from error
+    reading = _reading(path, what, "video", av.error.InvalidDataError, av.error.FFmpegError)
+    # As a file object: of a name, ffmpeg would also take protocols.
+    with reading, path.open("rb") as file, av.open(file, "r") as container:
+        if not container.streams.video:
+            raise ValueError(f"{what} {path} has no video stream")
+        stream = container.streams.video[0]
+        # ffmpeg's readers of pictures are called png_pipe and the like; a still gif or avif has one frame and no time
+        if container.format.name.endswith("_pipe") or (stream.frames == 1 and not stream.duration):
+            raise ValueError(f"{what} {path} holds no moving pictures: {A_PICTURE}")
+        frames = [_upright(frame) for frame in islice(container.decode(stream), max_frames)]
+        rate = stream.average_rate or stream.guessed_rate
     if not frames:
         raise ValueError(f"{what} {path} has no frames")
     return np.stack(frames), rate

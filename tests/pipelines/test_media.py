@@ -173,7 +173,8 @@ def test_pixels_of_another_shape_depth_or_range_are_refused(source, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (noise(4, 6, 3), r"video has shape \(4, 6, 3\), must be \(F, H, W, 3\)"),
+        (noise(4, 6, 3), r"video has shape \(4, 6, 3\), must be \(F, H, W, 3\): one picture is no video, give it as"),
+        (noise(4, 6), r"video has shape \(4, 6\), must be \(F, H, W, 3\)"),
         (NAN[None], "values from nan"),
         ([], "no frames"),
         ([Image.new("RGB", (4, 6)), Image.new("RGB", (6, 4))], r"one size, got \[\(4, 6\), \(6, 4\)\]"),
@@ -193,21 +194,55 @@ def test_a_float_array_is_never_resized():
 
 
 @pytest.mark.parametrize("load", [load_image, load_video])
-def test_files_that_are_missing_or_unreadable_are_refused_by_name(tmp_path, load):
+def test_files_that_are_missing_or_unreadable_are_refused_by_name_and_reason(tmp_path, load):
+    kind = load.__name__.removeprefix("load_")
     with pytest.raises(FileNotFoundError, match="absent.mp4 does not exist"):
         load(tmp_path / "absent.mp4")
     (tmp_path / "text.png").write_text("no pixels")
-    with pytest.raises(OSError, match="text.png is no readable"):
-        load(tmp_path / "text.png")
-    with pytest.raises(OSError, match="is no readable"):
-        load(tmp_path)
+    (tmp_path / "empty.png").touch()
+    reasons = {"text.png": "damaged, or of an unknown format", "empty.png": "it is empty", "": "Is a directory"}
+    for path, why in ((tmp_path / name, why) for name, why in reasons.items()):
+        with pytest.raises(OSError) as caught:
+            load(path)
+        assert str(caught.value) == f"{kind} {path} is no readable {kind} ({why})"
 
 
-def test_a_truncated_image_is_refused(tmp_path):
+def test_truncated_files_are_refused_by_name_and_reason(tmp_path):
     Image.fromarray(noise(64, 64, 3)).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(OSError, match="half.png is no readable image"):
-        load_image(tmp_path / "half.png")
+    save_video(smooth(9), tmp_path / "whole.mp4", 8)
+    for name, load, kind in (("png", load_image, "image"), ("mp4", load_video, "video")):
+        half = tmp_path / f"half.{name}"
+        half.write_bytes((tmp_path / f"whole.{name}").read_bytes()[:500])
+        with pytest.raises(OSError, match=rf"half.{name} is no readable {kind} \(") as caught:
+            load(half)
+        assert str(caught.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tiff", "a.gif", "png called a.mp4"])
+def test_a_picture_is_no_video(tmp_path, name):
+    format = "PNG" if name.endswith("mp4") else None
+    Image.fromarray(noise(16, 32, 3)).save(tmp_path / name, format=format)
+    with pytest.raises(ValueError, match=f"{name} holds no moving pictures: one picture is no video, give it as image"):
+        load_video(tmp_path / name, max_frames=5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_pil_image_is_no_video(mode):
+    with pytest.raises(ValueError, match="must be .F, H, W, 3.: one picture is no video, give it as image"):
+        load_video(Image.new(mode, (6, 4)))
+
+
+@pytest.mark.parametrize("format", ["gif", "png"])
+def test_an_animated_picture_is_a_video(tmp_path, format):
+    images = [Image.fromarray(frame) for frame in to_uint8(smooth(5))]
+    images[0].save(tmp_path / f"moving.{format}", save_all=True, append_images=images[1:], duration=100)
+    frames, rate = load_video(tmp_path / f"moving.{format}")
+    assert (frames.shape, rate) == ((5, 48, 64, 3), 10)
+
+
+def test_a_video_of_one_frame_is_one(tmp_path):
+    save_video(smooth(1), tmp_path / "short.mp4", 8)
+    assert load_video(tmp_path / "short.mp4")[0].shape == (1, 48, 64, 3)
 
 
 def test_a_file_with_sound_alone_is_no_video(tmp_path):
