@@ -49,7 +49,7 @@ def load_image(source: ImageSource, what: str = "image") -> Image:
 def load_video(
     source: VideoSource, what: str = "video", *, max_frames: int | None = None
 ) -> tuple[UInt8[np.ndarray, "f h w 3"] | Float[np.ndarray, "f h w 3"], Fraction | None]:
-    """The first `max_frames` frames (all by default) and, of a file, its frame rate.
+    """The first `max_frames` frames (all by default) and, of a file, its frame rate; later frames are not decoded.
 
     Raises OSError for a file that is missing or unreadable, ValueError for a picture and for frames of another shape,
     depth or range.
@@ -63,6 +63,16 @@ def load_video(
     if isinstance(source, list | tuple):
         return _stacked(source[:max_frames], what), None
     return _checked(source, ("F", "H", "W", 3), what)[:max_frames], None
+
+
+def count_frames(source: VideoSource) -> int | None:
+    """How many frames `load_video` finds in what it takes, without decoding any; None where a file does not say."""
+    import av
+
+    if not isinstance(source, str | Path):
+        return len(source)
+    with Path(source).open("rb") as file, av.open(file, "r") as container:
+        return container.streams.video[0].frames or None
 
 
 def resize_image(image: Image, height: int, width: int, what: str = "image") -> Float[np.ndarray, "{height} {width} 3"]:

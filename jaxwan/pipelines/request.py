@@ -16,7 +16,7 @@ import numpy as np
 from jaxwan.config import ImageInput
 from jaxwan.pipelines.arguments import refuse_unknown
 from jaxwan.pipelines.checkpoint import Checkpoint, check_kind
-from jaxwan.pipelines.media import fit_size, load_image, load_video, resize_image, resize_video
+from jaxwan.pipelines.media import count_frames, fit_size, load_image, load_video, resize_image, resize_video
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, first_used_step, make_table
 from jaxwan.sharding.mesh import MeshSpec
@@ -151,10 +151,10 @@ def make_job(
     _check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
     num_frames = None if num_frames is None else _whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
-    frames, video_fps = _video(video, num_frames, strength)
+    frames, video_fps = _video(checkpoint, video, num_frames, strength)
     notes: list[str] = []
     height, width = _size(checkpoint, height, width, images, frames, notes)
-    num_frames = _num_frames(checkpoint, num_frames, frames, notes)
+    num_frames = _num_frames(checkpoint, num_frames, video, frames, notes)
     checkpoint.geometry.check_size(num_frames, height, width)
     _check_rope(checkpoint, num_frames, height, width)
     _check_pixels(images, last_images, frames, (num_frames, height, width))
@@ -317,13 +317,16 @@ def _media(name: str, value: Any, count: int) -> list:
     return [value] * count
 
 
-def _video(video: Any, num_frames: int | None, strength: Any) -> tuple[Any, float | None]:
-    """(frames, their own fps) of a source video, read as far as needed; or (None, None)."""
+def _video(checkpoint: Checkpoint, video: Any, num_frames: int | None, strength: Any) -> tuple[Any, float | None]:
+    """(frames, their own fps) of a source video, at most the model's own length if none is asked for; or (None, None).
+
+    Arrays and lists are treated like files, of which no more is decoded: they may be as long.
+    """
     if video is None:
         if strength is not None:
             raise ValueError(f"strength={strength} is for video to video: give a video, or leave it out")
         return None, None
-    frames, fps = load_video(video, max_frames=num_frames)
+    frames, fps = load_video(video, max_frames=_first(num_frames, checkpoint.defaults.num_frames))
     return frames, None if fps is None else float(fps)
 
 
@@ -344,13 +347,18 @@ def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, note
     return fitted
 
 
-def _num_frames(checkpoint: Checkpoint, num_frames: int | None, frames: Any, notes: list[str]) -> int:
+def _num_frames(checkpoint: Checkpoint, num_frames: int | None, video: Any, frames: Any, notes: list[str]) -> int:
+    own, step = checkpoint.defaults.num_frames, checkpoint.geometry.temporal
     if frames is None:
-        return checkpoint.defaults.num_frames if num_frames is None else num_frames
-    step = checkpoint.geometry.temporal
+        return _first(num_frames, own)
     most = (len(frames) - 1) // step * step + 1
     if num_frames is None:
-        notes.append(f"{most} frames, the largest {step}k+1 in the video's {len(frames)}")
+        total = len(frames) if len(frames) < own else count_frames(video)
+        if total == len(frames):
+            notes.append(f"{most} frames, the largest {step}k+1 in the video's {total}")
+        else:
+            whole = "the video" if total is None else f"the video's {total}"
+            notes.append(f"the first {most} frames of {whole}, this model's own length: give num_frames for more")
         return most
     if num_frames > len(frames):
         raise ValueError(f"num_frames={num_frames} but the video has {len(frames)} frames: the largest is {most}")

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor
 from jaxwan.pipelines.media import (
     check_output,
     clip_pixels,
+    count_frames,
     fit_size,
     load_image,
     load_image_processor,
@@ -243,6 +244,18 @@ def test_an_animated_picture_is_a_video(tmp_path, format):
 def test_a_video_of_one_frame_is_one(tmp_path):
     save_video(smooth(1), tmp_path / "short.mp4", 8)
     assert load_video(tmp_path / "short.mp4")[0].shape == (1, 48, 64, 3)
+
+
+def test_frames_are_counted_without_decoding_where_the_file_says(tmp_path):
+    save_video(smooth(9), tmp_path / "clip.mp4", 8)
+    with av.open(str(tmp_path / "clip.mp4")) as file, av.open(str(tmp_path / "clip.mkv"), "w") as copy:
+        stream = copy.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    assert (count_frames(tmp_path / "clip.mp4"), count_frames(str(tmp_path / "clip.mkv"))) == (9, None)
+    assert count_frames(smooth(3)) == count_frames([Image.new("RGB", (6, 4))] * 3) == 3
 
 
 def test_a_file_with_sound_alone_is_no_video(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from published import PUBLISHED, edit, write_configs
 
+from jaxwan.pipelines import media
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
 from jaxwan.pipelines.load import parse_dtype
@@ -226,6 +227,41 @@ def test_a_video_gives_frames_rate_and_size(job, tmp_path):
     assert (short.num_frames, short.fps, len(short.video), short.notes) == (5, 30.0, 5, ())
     of_images = job(T2V, video=[PHOTO] * 5, seed=1)
     assert (of_images.num_frames, of_images.fps) == (5, 16.0)  # no rate of its own: the table's
+
+
+def write_long(path):
+    """100 frames, repeating CLIP."""
+    save_video([CLIP[i % 10] for i in range(100)], path, 16)
+    return path
+
+
+def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp_path):
+    path = write_long(tmp_path / "long.mp4")
+    images = [Image.fromarray(frame) for frame in CLIP] * 10
+    note = "the first 81 frames of the video's 100, this model's own length: give num_frames for more"
+    for video in (path, images, np.concatenate([CLIP] * 10)):
+        made = job(T2V_21, video=video, seed=1, height=64, width=96)
+        assert (made.num_frames, len(made.video), made.notes) == (81, 81, (note,))
+        more = job(T2V_21, video=video, seed=1, height=64, width=96, num_frames=97)
+        assert (more.num_frames, len(more.video), more.notes) == (97, 97, ())
+    whole = job(T2V_21, video=images[:81], seed=1, height=64, width=96)
+    assert whole.notes == ("81 frames, the largest 4k+1 in the video's 81",)
+    assert job(TI2V, video=path, seed=1, height=64, width=96).num_frames == 97  # its own length is 121
+
+
+def test_a_file_that_does_not_say_how_long_it_is_gives_the_models_own_length(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxwan.pipelines.request.count_frames", lambda video: None)  # as of Matroska and WebM
+    made = job(T2V_21, video=write_long(tmp_path / "long.mp4"), seed=1, height=64, width=96)
+    note = "the first 81 frames of the video, this model's own length: give num_frames for more"
+    assert (made.num_frames, made.notes) == (81, (note,))
+
+
+def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
+    path, decoded = write_long(tmp_path / "long.mp4"), []
+    upright = media._upright
+    monkeypatch.setattr(media, "_upright", lambda frame: (decoded.append(1), upright(frame))[1])
+    job(T2V_21, video=path)
+    assert len(decoded) == 81
 
 
 @pytest.mark.parametrize(
