@@ -56,6 +56,10 @@ class Geometry:
         t, h, w = self.token_grid(num_frames, height, width)
         return t * h * w
 
+    def most_frames(self, available: int) -> int:
+        """The largest valid num_frames in so many frames, at least one: 83 -> 81."""
+        return (available - 1) // self.temporal * self.temporal + 1
+
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises ValueError naming every size that does not fit and its nearest valid values. Nothing is rounded."""
         wanted = (

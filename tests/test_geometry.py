@@ -59,6 +59,10 @@ def test_sizes_that_do_not_fit_are_refused_with_the_nearest_valid_ones(geometry,
         assert str(error.value) == message
 
 
+def test_the_most_frames_of_a_source_are_valid_and_no_further_block_fits():
+    assert [Geometry().most_frames(n) for n in (1, 4, 5, 81, 83, 85)] == [1, 1, 5, 81, 81, 85]
+
+
 def test_the_named_nearest_sizes_are_valid():
     for value in range(-5, 200):
         for sizes, place in (((value, 64, 64), 0), ((1, value, 64), 1)):

@@ -85,7 +85,7 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """Whether any request is guided; then each one rides as two micro-batches."""
+        """Whether any request is guided; then each one is two micro-batches."""
         return any(request.guided for request in self.requests)
 
     @property
@@ -348,14 +348,14 @@ def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, note
 
 
 def _num_frames(checkpoint: Checkpoint, num_frames: int | None, video: Any, frames: Any, notes: list[str]) -> int:
-    own, step = checkpoint.defaults.num_frames, checkpoint.geometry.temporal
+    own, geometry = checkpoint.defaults.num_frames, checkpoint.geometry
     if frames is None:
         return _first(num_frames, own)
-    most = (len(frames) - 1) // step * step + 1
+    most = geometry.most_frames(len(frames))
     if num_frames is None:
         total = len(frames) if len(frames) < own else count_frames(video)
         if total == len(frames):
-            notes.append(f"{most} frames, the largest {step}k+1 in the video's {total}")
+            notes.append(f"{most} frames, the largest {geometry.temporal}k+1 in the video's {total}")
         else:
             whole = "the video" if total is None else f"the video's {total}"
             notes.append(f"the first {most} frames of {whole}, this model's own length: give num_frames for more")
