@@ -29,7 +29,7 @@ from jaxwan.sharding.mesh import position, shift, spec
 
 @dataclass(frozen=True)
 class RingPlan:
-    """Who rides: `requests` of `branches` micro-batches each through `stages`. All that the tick arithmetic needs."""
+    """A ring's size, all that the tick arithmetic needs: `requests` of `branches` micro-batches each, `stages`."""
 
     stages: int
     requests: int
@@ -72,7 +72,7 @@ class Slot(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """When each request rides: it starts in round `start` and takes `num_steps` rounds."""
+    """When each request is in the ring: it starts in round `start` and takes `num_steps` rounds."""
 
     start: Int[Array, " r"]
     num_steps: Int[Array, " r"]
@@ -110,7 +110,7 @@ def make_ring(
     """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
 
     `ticks` is traced: one executable serves every segment length. weight_specs, input_specs: PartitionSpecs of
-    `weights` and `inputs`; turns are replicated. Idle positions compute on garbage that is never retired: leaving the
+    `weights` and `inputs`; turns are replicated. Idle positions compute on garbage that nothing reads: leaving the
     work out would make control flow differ between devices, which deadlocks collectives.
     """
     staged, replicated = spec(mesh, "pp"), PartitionSpec()

@@ -183,7 +183,7 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
 def fold_text(context: Context, rows: Int[Array, ""], length: int) -> Context:
     """The context of one text of `length` rows, those behind the first `rows` being alike, which counts them by one.
 
-    Both ways to attend are in the program, and each text takes its own: what rides beside it changes no bit.
+    Both ways to attend are in the program, and each text takes its own: what is in the ring beside it changes no bit.
     """
     counts = log_counts(jnp.arange(FOLDED_ROWS)[None] < rows, length)
     return context._replace(log_counts=counts, folded=rows < FOLDED_ROWS)

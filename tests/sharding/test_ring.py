@@ -105,7 +105,7 @@ def test_every_device_works_out_what_it_holds(plan, steps, start):
             at = jax.tree.map(lambda x, i=(tick, place): x[i].item(), slots)
             assert at.active == (held is not None)
             assert held in (None, (at.request, at.branch, at.step))
-            assert 0 <= at.request < plan.requests and 0 <= at.step < steps[at.request]  # also where nothing rides
+            assert 0 <= at.request < plan.requests and 0 <= at.step < steps[at.request]  # also where it is idle
 
 
 def test_the_worked_example_of_the_module():
