@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -143,6 +144,17 @@ def test_top_level_folders_are_reached_through_relative_links(name):
 @pytest.mark.parametrize("folder", [*LINKS, "tests"])
 def test_folders_beside_the_package_are_no_packages(folder):
     assert list((ROOT / folder).rglob("__init__.py")) == []
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_what_a_page_names_is_there(page):
+    """Files, from the root or jaxwan/, and what it says is in them: `NAME` in `FILE.py`, `A` and `B` of `FILE.py`."""
+    text = (ROOT / page).read_text()
+    code = {path: "".join(f.read_text() for f in (ROOT / path, ROOT / "jaxwan" / path) if f.exists())
+            for path in re.findall(r"`([\w/]+/\w+\.py)`", text)}  # fmt: skip
+    assert [path for path, lines in code.items() if not lines] == []
+    named = re.findall(r"`(\w+)`(?: and `(\w+)`)? (?:of|in)\s+`([\w/]+/\w+\.py)`", text)
+    assert [(name, path) for *names, path in named for name in names if name not in code[path]] == []
 
 
 @pytest.mark.parametrize("text, wrong", [

@@ -32,6 +32,10 @@ def t2v(written, tmp_path):
 # What is read
 
 
+def test_every_variant_has_its_published_configurations():
+    assert PUBLISHED.keys() == BY_NAME.keys()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_checkpoint_is_recognised_from_its_configurations_alone(written, name):
     checkpoint = read_checkpoint(written[name])
