@@ -24,8 +24,6 @@ Image = Any  # PIL.Image.Image in RGB, or a float32 array (H, W, 3) in [0, 1]
 ImageSource = Any  # a path, a PIL image, or an array (H, W, 3): uint8, or float in [0, 1]
 VideoSource = Any  # a path, a sequence of PIL images, or an array (F, H, W, 3): uint8, or float in [0, 1]
 
-A_PICTURE = "one picture is no video, give it as image"
-
 
 # Input
 
@@ -59,7 +57,7 @@ def load_video(
     if isinstance(source, str | Path):
         return _read_video(Path(source), what, max_frames)
     if isinstance(source, PIL.Image.Image) or (getattr(source, "ndim", 0) == 3 and source.shape[-1] == 3):
-        raise ValueError(f"{what} has shape {np.asarray(source).shape}, must be (F, H, W, 3): {A_PICTURE}")
+        raise ValueError(f"{what} has shape {np.asarray(source).shape}, must be (F, H, W, 3): give a picture as image")
     if isinstance(source, list | tuple):
         return _stacked(source[:max_frames], what), None
     return _checked(source, ("F", "H", "W", 3), what)[:max_frames], None
@@ -197,7 +195,7 @@ def _read_video(path: Path, what: str, max_frames: int | None) -> tuple[UInt8[np
         stream = container.streams.video[0]
         # ffmpeg's readers of pictures are called png_pipe and the like; a still gif or avif has one frame and no time
         if container.format.name.endswith("_pipe") or (stream.frames == 1 and not stream.duration):
-            raise ValueError(f"{what} {path} holds no moving pictures: {A_PICTURE}")
+            raise ValueError(f"{what} {path} is a picture: give it as image")
         frames = [_upright(frame) for frame in islice(container.decode(stream), max_frames)]
         rate = stream.average_rate or stream.guessed_rate
     if not frames:

@@ -174,7 +174,7 @@ def test_pixels_of_another_shape_depth_or_range_are_refused(source, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (noise(4, 6, 3), r"video has shape \(4, 6, 3\), must be \(F, H, W, 3\): one picture is no video, give it as"),
+        (noise(4, 6, 3), r"video has shape \(4, 6, 3\), must be \(F, H, W, 3\): give a picture as image"),
         (noise(4, 6), r"video has shape \(4, 6\), must be \(F, H, W, 3\)"),
         (NAN[None], "values from nan"),
         ([], "no frames"),
@@ -223,13 +223,13 @@ def test_truncated_files_are_refused_by_name_and_reason(tmp_path):
 def test_a_picture_is_no_video(tmp_path, name):
     format = "PNG" if name.endswith("mp4") else None
     Image.fromarray(noise(16, 32, 3)).save(tmp_path / name, format=format)
-    with pytest.raises(ValueError, match=f"{name} holds no moving pictures: one picture is no video, give it as image"):
+    with pytest.raises(ValueError, match=f"{name} is a picture: give it as image"):
         load_video(tmp_path / name, max_frames=5)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
 def test_a_pil_image_is_no_video(mode):
-    with pytest.raises(ValueError, match="must be .F, H, W, 3.: one picture is no video, give it as image"):
+    with pytest.raises(ValueError, match="must be .F, H, W, 3.: give a picture as image"):
         load_video(Image.new(mode, (6, 4)))
 
 

@@ -478,8 +478,8 @@ BAD = [
     ({"video": CLIP, "num_frames": 6}, "num_frames=6 is not 4k+1: nearest are 5 and 9"),
     ({"video": []}, "must have one size, got no frames"),
     ({"video": CLIP / 255.0, "height": 64, "width": 96}, "video is a float array of 48 x 64 but 64 x 96 is asked for"),
-    ({"video": CLIP[0]}, "video has shape (48, 64, 3), must be (F, H, W, 3): one picture is no video, give it as im"),
-    ({"video": PHOTO}, "video has shape (50, 100, 3), must be (F, H, W, 3): one picture is no video, give it as image"),
+    ({"video": CLIP[0]}, "video has shape (48, 64, 3), must be (F, H, W, 3): give a picture as image"),
+    ({"video": PHOTO}, "video has shape (50, 100, 3), must be (F, H, W, 3): give a picture as image"),
 ]  # fmt: skip
 
 BAD_FOR = [
