@@ -200,7 +200,7 @@ def _read_video(path: Path, what: str, max_frames: int | None) -> tuple[UInt8[np
         rate = stream.average_rate or stream.guessed_rate
     if not frames:
         raise ValueError(f"{what} {path} has no frames")
-    return np.stack(frames), rate
+    return np.stack(frames), Fraction(rate.numerator, rate.denominator) if rate else None  # av 19 has a type of its own
 
 
 def _upright(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
