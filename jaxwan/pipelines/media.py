@@ -378,17 +378,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import PIL.Image
 
     path = Path(path)
-    try:
-        if path.suffix.lower() == ".mp4":
-            with path.open("rb") as file, av.open(file, "r") as container:
-                text = container.metadata.get("comment")
-        else:
-            with PIL.Image.open(path) as image:
-                text = image.info.get("Comment") or image.info.get("comment")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"file {path} does not exist") from error
-    except (OSError, SyntaxError, av.error.FFmpegError) as error:
-        raise OSError(f"file {path} is no readable mp4, gif or png") from error
+    if path.suffix.lower() == ".mp4":
+        reading = _reading(path, "file", "mp4", av.error.InvalidDataError, av.error.FFmpegError)
+        with reading, path.open("rb") as file, av.open(file, "r") as container:
+            text = container.metadata.get("comment")
+    else:
+        reading = _reading(path, "file", "mp4, gif or png", PIL.UnidentifiedImageError, SyntaxError)
+        with reading, PIL.Image.open(path) as image:
+            text = image.info.get("Comment") or image.info.get("comment")
     try:
         settings = json.loads(text or "")
     except ValueError:
