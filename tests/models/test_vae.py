@@ -65,14 +65,6 @@ def load(folder, cfg: VAEConfig, dtype=jnp.float32) -> VAE:
     return load_module(lambda: VAE(cfg, dtype=dtype, rngs=nnx.Rngs(0)), TensorFiles.find(folder), RULES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time here, and these programs run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def case(request, tmp_path_factory) -> Case:
     model = torch_vae(**KINDS[request.param])

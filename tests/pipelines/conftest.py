@@ -3,35 +3,10 @@
 from functools import cache
 
 import checkpoints
-import jax
 import pytest
 import torch
 
 from jaxwan.pipelines.pipeline import WanPipeline
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Pipelines share many programs, such as the VAE's: compile each once a session."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Less optimised programs, which compile twice as fast: enough where results are compared within a tolerance."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from jaxwan.pipelines.request import make_job
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
 from jaxwan.sharding.ring import RingPlan, Turns
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 STAGES = 4
 PIXEL = np.zeros((1, 1, 3), np.uint8)
 SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]")

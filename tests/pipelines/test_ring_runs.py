@@ -1,6 +1,6 @@
 """Whole runs over several stages and in batches: the same bits as on one device and alone, and no recompiling.
 
-Programs are optimised as in use: with less of it (the fixture `quick_compilation`) the last bits do differ.
+Programs are optimised as in use: with less of it the last bits do differ.
 """
 
 from functools import cache
@@ -19,6 +19,8 @@ from jaxwan.pipelines.denoise import Denoiser, carries_text, load_weights
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.prompt import FOLDED_ROWS, count_rows, folds_texts
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
+
+pytestmark = pytest.mark.usefixtures("optimised")
 
 BATCH = dict(
     prompt=[PROMPTS[0], 12 * "the dog of the blue tones ", ""],  # the second is too long to be folded

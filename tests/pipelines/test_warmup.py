@@ -15,8 +15,6 @@ from jaxwan.pipelines.request import make_job
 from jaxwan.pipelines.warmup import compiling
 from jaxwan.sharding.mesh import MeshSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = dict(height=32, width=48, num_frames=5)
 CALL = SIZE | dict(prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], num_inference_steps=2, seed=1)
 GREY = np.full((32, 48, 3), 128, np.uint8)

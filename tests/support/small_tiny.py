@@ -35,21 +35,14 @@ VAE_CONFIG = VAEConfig(
 
 
 @contextmanager
-def small_and_quick() -> Iterator[pytest.MonkeyPatch]:
-    """Makes text encoder and denoisers small, and leaves out what makes programs fast but slow to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def small_models() -> Iterator[pytest.MonkeyPatch]:
+    """Text encoder and denoisers are small inside."""
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
+        for module in (train_dit, dit_quality, checkpoint):
+            patch.setattr(module, "DIT", DIT)
+        for module in (train_text, train_dit, dit_quality, checkpoint):
+            patch.setattr(module, "TEXT", TEXT)
         yield patch
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def shrink(patch: pytest.MonkeyPatch) -> None:
-    """Make text encoder and denoisers small for as long as the patch lasts."""
-    for module in (train_dit, dit_quality, checkpoint):
-        patch.setattr(module, "DIT", DIT)
-    for module in (train_text, train_dit, dit_quality, checkpoint):
-        patch.setattr(module, "TEXT", TEXT)
 
 
 def draw_parameters(name: str, seed: int = 0) -> dict[str, jax.Array]:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_tiny import VAE_CONFIG, draw_parameters, small_and_quick, write_vae
+from small_tiny import VAE_CONFIG, draw_parameters, small_models, write_vae
 
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.pipeline import WanPipeline
@@ -15,7 +15,7 @@ PROMPT = "a red circle moving right on a blue background"
 @pytest.fixture(scope="module")
 def written():
     """Component -> its parameters."""
-    with small_and_quick():
+    with small_models():
         experts = {folder: draw_parameters("transformer", seed) for seed, folder in enumerate(EXPERTS.values())}
         yield experts | {"text_encoder": draw_parameters("text_encoder")}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from small_tiny import VAE_CONFIG, draw_parameters, make_latents, small_and_quick
+from small_tiny import VAE_CONFIG, draw_parameters, make_latents, small_models
 
 from jaxwan.models.vae import VAE
 from jaxwan.tiny import dit_quality
@@ -18,7 +18,7 @@ from jaxwan.tiny.grammar import caption
 
 @pytest.fixture(scope="module", autouse=True)
 def shrunk():
-    with small_and_quick():
+    with small_models():
         yield
 
 

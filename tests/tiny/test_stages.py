@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_tiny import draw_parameters, make_latents, small_and_quick
+from small_tiny import draw_parameters, make_latents, small_models
 
 from jaxwan.tiny import stages, train_dit
 from jaxwan.tiny.checkpoint import read_component, write_component, write_surroundings
@@ -44,7 +44,7 @@ class Unjudged:
 @pytest.fixture(scope="module", autouse=True)
 def shrunk():
     """Few steps of a small model on noise."""
-    with small_and_quick() as patch:
+    with small_models() as patch:
         patch.setattr(stages, "BASE", BASE)
         patch.setattr(stages, "EXPERT_PLANS", EXPERTS)
         patch.setattr(stages, "Judge", Unjudged)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import relative_error
-from small_tiny import DIT, TEXT, draw_parameters, make_latents, small_and_quick
+from small_tiny import DIT, TEXT, draw_parameters, make_latents, small_models
 
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import Context, WanTransformer
@@ -38,7 +38,7 @@ from jaxwan.tiny.training import module_with
 
 @pytest.fixture(scope="module", autouse=True)
 def shrunk():
-    with small_and_quick():
+    with small_models():
         yield
 
 

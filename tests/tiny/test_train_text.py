@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_tiny import draw_parameters, small_and_quick
+from small_tiny import draw_parameters, small_models
 
 from jaxwan.tiny import stages, train_text
 from jaxwan.tiny.attributes import COLOURS, MOTIONS, READ, VALUES, Attributes, Thing
@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def shrunk():
-    with small_and_quick() as patch:
+    with small_models() as patch:
         patch.setattr(train_text, "BATCH", 32)
         patch.setattr(train_text, "JUDGED", 16)
         yield

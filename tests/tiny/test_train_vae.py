@@ -34,16 +34,8 @@ CFG = VAEConfig(
 FITTED = 64  # crops
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Compiling is most of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
-def crops(quick_to_compile):
+def crops():
     return jax.jit(draw_crops, static_argnums=(1, 2))(jax.random.key(7), FITTED + 32, 1)
 
 

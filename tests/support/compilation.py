@@ -1,0 +1,41 @@
+"""How the programs of tests are compiled: in the least time, unless a test needs them as in use."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax._src import compiler
+
+# The emitters that XLA had before its present ones: where nothing is optimised, they take less than half of the time.
+EMITTERS = {"xla_cpu_use_fusion_emitters": False}
+
+_quick = False
+
+
+def compile_quickly(value: bool = True) -> None:
+    """From now on leave out what makes programs fast but slow to compile: they give the same but for rounding."""
+    global _quick
+    _quick = value
+    jax.config.update("jax_disable_most_optimizations", value)
+
+
+@contextmanager
+def as_in_use() -> Iterator[None]:
+    """What is compiled inside is optimised as in use."""
+    before = _quick
+    compile_quickly(False)
+    yield
+    compile_quickly(before)
+
+
+def _with_emitters(make_options: Callable) -> Callable:
+    def make(*args: Any, env_options_overrides: dict | None = None, **kwargs: Any) -> Any:
+        given = (EMITTERS if _quick else {}) | (env_options_overrides or {})
+        return make_options(*args, env_options_overrides=given, **kwargs)
+
+    return make
+
+
+if hasattr(compiler, "get_compile_options"):  # JAX's own, which may move: then compiling takes longer
+    compiler.get_compile_options = _with_emitters(compiler.get_compile_options)
