@@ -8,14 +8,32 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jaxwan", "beartype.beartype")
 
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of JAX in processes of their own; of this one, see `compilation`
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads gain nothing on models so small, and wait for cores
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from compilation import as_in_use, compile_quickly  # noqa: E402
+from compilation import compile_quickly, compiling_quickly  # noqa: E402
 from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 os.environ.setdefault("JAXWAN_COMPILATION_CACHE", "0")  # nothing of tests in the user's cache folder
+compile_quickly()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+LONGEST = ("test_ring_runs.py", "test_bundled_model.py")  # files to begin with, so that no process ends alone with one
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process a core and no more than four, of up to 2 GB each; what is slow or needs the GPU has the machine alone."""
+    if config.option.markexpr.startswith(("slow", "gpu")):
+        return 0
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,14 +46,29 @@ def compilation(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # others are compiled sooner than read
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     reset_cache()  # JAX asks for the folder once, when it first compiles, which files may do when they are imported
-    if jax.default_backend() == "cpu":
-        compile_quickly()
+    if jax.default_backend() != "cpu":
+        compile_quickly(False)
 
 
 @pytest.fixture(scope="module")
 def optimised():
-    """Programs as in use, for what is claimed of their bits: with less of it the last ones do differ."""
-    with as_in_use():
+    """Programs as in use."""
+    with compiling_quickly(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def optimised_ring(optimised):
+    """The ring as in use, because its bits are compared between programs: optimised less, the last ones do differ.
+
+    VAE and encoders take a single video or text at a time: the same program on both sides of a comparison.
+    """
+    from jaxwan.models.vae import VideoCoder
+    from jaxwan.pipelines.parts import Jitted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, name in ((VideoCoder, "encode_chunk"), (VideoCoder, "decode_chunk"), (Jitted, "__call__")):
+            patch.setattr(cls, name, compiling_quickly()(getattr(cls, name)))
         yield
 
 

@@ -21,10 +21,10 @@ def compile_quickly(value: bool = True) -> None:
 
 
 @contextmanager
-def as_in_use() -> Iterator[None]:
-    """What is compiled inside is optimised as in use."""
+def compiling_quickly(value: bool = True) -> Iterator[None]:
+    """Whether what is compiled inside is compiled quickly, or as in use."""
     before = _quick
-    compile_quickly(False)
+    compile_quickly(value)
     yield
     compile_quickly(before)
 
