@@ -26,14 +26,16 @@ LONGEST = ("test_ring_runs.py", "test_bundled_model.py")  # files to begin with,
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A process a core and no more than four, of up to 2 GB each; what is slow or needs the GPU has the machine alone."""
-    if config.option.markexpr.startswith(("slow", "gpu")):
+    """A process a core, and no more than four of up to 2 GB each; single files, and what is slow or needs the GPU, run
+    in this one."""
+    if config.option.markexpr.startswith(("slow", "gpu")) or all(".py" in argument for argument in config.args):
         return 0
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    gc.freeze()  # else every collection of garbage looks through all that is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import relative_error
+from oracle import plain_attention, relative_error
 
 from jaxwan.kernels import attention as module
 from jaxwan.kernels.attention import Attended, attend, attention, attention_with_lse, merge, query_chunk
@@ -17,32 +17,13 @@ def arrays(b, q, s, n, k, dtype=jnp.float32):
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((b, q, n, k), (b, s, n, k), (b, s, n, k)))
 
 
-def plain_with_lse(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(K) + bias) v and the logarithm of the softmax's sum, head by head in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    bias = np.zeros(k.shape[:2]) if bias is None else np.asarray(bias, np.float64)
-    out, lse = np.empty_like(q), np.empty(q.shape[:-1])
-    for b, n in np.ndindex(q.shape[0], q.shape[2]):
-        logits = q[b, :, n] @ k[b, :, n].T / np.sqrt(q.shape[-1]) + bias[b]
-        top = logits.max(axis=1, keepdims=True)
-        weights = np.exp(logits - top)
-        out[b, :, n] = weights / weights.sum(axis=1, keepdims=True) @ v[b, :, n]
-        lse[b, :, n] = top[:, 0] + np.log(weights.sum(axis=1))
-    return out, lse
-
-
-def plain(q, k, v):
-    """softmax(q k^T / sqrt(K)) v in float64."""
-    return plain_with_lse(q, k, v)[0]
-
-
 SHAPES = [(2, 37, 37, 3, 10), (1, 50, 13, 2, 22), (2, 1, 9, 1, 8), (1, 64, 64, 4, 16)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_is_softmax_attention(shape):
     inputs = arrays(*shape)
-    assert relative_error(attend(*inputs), plain(*inputs)) < 1e-6  # float32's own
+    assert relative_error(attend(*inputs), plain_attention(*inputs)[0]) < 1e-6  # float32's own: sqrt(64 keys) * 2^-24
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -55,7 +36,7 @@ def test_chunks_of_any_size_equal_the_reference(monkeypatch, shape, logits_bytes
     inputs = arrays(*shape, dtype)
     out = jax.jit(lambda *x: attention(*x, implementation="xla"))(*inputs)
     assert out.dtype == dtype
-    assert relative_error(out.astype(jnp.float32), plain(*inputs)) < tolerance
+    assert relative_error(out.astype(jnp.float32), plain_attention(*inputs)[0]) < tolerance
     # a row of the softmax does not know its chunk
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (out, attend(*inputs))), rtol=1e-2, atol=1e-5)
 
@@ -71,7 +52,7 @@ def test_the_logarithm_of_a_count_makes_a_key_so_many_equal_ones(monkeypatch, lo
     for i, count in enumerate(counts):
         repeated = (np.repeat(np.asarray(x)[i : i + 1], count, axis=1) for x in (k, v))
         # float32's own; the logarithm's rounding, of 6, is 3e-7 of a count
-        assert relative_error(out[i : i + 1], plain(q[i : i + 1], *repeated)) < 1.5e-6
+        assert relative_error(out[i : i + 1], plain_attention(q[i : i + 1], *repeated)[0]) < 1.5e-6
 
 
 @pytest.mark.parametrize(
@@ -138,7 +119,7 @@ def test_the_log_sum_exp_is_the_float64_one(monkeypatch, shape, logits_bytes):
     monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
     inputs = arrays(*shape)
     out, lse = jax.jit(attention_with_lse)(*inputs)
-    expected, expected_lse = plain_with_lse(*inputs)
+    expected, expected_lse = plain_attention(*inputs)
     assert relative_error(out, expected) < 1e-6  # float32's own, as the next
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
 
@@ -171,7 +152,7 @@ def test_merged_parts_are_attention_over_all_keys(monkeypatch, shape, logits_byt
         return merged
 
     merged = in_parts(q, k, v, bias)
-    expected, expected_lse = plain_with_lse(q, k, v, bias)
+    expected, expected_lse = plain_attention(q, k, v, bias)
     assert merged.out.dtype == merged.lse.dtype == jnp.float32
     assert relative_error(merged.out, expected) < tolerance
     np.testing.assert_allclose(merged.lse, expected_lse, atol=4e-6)  # of up to 11: a few float32 steps of 1e-6
@@ -180,9 +161,11 @@ def test_merged_parts_are_attention_over_all_keys(monkeypatch, shape, logits_byt
 def test_merging_is_exact_but_for_rounding():
     q, k, v = arrays(2, 37, 37, 3, 10)
     with jax.enable_x64(True):
-        parts = [Attended(*map(jnp.asarray, plain_with_lse(q, k[:, s], v[:, s]))) for s in np.split(np.arange(37), [9])]
+        parts = [
+            Attended(*map(jnp.asarray, plain_attention(q, k[:, s], v[:, s]))) for s in np.split(np.arange(37), [9])
+        ]
         merged = merge(*parts)
-        for actual, expected in zip(merged, plain_with_lse(q, k, v), strict=True):
+        for actual, expected in zip(merged, plain_attention(q, k, v), strict=True):
             assert relative_error(actual, expected) < 1e-15  # float64's own; the parts apart: over 0.1
 
 
@@ -247,14 +230,14 @@ def test_the_official_shapes_are_one_cudnn_call_on_cuda(function, queries, keys,
 def test_cudnn_equals_the_reference(shape):
     inputs = arrays(*shape, jnp.bfloat16)
     out = attention(*inputs, implementation="cudnn")
-    assert relative_error(np.asarray(out, np.float32), plain(*inputs)) < 6e-3
+    assert relative_error(np.asarray(out, np.float32), plain_attention(*inputs)[0]) < 6e-3
 
 
 @pytest.mark.gpu
 def test_cudnns_log_sum_exp_is_the_natural_logarithm_of_scaled_logits_in_float32():
     inputs = arrays(2, 40, 24, 3, 64, jnp.bfloat16)
     out, lse = attention_with_lse(*inputs, implementation="cudnn")
-    expected, expected_lse = plain_with_lse(*inputs)
+    expected, expected_lse = plain_attention(*inputs)
     assert lse.dtype == jnp.float32
     assert relative_error(np.asarray(out, np.float32), expected) < 6e-3
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)  # bfloat16 would be off by up to 8e-3

@@ -123,7 +123,9 @@ def test_texts_in_fewer_rows_or_made_before_the_loop_give_the_same_latents(pipel
     plain, carried = (run(folds_texts=False, carries_text=made) for made in (False, True))
     np.testing.assert_array_equal(carried, plain)
     for folded in (run(carries_text=False), on_one_device("t2v-A14B").latents):
-        assert 0 < relative_error(folded, plain) < 3e-6  # float32's own, in six steps
+        # a float32 sum over 512 rows is off by up to 512 * 2^-24, as the CPU orders it; models/test_transformer.py has
+        # the exact comparison
+        assert 0 < relative_error(folded, plain) < 3e-5
         np.testing.assert_array_equal(folded[1], plain[1])
 
 
