@@ -3,17 +3,20 @@ that are compiled quickly and once a session."""
 
 import gc
 import os
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
 install_import_hook("jaxwan", "beartype.beartype")
 
+# Processes that tests start import this clone too, as the tests do by `pythonpath` in pyproject.toml
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of JAX in processes of their own; of this one, see `compilation`
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads gain nothing on models so small, and wait for cores
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from compilation import compile_quickly, compiling_quickly  # noqa: E402
+from compilation import compile_quickly, compiling_quickly, use_older_emitters  # noqa: E402
 from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 os.environ.setdefault("JAXWAN_COMPILATION_CACHE", "0")  # nothing of tests in the user's cache folder
@@ -48,7 +51,9 @@ def compilation(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # others are compiled sooner than read
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     reset_cache()  # JAX asks for the folder once, when it first compiles, which files may do when they are imported
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() == "cpu":
+        use_older_emitters()
+    else:
         compile_quickly(False)
 
 

@@ -1,14 +1,14 @@
 """How the programs of tests are compiled: in the least time, unless a test needs them as in use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 from jax._src import compiler
 
-# The emitters that XLA had before its present ones: where nothing is optimised, they take less than half of the time.
-EMITTERS = {"xla_cpu_use_fusion_emitters": False}
+# The emitters that XLA had before its present ones: where nothing is optimised, they take half of the time.
+OLDER_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
 
 _quick = False
 
@@ -29,13 +29,18 @@ def compiling_quickly(value: bool = True) -> Iterator[None]:
     compile_quickly(before)
 
 
-def _with_emitters(make_options: Callable) -> Callable:
+def use_older_emitters() -> None:
+    """Compile quickly with OLDER_EMITTERS; where JAX or XLA have them no more, it takes longer."""
+    make_options = getattr(compiler, "get_compile_options", None)
+    try:
+        jax.jit(lambda x: x + 1).lower(1).compile(compiler_options=OLDER_EMITTERS)
+    except jax.errors.JaxRuntimeError:
+        return
+    if make_options is None:
+        return
+
     def make(*args: Any, env_options_overrides: dict | None = None, **kwargs: Any) -> Any:
-        given = (EMITTERS if _quick else {}) | (env_options_overrides or {})
+        given = (OLDER_EMITTERS if _quick else {}) | (env_options_overrides or {})
         return make_options(*args, env_options_overrides=given, **kwargs)
 
-    return make
-
-
-if hasattr(compiler, "get_compile_options"):  # JAX's own, which may move: then compiling takes longer
-    compiler.get_compile_options = _with_emitters(compiler.get_compile_options)
+    compiler.get_compile_options = make
