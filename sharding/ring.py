@@ -15,8 +15,7 @@ branches, period max(2, 2 + 2 - 1) = 3:
 This module knows nothing of the model: what enters, what a stage does and what retiring means are functions.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,41 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxwan.sharding.mesh import position, shift, spec
-
-
-@dataclass(frozen=True)
-class RingPlan:
-    """A ring's size, all that the tick arithmetic needs: `requests` of `branches` micro-batches each, `stages`."""
-
-    stages: int
-    requests: int
-    branches: int
-
-    @property
-    def microbatches(self) -> int:
-        """M = requests x branches."""
-        return self.requests * self.branches
-
-    @property
-    def period(self) -> int:
-        """Ticks from one step of a request to its next: max(M, stages + branches - 1).
-
-        A request's first branch may enter again only after its last branch, `branches - 1` ticks behind, came back.
-        """
-        return max(self.microbatches, self.stages + self.branches - 1)
-
-    def ticks(self, num_steps: Sequence[int]) -> int:
-        """Ticks until every request has finished its steps, when all start in round 0."""
-        done = [(r + 1) * self.branches - 1 + (n - 1) * self.period + self.stages for r, n in enumerate(num_steps)]
-        return max(done)
-
-    def ticks_of_round(self, index: int) -> int:
-        """Ticks after which every request has finished step `index`, and none the step after it."""
-        return index * self.period + self.microbatches - 1 + self.stages
-
-    def utilisation(self, num_steps: Sequence[int]) -> float:
-        """Share of the stages' ticks in which they work on a micro-batch."""
-        return self.branches * sum(num_steps) / self.ticks(num_steps)
+from jaxwan.sharding.turns import RingPlan
 
 
 class Slot(NamedTuple):
@@ -72,10 +37,11 @@ class Slot(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """When each request is in the ring: it starts in round `start` and takes `num_steps` rounds."""
+    """The turn of the request in each slot (`turns.Turn`)."""
 
     start: Int[Array, " r"]
     num_steps: Int[Array, " r"]
+    done: Int[Array, " r"]
 
 
 class RingState(NamedTuple):
@@ -97,10 +63,11 @@ class Stage(NamedTuple):
 def slot_at(plan: RingPlan, turns: Turns, u: Int[Array, ""]) -> Slot:
     """The micro-batch that entered (or would have) in tick u."""
     index, microbatch = u // plan.period, u % plan.period
-    request = jnp.minimum(microbatch // plan.branches, plan.requests - 1)
-    step = index - turns.start[request]
-    active = (u >= 0) & (microbatch < plan.microbatches) & (step >= 0) & (step < turns.num_steps[request])
-    step = jnp.clip(step, 0, turns.num_steps[request] - 1)
+    request = jnp.minimum(microbatch // plan.branches, plan.slots - 1)
+    start, num_steps, done = (column[request] for column in turns)
+    step = index - start + done
+    active = (u >= 0) & (microbatch < plan.microbatches) & (index >= start) & (step < num_steps)
+    step = jnp.clip(step, 0, jnp.maximum(num_steps - 1, 0))  # an empty slot has a step too
     return Slot(request, microbatch % plan.branches, step, active)
 
 

@@ -36,7 +36,8 @@ from jaxwan.pipelines.denoise import (
 from jaxwan.pipelines.prompt import count_rows, folds_texts
 from jaxwan.schedulers.table import SamplerState, make_table, stack_tables, step, table_row
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
-from jaxwan.sharding.ring import RingPlan, Slot, Turns
+from jaxwan.sharding.ring import Slot, Turns
+from jaxwan.sharding.turns import RingPlan
 
 PROMPT_ROWS = 40  # tokens of a typical prompt
 FLOW_SHIFT = 5.0
@@ -114,7 +115,8 @@ class Ring:
     def start(self, steps: int) -> None:
         """From the first tick again, with so many steps."""
         inputs, self.latents = ring_inputs(self.preset, steps, self.requests)
-        turns = Turns(np.zeros(self.requests, np.int32), np.full(self.requests, steps, np.int32))
+        none = np.zeros(self.requests, np.int32)
+        turns = Turns(none, none + np.int32(steps), none)
         inputs = complete(self.preset, inputs, lambda text: self.carry(self.weights, text))
         self.read = jax.device_put((inputs, turns), self.place)
         self.state = self.begin(self.latents)

@@ -25,7 +25,8 @@ from jaxwan.models.transformer import Context, KeysValues, WanTransformer
 from jaxwan.pipelines.prompt import FOLDED_ROWS, count_rows, folds_texts, log_counts
 from jaxwan.schedulers.table import SamplerState, Table, init_state, step, table_row
 from jaxwan.sharding.mesh import sharding, spec
-from jaxwan.sharding.ring import RingPlan, RingState, Slot, Stage, Turns, make_ring
+from jaxwan.sharding.ring import RingState, Slot, Stage, Turns, make_ring
+from jaxwan.sharding.turns import RingPlan
 
 RENOISINGS = 8  # noise rows of a request: `renoise` takes at most nine steps, and the last needs none
 WORTH_CARRYING = 0.02  # of a forward's FLOPs
@@ -219,7 +220,7 @@ class Denoiser:
         everywhere = sharding(self.mesh)
         if folds_texts(self.cfg):
             inputs = inputs._replace(text_rows=count_rows(np.asarray(inputs.text)))
-        turns = Turns(np.zeros_like(steps), steps)
+        turns = Turns(np.zeros_like(steps), steps, np.zeros_like(steps))
         inputs, turns = jax.device_put((to_float32(inputs), turns), everywhere)
         if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
             inputs = inputs._replace(carried=self._carry_text()(self.weights, inputs.text))
@@ -232,8 +233,8 @@ class Denoiser:
         begin, run = self._ring(plan, latents.shape)
         if folds_texts(self.cfg):
             inputs = inputs._replace(text_rows=jax.ShapeDtypeStruct(inputs.text.shape[:2], np.int32))
-        steps = jax.ShapeDtypeStruct((plan.requests,), np.int32)
-        latents, inputs, turns = shapes_at(everywhere, (latents, to_float32(inputs), Turns(steps, steps)))
+        steps = jax.ShapeDtypeStruct((plan.slots,), np.int32)
+        latents, inputs, turns = shapes_at(everywhere, (latents, to_float32(inputs), Turns(steps, steps, steps)))
         if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
             carry, given = self._carry_text(), (self.weights, inputs.text)
             yield "keys and values of the text", carry, given

@@ -30,7 +30,7 @@ from jaxwan.pipelines.parts import component_makers
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.pipelines.request import Job, check_mesh, make_job, with_prompt
 from jaxwan.sharding.mesh import MeshSpec, find_devices
-from jaxwan.sharding.ring import RingPlan
+from jaxwan.sharding.turns import RingPlan
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -307,11 +307,11 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
     keys_values = 2 * stage_layers * plan.microbatches * MAX_TOKENS * cfg.dim * item
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
     return {
-        "latents, x0 history and velocity of all requests (6 x float32)": 6 * plan.requests * latent,
-        "noise of renoise (8 x float32)": RENOISINGS * plan.requests * latent,
+        "latents, x0 history and velocity of all requests (6 x float32)": 6 * plan.slots * latent,
+        "noise of renoise (8 x float32)": RENOISINGS * plan.slots * latent,
         "text rows, all branches": 4 * plan.microbatches * MAX_TOKENS * cfg.text_dim,
         "text keys and values of a stage's layers": keys_values if carries_text(cfg, tokens) else 0,
-        "image rows and channels": plan.requests * (image + latent * extra // geometry.z_dim),
+        "image rows and channels": plan.slots * (image + latent * extra // geometry.z_dim),
         "hidden state, held and received": 2 * hidden,
         "one layer: residual, its norm, q, k, v, attention's output": 6 * hidden,
         "one layer: float32 of the hidden state": tokens * cfg.dim * 4,

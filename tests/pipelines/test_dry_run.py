@@ -25,7 +25,8 @@ from jaxwan.pipelines.load import DTYPES
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.request import make_job
 from jaxwan.sharding.mesh import MeshSpec
-from jaxwan.sharding.ring import RingPlan, RingState
+from jaxwan.sharding.ring import RingState
+from jaxwan.sharding.turns import RingPlan
 
 GB = 10**9
 

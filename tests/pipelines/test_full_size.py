@@ -15,7 +15,8 @@ from jaxwan.pipelines.denoise import WEIGHT_AXES, Inputs, Weights, abstract_weig
 from jaxwan.pipelines.dry_run import make_report
 from jaxwan.pipelines.request import make_job
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
-from jaxwan.sharding.ring import RingPlan, Turns
+from jaxwan.sharding.ring import Turns
+from jaxwan.sharding.turns import RingPlan
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -55,7 +56,7 @@ def compile_ring(checkpoint, dtype):
     )  # fmt: skip
     begin, run = make_program(cfg, mesh, RingPlan(STAGES, 1, 2), (1, *shape), dtype)
     state = jax.eval_shape(begin, jax.ShapeDtypeStruct((1, *shape), jnp.float32, sharding=everywhere))
-    turns, ticks = Turns(np.zeros(1, np.int32), np.zeros(1, np.int32)), jax.ShapeDtypeStruct((), jnp.int32)
+    turns, ticks = Turns(*[np.zeros(1, np.int32)] * 3), jax.ShapeDtypeStruct((), jnp.int32)
     return run.lower(weights, abstract(inputs, everywhere), abstract(turns, everywhere), state, ticks).compile()
 
 

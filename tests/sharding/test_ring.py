@@ -10,7 +10,8 @@ import pytest
 from jaxtyping import Array
 
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding, spec
-from jaxwan.sharding.ring import RingPlan, RingState, Stage, Turns, make_ring, slot_at
+from jaxwan.sharding.ring import RingState, Stage, Turns, make_ring, slot_at
+from jaxwan.sharding.turns import RingPlan
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -23,12 +24,12 @@ class Simulation:
 
     def __init__(self, plan: RingPlan, num_steps, start=None, period=None):
         self.plan, self.num_steps = plan, num_steps
-        self.start = start or [0] * plan.requests
+        self.start = start or [0] * plan.slots
         self.period = period or plan.period
-        self.order = list(itertools.product(range(plan.requests), range(plan.branches)))
+        self.order = list(itertools.product(range(plan.slots), range(plan.branches)))
         self.held = [None] * plan.stages  # (request, branch, step) at each stage
         self.entered = dict.fromkeys(self.order, 0)
-        self.done = [0] * plan.requests  # steps finished
+        self.done = [0] * plan.slots  # steps finished
         self.tick = self.busy = 0
 
     def run_tick(self):
@@ -62,7 +63,7 @@ STEPS = [4, 1, 3, 7, 2]
 
 @pytest.mark.parametrize("plan", plans(), ids=str)
 def test_ticks_and_utilisation_equal_a_simulation(plan):
-    steps = STEPS[: plan.requests]
+    steps = STEPS[: plan.slots]
     simulation = Simulation(plan, steps)
     after = []  # steps finished after each tick
     while simulation.done != steps:
@@ -79,7 +80,7 @@ def test_ticks_and_utilisation_equal_a_simulation(plan):
 def test_no_shorter_period_would_do(plan):
     """Nor would one below the micro-batches: stage 0 takes one in a tick."""
     with pytest.raises(AssertionError, match="before the one before it was finished"):
-        simulation = Simulation(plan, [3] * plan.requests, period=plan.period - 1)
+        simulation = Simulation(plan, [3] * plan.slots, period=plan.period - 1)
         for _ in range(3 * plan.period):
             simulation.run_tick()
 
@@ -95,7 +96,7 @@ def test_no_shorter_period_would_do(plan):
     ],
 )
 def test_every_device_works_out_what_it_holds(plan, steps, start):
-    simulation, turns = Simulation(plan, steps, start), Turns(jnp.array(start), jnp.array(steps))
+    simulation, turns = Simulation(plan, steps, start), Turns(*jnp.array([start, steps, [0] * len(steps)]))
     ticks = 8 * plan.period
     u = jnp.arange(ticks)[:, None] - jnp.arange(plan.stages)  # tick - position
     slots = jax.jit(jax.vmap(jax.vmap(lambda u: slot_at(plan, turns, u))))(u)
@@ -105,11 +106,11 @@ def test_every_device_works_out_what_it_holds(plan, steps, start):
             at = jax.tree.map(lambda x, i=(tick, place): x[i].item(), slots)
             assert at.active == (held is not None)
             assert held in (None, (at.request, at.branch, at.step))
-            assert 0 <= at.request < plan.requests and 0 <= at.step < steps[at.request]  # also where it is idle
+            assert 0 <= at.request < plan.slots and 0 <= at.step < steps[at.request]  # also where it is idle
 
 
 def test_the_worked_example_of_the_module():
-    plan, turns = RingPlan(2, 1, 2), Turns(jnp.array([0]), jnp.array([2]))
+    plan, turns = RingPlan(2, 1, 2), Turns(*jnp.array([[0], [2], [0]]))
     shown = {}
     for place in range(2):
         slots = jax.jit(jax.vmap(lambda u: slot_at(plan, turns, u)))(jnp.arange(6) - place)
@@ -212,7 +213,7 @@ class Problem:
         self.placed = (
             jax.device_put(scales, sharding(self.mesh, "pp")),
             jax.device_put(Given(self.inputs.texts, biases), Given(sharding(self.mesh), sharding(self.mesh, "pp"))),
-            jax.device_put(Turns(np.int32(self.start), np.int32(self.steps)), sharding(self.mesh)),
+            jax.device_put(Turns(*np.int32([self.start, self.steps, [0] * 3])), sharding(self.mesh)),
         )
 
     def first_state(self):

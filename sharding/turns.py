@@ -1,0 +1,100 @@
+"""The ring's tick arithmetic, in plain Python: when a request may start, which steps are done, when something happens.
+
+Slots are rows of the ring's arrays, each the place of one request at a time; `branches` micro-batches of it follow each
+other. The host puts requests in and takes them out between segments of ticks, while others run: their turns are data.
+All of it follows from two facts. Micro-batch m enters in the ticks whose place in the period is m, and it is back after
+as many ticks as there are stages.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """A ring's size, all that the arithmetic needs: `slots` of `branches` micro-batches each, `stages`."""
+
+    stages: int
+    slots: int
+    branches: int
+
+    @property
+    def microbatches(self) -> int:
+        """M = slots x branches."""
+        return self.slots * self.branches
+
+    @property
+    def period(self) -> int:
+        """Ticks from one step of a request to its next: max(M, stages + branches - 1).
+
+        A request's first branch may enter again only after its last branch, `branches - 1` ticks behind, came back.
+        """
+        return max(self.microbatches, self.stages + self.branches - 1)
+
+    def ticks(self, num_steps: Sequence[int]) -> int:
+        """Ticks until every request has finished its steps, when all start in round 0."""
+        return max(done_at(self, slot, Turn(0, n), n - 1) for slot, n in enumerate(num_steps))
+
+    def ticks_of_round(self, index: int) -> int:
+        """Ticks after which every request that started in round 0 has finished step `index`, and none the one after."""
+        return done_at(self, self.slots - 1, Turn(0, index + 1), index)
+
+    def utilisation(self, num_steps: Sequence[int]) -> float:
+        """Share of the stages' ticks in which they work on a micro-batch."""
+        return self.branches * sum(num_steps) / self.ticks(num_steps)
+
+
+class Turn(NamedTuple):
+    """The steps that the request in a slot takes in the ring: from `done` to `num_steps`, one a round from `start` on.
+
+    `done` steps were taken elsewhere before. An empty slot has no steps; giving a slot no steps releases it, and what
+    is still in the ring of it is not looked at any more.
+    """
+
+    start: int = 0
+    num_steps: int = 0
+    done: int = 0
+
+
+def done_at(plan: RingPlan, slot: int, turn: Turn, step: int) -> int:
+    """Ticks, counted from the ring's first, after which a request has finished a step."""
+    last_branch_enters = (turn.start + step - turn.done) * plan.period + (slot + 1) * plan.branches - 1
+    return last_branch_enters + plan.stages
+
+
+def first_start(plan: RingPlan, slot: int, tick: int) -> int:
+    """The earliest `start` of a request that is put into a slot after `tick` ticks.
+
+    The slot may be released in the same moment, with micro-batches of its last request still in the ring.
+    """
+    return max(0, -(-(tick - slot * plan.branches) // plan.period))
+
+
+def steps_done(plan: RingPlan, slot: int, turn: Turn, tick: int) -> int:
+    """Steps that a request has finished after `tick` ticks, those taken elsewhere too."""
+    since_first = tick - done_at(plan, slot, turn, turn.done)
+    return turn.done + max(0, min(turn.num_steps - turn.done, since_first // plan.period + 1))
+
+
+def ticks_until_step(plan: RingPlan, turns: Iterable[Turn], tick: int) -> int | None:
+    """Ticks from `tick` until the next step of any request is finished; None when all are done."""
+    ahead = []
+    for slot, turn in enumerate(turns):
+        done = steps_done(plan, slot, turn, tick)
+        if done < turn.num_steps:
+            ahead.append(done_at(plan, slot, turn, done) - tick)
+    return min(ahead, default=None)
+
+
+def rebased(plan: RingPlan, turns: Sequence[Turn], tick: int) -> tuple[list[Turn], int]:
+    """The same turns and tick counted from a later round, so that a ring that runs for ever stays within int32.
+
+    Everything happens as it would have: what is in the ring still entered in a tick that is not below 0.
+    """
+    rounds = max(0, (tick - plan.stages) // plan.period)
+    moved = []
+    for slot, turn in enumerate(turns):
+        ended = steps_done(plan, slot, turn, tick) == turn.num_steps
+        moved.append(Turn(0, turn.num_steps, turn.num_steps) if ended else turn._replace(start=turn.start - rounds))
+    return moved, tick - rounds * plan.period
