@@ -49,6 +49,7 @@ class RingState(NamedTuple):
 
     tick: Int[Array, ""]
     hidden: PyTree
+    held: PyTree  # what a stage keeps from tick to tick, such as its layers' caches; () where they keep nothing
     carry: PyTree
 
 
@@ -56,7 +57,7 @@ class Stage(NamedTuple):
     """What the ring does to a micro-batch, as pure functions of this device's share of weights and inputs."""
 
     enter: Callable[[Any, Any, Any, Slot], Any]  # (weights, inputs, carry, slot) -> hidden
-    layers: Callable[[Any, Any, Any, Slot], Any]  # (weights, inputs, hidden, slot) -> hidden
+    layers: Callable[[Any, Any, Any, Any, Slot], tuple]  # (weights, inputs, hidden, held, slot) -> (hidden, held)
     retire: Callable[[Any, Any, Any, Any, Slot], Any]  # (weights, inputs, carry, hidden, slot) -> carry
 
 
@@ -83,25 +84,25 @@ def make_ring(
     staged, replicated = spec(mesh, "pp"), PartitionSpec()
 
     def run(weights, inputs, turns, state, ticks):
-        own = jax.tree.map(lambda x: x[0], (state.hidden, state.carry))
+        own = jax.tree.map(lambda x: x[0], (state.hidden, state.held, state.carry))
         place = position("pp")
 
         def tick(_, loop):
-            t, hidden, carry = loop
+            t, hidden, held, carry = loop
             entering = stage.enter(weights, inputs, carry, slot_at(plan, turns, t))
             hidden = jax.tree.map(lambda new, old: jnp.where(place == 0, new, old), entering, hidden)
-            held = slot_at(plan, turns, t - place)
-            hidden = shift_tree(stage.layers(weights, inputs, hidden, held))
+            hidden, held = stage.layers(weights, inputs, hidden, held, slot_at(plan, turns, t - place))
+            hidden = shift_tree(hidden)
             carry = stage.retire(weights, inputs, carry, hidden, slot_at(plan, turns, t - (plan.stages - 1)))
-            return t + 1, hidden, carry
+            return t + 1, hidden, held, carry
 
-        t, hidden, carry = jax.lax.fori_loop(0, ticks, tick, (state.tick, *own))
-        return RingState(t, *jax.tree.map(lambda x: x[None], (hidden, carry)))
+        t, *own = jax.lax.fori_loop(0, ticks, tick, (state.tick, *own))
+        return RingState(t, *jax.tree.map(lambda x: x[None], own))
 
     def shift_tree(tree):
         return jax.tree.map(lambda x: shift(x, "pp"), tree)
 
-    state_specs = RingState(replicated, staged, staged)
+    state_specs = RingState(replicated, staged, staged, staged)
     sharded = jax.shard_map(
         run, mesh=mesh, in_specs=(weight_specs, input_specs, replicated, state_specs, replicated),
         out_specs=state_specs, check_vma=_check_types(mesh),

@@ -216,7 +216,7 @@ def _forward_alone(ring: Ring) -> Callable[[], jax.Array]:
     slot = Slot(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.bool_(True))
 
     def forward(weights, inputs, carry):
-        hidden = stage.layers(weights, inputs, stage.enter(weights, inputs, carry, slot), slot)
+        hidden, _ = stage.layers(weights, inputs, stage.enter(weights, inputs, carry, slot), (), slot)
         one = jax.tree.map(lambda p: p.reshape(p.shape[1:]), weights)  # the only expert
         model = nnx.merge(graph, one.blocks, one.ends)
         temb, _ = model.embed_time(inputs.controls.timesteps[0, :1])

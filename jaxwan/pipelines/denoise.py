@@ -147,7 +147,7 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
             x = jnp.concatenate([x, inputs.channels[slot.request][None]], axis=-1)
         return model(weights, inputs, slot)[0].embed_latents(x)
 
-    def layers(weights: Weights, inputs: Inputs, hidden: Array, slot: Slot) -> Array:
+    def layers(weights: Weights, inputs: Inputs, hidden: Array, held: tuple, slot: Slot) -> tuple[Array, tuple]:
         dit, expert, timesteps = model(weights, inputs, slot)
         own = jax.tree.leaves(weights.blocks)[0].shape[1]
         rows, text_rows = expert * own + jnp.arange(own), None
@@ -159,7 +159,7 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
             text_rows = rows * plan.microbatches + slot.request * plan.branches + slot.branch
         if inputs.text_rows is not None:
             context = fold_text(context, inputs.text_rows[slot.request, slot.branch], text.shape[1])
-        return dit.run_blocks(hidden, rows, context, modulation, grid, text_rows)
+        return dit.run_blocks(hidden, rows, context, modulation, grid, text_rows), held
 
     def retire(weights: Weights, inputs: Inputs, carry: Carry, hidden: Array, slot: Slot) -> Carry:
         dit, _, timesteps = model(weights, inputs, slot)
@@ -267,7 +267,7 @@ def make_program(
     def begin(latents):
         rows = jnp.broadcast_to(latents, (plan.stages, *latents.shape))
         hidden = jnp.zeros((plan.stages, 1, num_tokens(cfg, shape), cfg.dim), dtype)
-        return RingState(jnp.int32(0), hidden, Carry(init_state(rows), jnp.zeros_like(rows)))
+        return RingState(jnp.int32(0), hidden, (), Carry(init_state(rows), jnp.zeros_like(rows)))
 
     stage = make_stage(cfg, graph, plan, (shape[1], shape[2], shape[3]))
     return jax.jit(begin, out_shardings=_state_shardings(mesh)), make_ring(mesh, plan, stage, specs, input_specs)
@@ -275,7 +275,7 @@ def make_program(
 
 def _state_shardings(mesh: Mesh) -> RingState:
     position = sharding(mesh, "pp")
-    return RingState(sharding(mesh), position, Carry(SamplerState(*[position] * 5), position))
+    return RingState(sharding(mesh), position, (), Carry(SamplerState(*[position] * 5), position))
 
 
 def carries_text(cfg: TransformerConfig, tokens: int) -> bool:

@@ -126,7 +126,7 @@ def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, stages, arguments)
     steps = np.array([r.table.num_steps for r, _ in job.videos])
     handed = []
     plan = RingPlan(stages, job.batch, 2 if job.guided else 1)
-    loop = Loop(plan, steps, lambda state, ticks: handed.append(int(ticks)), RingState(None, None, None))
+    loop = Loop(plan, steps, lambda state, ticks: handed.append(int(ticks)), RingState(None, None, (), None))
     for index in range(loop.rounds):
         loop.advance(index + 1)
     assert sum(handed) == expected.ticks == loop.ticks

@@ -165,8 +165,8 @@ def toy_layer(hidden, layer):
     return hidden + scale * hidden + bias
 
 
-def run_toy_layers(weights, inputs, hidden, slot):
-    return jax.lax.scan(lambda h, layer: (toy_layer(h, layer), None), hidden, (weights, inputs.biases))[0]
+def run_toy_layers(weights, inputs, hidden, held, slot):
+    return jax.lax.scan(lambda h, layer: (toy_layer(h, layer), None), hidden, (weights, inputs.biases))[0], held
 
 
 def retire_toy(branches):
@@ -221,9 +221,9 @@ class Problem:
         stages = self.plan.stages
         rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
         garbage = np.full((stages, self.width), 12345, np.int32)
-        state = RingState(np.int32(0), garbage, rows)
+        state = RingState(np.int32(0), garbage, (), rows)
         everywhere, position = sharding(self.mesh), sharding(self.mesh, "pp")
-        return jax.device_put(state, RingState(everywhere, position, position))
+        return jax.device_put(state, RingState(everywhere, position, (), position))
 
     def segments(self, *ticks):
         state = self.first_state()
@@ -285,3 +285,53 @@ def test_a_state_between_two_rounds_holds_finished_steps_alone():
         state = problem.run(*problem.placed, state, np.int32(ticks))
         finished.append(truth(state).steps.tolist())
     assert finished == [[1, 0, 0], [2, 0, 1], [3, 1, 2], [3, 1, 3], [3, 1, 4]]
+
+
+# Stages that remember
+
+
+def remember(hidden, layer, memory):
+    """A layer whose result depends on all that it has seen of a request."""
+    return toy_layer(hidden, layer) + memory, memory * 3 + hidden
+
+
+def run_remembering_layers(weights, inputs, hidden, held, slot):
+    hidden, memory = jax.lax.scan(
+        lambda h, layer: remember(h, layer[:2], layer[2]), hidden, (weights, inputs.biases, held[:, slot.request])
+    )
+    return hidden, held.at[:, slot.request].set(jnp.where(slot.active, memory, held[:, slot.request]))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_stage_keeps_its_own_from_tick_to_tick(stages):
+    """Idle ticks between must leave it alone; the branches of a request share it, in their order."""
+    layers, steps, branches, width = 4, [3, 1, 4], 2, 2
+    rng, mesh = np.random.default_rng(1), make_mesh(MeshSpec(pp=stages))
+    weights, biases = (rng.integers(-9, 9, (layers, width), np.int32) for _ in range(2))
+    texts, first = rng.integers(-9, 9, (3, branches, width), np.int32), rng.integers(-9, 9, (3, width), np.int32)
+    x, memory = first.copy(), np.zeros((layers, 3, width), np.int32)
+    for r, count in enumerate(steps):
+        for step in range(count):
+            outs = []
+            for branch in range(branches):
+                hidden = x[r] * 3 + texts[r, branch] * (step + 1)
+                for i in range(layers):
+                    hidden, memory[i, r] = remember(hidden, (weights[i], biases[i]), memory[i, r])
+                outs.append(hidden)
+            x[r] += 2 * outs[0] - outs[-1]
+
+    everywhere, staged = sharding(mesh), sharding(mesh, "pp")
+    plan = RingPlan(stages, 3, branches)
+    stage = Stage(enter_toy, run_remembering_layers, retire_toy(branches))
+    run = make_ring(mesh, plan, stage, spec(mesh, "pp"), Given(spec(mesh), spec(mesh, "pp")))
+    rows = Toy(first, np.zeros_like(first), np.zeros(3, np.int32))
+    rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
+    held = np.zeros((stages, layers // stages, 3, width), np.int32)
+    state = RingState(np.int32(0), np.zeros((stages, width), np.int32), held, rows)
+    state = jax.device_put(state, RingState(everywhere, staged, staged, staged))
+    given = jax.device_put((weights, Given(texts, biases)), (staged, Given(everywhere, staged)))
+    turns = jax.device_put(Turns(*np.int32([[0] * 3, steps, [0] * 3])), everywhere)
+    for ticks in (3, plan.ticks(steps) - 3, 5):
+        state = run(*given, turns, state, np.int32(ticks))
+    np.testing.assert_array_equal(truth(state).x, x)
+    np.testing.assert_array_equal(np.asarray(state.held).reshape(layers, 3, width), memory)
