@@ -182,7 +182,7 @@ def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
     """Where the video goes; several go beside it."""
     if args.output is not None:
         return Path(args.output)
-    seed = f"-seed{job.requests[0].seed}" if job.batch == 1 else ""  # several say their own
+    seed = f"-seed{job.requests[0].seed}" if len(job.requests) == 1 else ""  # several say their own
     return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}.mp4")
 
 

@@ -13,7 +13,7 @@ from jaxwan.models.vae import VideoCoder
 from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.denoise import RENOISINGS, Controls
 from jaxwan.pipelines.media import resize_image
-from jaxwan.pipelines.request import Job
+from jaxwan.pipelines.request import Request
 from jaxwan.schedulers.sigmas import NUM_TRAIN_TIMESTEPS
 from jaxwan.schedulers.table import Table, stack_tables
 
@@ -58,9 +58,8 @@ def encode_images(
     return Conditioning(channels=np.stack(once_each(channels, images, last_images)))
 
 
-def abstract_conditioning(checkpoint: Checkpoint, job: Job, shape: tuple[int, ...]) -> Conditioning:
-    """What the images of a job become, for latents of `shape` (T, H, W, Z): shapes, but for `has_first`."""
-    requests = [r for r, _ in job.videos]
+def abstract_conditioning(checkpoint: Checkpoint, requests: Sequence[Request], shape: tuple[int, ...]) -> Conditioning:
+    """What the images of requests become, for latents of `shape` (T, H, W, Z): shapes, but for `has_first`."""
 
     def array(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(requests), *sizes), np.float32)
@@ -77,7 +76,7 @@ def abstract_conditioning(checkpoint: Checkpoint, job: Job, shape: tuple[int, ..
     return made._replace(image=array(images * encoder.num_rows, encoder.hidden_size))
 
 
-def once_each(encode: Callable[..., np.ndarray], *columns: Sequence[Any]) -> list[np.ndarray]:
+def once_each(encode: Callable, *columns: Sequence[Any]) -> list:
     """`encode` of every row of objects; rows of the same objects, such as one image for all prompts, share a result."""
     made: dict[tuple[int, ...], np.ndarray] = {}
     for row in zip(*columns, strict=True):
@@ -120,11 +119,10 @@ def encode_video(coder: VideoCoder, pixels: Float[np.ndarray, "b f h w 3"]) -> F
     return np.concatenate([np.asarray(latent) for latent in list(coder.encode_chunks(pixels))], axis=1)
 
 
-def make_controls(job: Job, conditioning: Conditioning, latent_frames: int) -> Controls:
-    """The steps of every video of a job, prompt-major."""
-    requests = [r for r, _ in job.videos]
+def make_controls(requests: Sequence[Request], conditioning: Conditioning, latent_frames: int) -> Controls:
+    """The steps of every request."""
     table = stack_tables([r.table for r in requests])
-    expert = choose_expert(table.timesteps, job.boundary_ratio)
+    expert = np.stack([choose_expert(r.table.timesteps, r.boundary_ratio) for r in requests])
     guidance = np.array([[r.guidance_scale, r.guidance_scale_2] for r in requests])
     return Controls(
         table=table,

@@ -187,9 +187,9 @@ def make_report(
 def _report(
     checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, device_memory: int | None
 ) -> DryRun:
-    cfg, size = checkpoint.transformer, (job.num_frames, job.height, job.width)
-    plan = RingPlan(mesh.pp, job.batch, 2 if job.guided else 1)
-    steps = [int(r.table.num_steps) for r, _ in job.videos]
+    cfg, size = checkpoint.transformer, job.size
+    plan = RingPlan(mesh.pp, len(job.requests), 2 if job.guided else 1)
+    steps = [int(r.table.num_steps) for r in job.requests]
     parameters = parameter_bytes(checkpoint, mesh.pp, dtype, vae_dtype)
     activations = activation_bytes(checkpoint, job, plan, dtype, vae_dtype)
     peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
@@ -197,7 +197,7 @@ def _report(
     full = -(-cfg.num_layers // mesh.pp)
     return DryRun(
         variant=checkpoint.variant.name, mesh=str(mesh), dtype=dtype, vae_dtype=vae_dtype,
-        num_frames=job.num_frames, height=job.height, width=job.width,
+        num_frames=size[0], height=size[1], width=size[2],
         latent_shape=checkpoint.geometry.latent_shape(*size), tokens=checkpoint.geometry.num_tokens(*size),
         layers_per_stage=[min(full, max(0, cfg.num_layers - i * full)) for i in range(mesh.pp)],
         microbatches=plan.microbatches, period=plan.period, ticks=plan.ticks(steps),
@@ -216,7 +216,7 @@ def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str
     meshes = [replace(mesh, pp=pp) for pp in (2, 4, 8, 16, 32) if mesh.pp < pp <= layers]
     dtypes = ["bfloat16"] * (report.dtype != "bfloat16")
     vae_dtypes = ["bfloat16"] * (report.vae_dtype != "bfloat16")
-    smaller = [replace(job, **size) for size in _smaller(checkpoint, job)]
+    smaller = [Job(tuple(replace(r, **size) for r in job.requests)) for size in _smaller(checkpoint, job)]
 
     def fits(mesh: MeshSpec = mesh, job: Job = job, dtype: str = report.dtype, vae_dtype: str = report.vae_dtype):
         return _report(checkpoint, mesh, job, dtype, vae_dtype, report.device_memory).fits
@@ -225,23 +225,28 @@ def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str
         *(f"mesh {m}" for m in _first(meshes, lambda m: fits(mesh=m))),
         *(f"dtype {d}" for d in _first(dtypes, lambda d: fits(dtype=d))),
         *(f"vae_dtype {d}" for d in _first(vae_dtypes, lambda d: fits(vae_dtype=d))),
-        *(f"{j.width}x{j.height}, {j.num_frames} frames" for j in _first(smaller, lambda j: fits(job=j))),
+        *(f"{_named(j)}" for j in _first(smaller, lambda j: fits(job=j))),
     ]
     yield from told
     if not told:
         changes = [(j, m) for j in (job, *smaller) for m in (mesh, *meshes)]
         for j, m in _first(changes, lambda both: fits(both[1], both[0], "bfloat16", "bfloat16")):
-            yield f"mesh {m}, dtype and vae_dtype bfloat16, {j.width}x{j.height}, {j.num_frames} frames, all together"
+            yield f"mesh {m}, dtype and vae_dtype bfloat16, {_named(j)}, all together"
+
+
+def _named(job: Job) -> str:
+    num_frames, height, width = job.size
+    return f"{width}x{height}, {num_frames} frames"
 
 
 def _smaller(checkpoint: Checkpoint, job: Job) -> Iterator[dict[str, int]]:
     """Sizes below a job's, the nearest first: fewer frames at its size, then as many or fewer at less of it."""
     step, stride = checkpoint.geometry.temporal, checkpoint.geometry.stride
     for scale in (1, 2 / 3, 1 / 2, 1 / 3):
-        height, width = (max(1, int(side * scale) // stride) * stride for side in (job.height, job.width))
+        height, width = (max(1, int(side * scale) // stride) * stride for side in job.size[1:])
         for share in (1, 3 / 4, 1 / 2, 1 / 4):
-            num_frames = int((job.num_frames - 1) * share) // step * step + 1
-            if (num_frames, height, width) != (job.num_frames, job.height, job.width):
+            num_frames = int((job.size[0] - 1) * share) // step * step + 1
+            if (num_frames, height, width) != job.size:
                 yield {"num_frames": num_frames, "height": height, "width": width}
 
 
@@ -251,7 +256,7 @@ def _first(candidates: Iterable[Any], accept: Callable[[Any], bool]) -> list[Any
 
 
 def _forward_tflop(checkpoint: Checkpoint, job: Job) -> dict[str, float]:
-    cfg, size = checkpoint.transformer, (job.num_frames, job.height, job.width)
+    cfg, size = checkpoint.transformer, job.size
     expand = checkpoint.variant.image_input is ImageInput.FIRST_FRAME
     flops = transformer_flops(
         cfg, checkpoint.geometry.num_tokens(*size), image_rows=image_rows(cfg),
@@ -297,8 +302,8 @@ def activation_bytes(
 
 def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) -> dict[str, int]:
     cfg, geometry = checkpoint.transformer, checkpoint.geometry
-    latent = 4 * math.prod(geometry.latent_shape(job.num_frames, job.height, job.width)) * geometry.z_dim
-    tokens = geometry.num_tokens(job.num_frames, job.height, job.width)
+    latent = 4 * math.prod(geometry.latent_shape(*job.size)) * geometry.z_dim
+    tokens = geometry.num_tokens(*job.size)
     hidden = tokens * cfg.dim * item
     blocks, ends = _weight_bytes(cfg, 1, 1, jnp.dtype(jnp.bfloat16 if item == 2 else jnp.float32))
     chunk = query_chunk(1, tokens, tokens, cfg.num_attention_heads)
@@ -324,7 +329,7 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
 
 def _decode_bytes(checkpoint: Checkpoint, job: Job, vae_dtype: DTypeLike) -> dict[str, int]:
     """One step of four frames: the convolutions' halos, exactly, and three arrays of the largest size in the step."""
-    frames, height, width = checkpoint.geometry.latent_shape(job.num_frames, job.height, job.width)
+    frames, height, width = checkpoint.geometry.latent_shape(*job.size)
     halos, largest = _decode_step_bytes(checkpoint.vae, height, width, jnp.dtype(vae_dtype))
     return {
         "halos of the causal convolutions": halos,

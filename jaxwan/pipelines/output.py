@@ -23,8 +23,8 @@ class Output:
     """Videos of a call, prompt-major: prompt 0's, then prompt 1's, …
 
     frames: float32 in [0, 1], (B, F, H, W, 3); with output_type "pil" a list of lists of images, with "latent" the
-    latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again (`Job.settings`), with
-    the model's name and dtypes. seconds: time a phase took, compilation apart.
+    latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again (`Request.settings`),
+    with the model's name and dtypes. seconds: time a phase took, compilation apart.
 
     `output[1]` and `output[2:4]` are Outputs too, and `len(output)` counts videos.
     """
@@ -119,7 +119,7 @@ def check_save(job: Job, path: str | Path, *, overwrite: bool = True) -> list[Pa
 
     Raises as `Output.save` does.
     """
-    return [check_output(p, job.num_frames, overwrite) for p in numbered(path, job.settings())]
+    return [check_output(p, job.size[0], overwrite) for p in numbered(path, job.settings())]
 
 
 def comment(settings: Mapping[str, Any]) -> dict[str, str]:

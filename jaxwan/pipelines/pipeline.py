@@ -31,7 +31,7 @@ from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
-from jaxwan.pipelines.request import Job, Number, make_job, with_prompt
+from jaxwan.pipelines.request import Job, Number, Request, make_job, with_prompt
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import add_noise, make_table, stack_tables
 from jaxwan.sharding.mesh import MeshSpec
@@ -161,17 +161,16 @@ class WanPipeline:
         check_output_type(output_type)
         progress = Progress(visible=self.progress)
         text = self._context(job, progress)
-        size = (job.num_frames, job.height, job.width)
-        with progress.phase("encode", _count_encoded(job), "image" if job.video is None else "video") as update:
-            conditioning = self._conditioning(job, size)
-            latents = self._starting_latents(job)
+        with progress.phase("encode", _count_encoded(job), "input") as update:
+            conditioning = self._conditioning(job.requests)
+            latents = self._starting_latents(job.requests)
             update(_count_encoded(job))
         inputs = self._inputs(job, text, conditioning, latents.shape)
         latents = self._denoise(job, latents, inputs, progress, callback_on_step_end)
         frames = latents if output_type == "latent" else self._decode(latents, progress)
         if output_type == "pil":
             frames = [_to_pil(video) for video in frames]
-        return Output(frames, latents, job.fps, self._settings(job), progress.seconds)
+        return Output(frames, latents, job.requests[0].fps, self._settings(job), progress.seconds)
 
     def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
         """What made each video: the call's settings, the model and its numbers."""
@@ -248,9 +247,8 @@ class WanPipeline:
             self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
             **dict(zip(("num_frames", "height", "width"), geometry.pixel_shape(*x.shape[1:4]), strict=True)),
         )  # fmt: skip
-        size = (blank.num_frames, blank.height, blank.width)
-        conditioning = self._conditioning(blank, size)
-        given = _per_sample(timestep, count, frames, geometry.num_tokens(*size))
+        conditioning = self._conditioning(blank.requests)
+        given = _per_sample(timestep, count, frames, geometry.num_tokens(*blank.size))
         if given.shape[1] == 1:
             timesteps = frame_timesteps(given, conditioning.has_first, frames)
         else:
@@ -258,7 +256,7 @@ class WanPipeline:
         controls = Controls(
             table=stack_tables([make_table("euler", 1, 1.0)] * count),
             timesteps=timesteps,
-            expert=choose_expert(given.max(axis=1, keepdims=True), blank.boundary_ratio),
+            expert=choose_expert(given.max(axis=1, keepdims=True), blank.requests[0].boundary_ratio),
             guidance=np.ones((count, 1)),
             guided=np.zeros(count, bool),
         )
@@ -271,25 +269,25 @@ class WanPipeline:
 
     def _context(self, job: Job, progress: Progress) -> np.ndarray:
         """[R, G, L, C]: each video's text, and with guidance its negative text."""
-        branches = [(job.prompt_embeds, [r.prompt or "" for r in job.requests])]
+        branches = [[(r.prompt_embeds, r.prompt or "") for r in job.requests]]
         if job.guided:
-            branches.append((job.negative_prompt_embeds, [r.negative_prompt or "" for r in job.requests]))
-        made, texts = [], sum(len(texts) for rows, texts in branches if rows is None)
-        with progress.phase("text", texts, "text") as update:
-            for rows, texts in branches:
-                if rows is None:
-                    rows = self.encode_prompt(texts)
-                    update(len(texts))
-                made.append(rows)
-        return np.repeat(np.stack(made, axis=1), job.num_videos, axis=0)
+            branches.append([(r.negative_prompt_embeds, r.negative_prompt or "") for r in job.requests])
+        texts = [{text for rows, text in branch if rows is None} for branch in branches]
+        made = []
+        with progress.phase("text", sum(map(len, texts)), "text") as update:
+            for branch, own in zip(branches, texts, strict=True):
+                rows = self.encode_prompt([text for _, text in branch]) if own else [rows for rows, _ in branch]
+                made.append(np.asarray(rows))
+                update(len(own))
+        return np.stack(made, axis=1)
 
-    def _conditioning(self, job: Job, size: tuple[int, int, int]) -> Conditioning:
-        """Image input of every video of the job."""
-        images, lasts = [r.image for r in job.requests], [r.last_image for r in job.requests]
-        made = encode_images(self.checkpoint.image_input, self.parts.coder, images, lasts, size)
+    def _conditioning(self, requests: Sequence[Request]) -> Conditioning:
+        """Image input of every request."""
+        images, lasts = [r.image for r in requests], [r.last_image for r in requests]
+        made = encode_images(self.checkpoint.image_input, self.parts.coder, images, lasts, requests[0].size)
         if self.parts.encode_image is not None:
             made = made._replace(image=np.stack(once_each(self._clip_rows, images, lasts)))
-        return jax.tree.map(lambda x: np.repeat(x, job.num_videos, axis=0), made)
+        return made
 
     def _clip_rows(self, image: Any, last: Any) -> np.ndarray:
         """CLIP rows of the image, followed by the last image's."""
@@ -298,25 +296,26 @@ class WanPipeline:
         pixels = [clip_pixels(i, processor)[None] for i in (image, last) if i is not None]
         return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
 
-    def _starting_latents(self, job: Job) -> np.ndarray:
-        """[R, T, H, W, Z] at the noise level of each video's first step."""
-        shape = (
-            *self.checkpoint.geometry.latent_shape(job.num_frames, job.height, job.width),
-            self.parts.coder.cfg.z_dim,
-        )
-        if job.latents is None:
-            noise = np.stack([initial_noise(r.seed, i, shape) for r, i in job.videos])
-        else:
-            noise = to_internal(job.latents)
-        if job.video is None:
-            return noise
-        clean = encode_video(self.parts.coder, 2 * resize_video(job.video, job.height, job.width)[None] - 1)[0]
-        sigmas = [float(r.table.sigmas[0]) for r, _ in job.videos]
-        return np.stack([add_noise(clean, n, s) for n, s in zip(noise, sigmas, strict=True)])
+    def _starting_latents(self, requests: Sequence[Request]) -> np.ndarray:
+        """[R, T, H, W, Z] at the noise level of each request's first step."""
+        num_frames, height, width = requests[0].size
+        shape = (*self.checkpoint.geometry.latent_shape(num_frames, height, width), self.parts.coder.cfg.z_dim)
+
+        def encode(video: np.ndarray | None) -> Any:
+            pixels = None if video is None else 2 * resize_video(video, height, width)[None] - 1
+            return None if pixels is None else encode_video(self.parts.coder, pixels)[0]
+
+        def start(request: Request, clean: np.ndarray | None) -> np.ndarray:
+            given = request.latents
+            noise = initial_noise(request.seed, request.index, shape) if given is None else to_internal(given[None])[0]
+            return noise if clean is None else np.asarray(add_noise(clean, noise, float(request.table.sigmas[0])))
+
+        sources = once_each(encode, [r.video for r in requests])
+        return np.stack([start(r, clean) for r, clean in zip(requests, sources, strict=True)])
 
     def _inputs(self, job: Job, text: np.ndarray, conditioning: Conditioning, shape: tuple[int, ...]) -> Inputs:
-        noise = np.stack([renoise_noise(r.table, r.seed, i, shape[1:]) for r, i in job.videos])
-        return Inputs(make_controls(job, conditioning, shape[1]), text, *conditioning, noise)
+        noise = np.stack([renoise_noise(r.table, r.seed, r.index, shape[1:]) for r in job.requests])
+        return Inputs(make_controls(job.requests, conditioning, shape[1]), text, *conditioning, noise)
 
     def _denoise(self, job: Job, latents: np.ndarray, inputs: Inputs, progress: Progress, callback) -> np.ndarray:
         """All steps; the public (B, C, T, h, w)."""
@@ -377,9 +376,7 @@ def to_internal(latents: np.ndarray) -> np.ndarray:
 
 def _count_encoded(job: Job) -> int:
     """Images (or the one video) that are encoded before the loop."""
-    if job.video is not None:
-        return 1
-    return len({id(image) for r in job.requests for image in (r.image, r.last_image) if image is not None})
+    return len({id(x) for r in job.requests for x in (r.image, r.last_image, r.video) if x is not None})
 
 
 def _is_first(latents: np.ndarray) -> np.ndarray:

@@ -25,22 +25,31 @@ SEEDS = 2**64
 MAX_INDEX = 2**32  # of a video within its prompt: a word of the noise's key
 FPS_RANGE = 0.01, 1000.0  # what a video file's fractions can say
 Number = int | float
-_ARRAYS = ("video", "latents", "prompt_embeds", "negative_prompt_embeds")  # of a job
-_SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt of a call. Texts are None where embeddings were given."""
+    """One video to be made, checked and complete."""
 
-    prompt: str | None
+    prompt: str | None  # None where embeddings were given, as the next
     negative_prompt: str | None
+    num_frames: int
+    height: int
+    width: int
+    fps: float
     sampling: "Sampling"
     guidance_scale: float  # high-noise expert
     guidance_scale_2: float  # low-noise expert
+    boundary_ratio: float | None
     seed: int
-    image: Any  # PIL image or float array, None without
-    last_image: Any
+    index: int  # within its prompt: with the seed it makes the noise
+    image: Any = None  # PIL image or float array
+    last_image: Any = None
+    video: np.ndarray | None = None  # (F, H, W, 3), of video to video
+    strength: Number | None = None
+    latents: np.ndarray | None = None  # public axis order (C, T, h, w)
+    prompt_embeds: np.ndarray | None = None  # (512, C)
+    negative_prompt_embeds: np.ndarray | None = None
 
     @property
     def guided(self) -> bool:
@@ -48,12 +57,35 @@ class Request:
         return self.guidance_scale > 1
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """(num_frames, height, width)."""
+        return self.num_frames, self.height, self.width
+
+    @property
     def table(self) -> Table:
         """The sampler's weights."""
         return self.sampling.table
 
+    def settings(self) -> dict[str, Any]:
+        """What makes the video again: plain values, by their names as arguments of a call, and under `inputs` the names
+        of arguments that were images, a video or arrays."""
+        own = {name: getattr(self, name) for name in _PLAIN} | {
+            name: getattr(self.sampling, name) for name in _SAMPLING
+        }
+        if self.boundary_ratio is None:
+            del own["guidance_scale_2"]
+        own |= {"video_index": self.index, "inputs": [n for n in _ARRAYS if getattr(self, n) is not None] or None}
+        return {name: value for name, value in own.items() if value is not None}
 
-@dataclass(frozen=True)
+
+_PLAIN = (
+    "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed strength"
+).split()
+_SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
+_ARRAYS = ("image", "last_image", "video", "latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True, eq=False)
 class Sampling:
     """A request's way from noise to video, as it was asked for and as a table."""
 
@@ -64,23 +96,11 @@ class Sampling:
     table: Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """A whole call: all requests share one size. Videos are prompt-major: prompt 0's, then prompt 1's, …"""
+    """A whole call: its videos, all of one size, prompt-major: prompt 0's, then prompt 1's, …"""
 
     requests: tuple[Request, ...]
-    num_videos: int  # per prompt
-    video_index: int  # of the first one
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    boundary_ratio: float | None
-    video: np.ndarray | None = None
-    strength: Number | None = None  # of video to video
-    latents: np.ndarray | None = None  # public axis order (B, C, T, h, w)
-    prompt_embeds: np.ndarray | None = None
-    negative_prompt_embeds: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,22 +109,13 @@ class Job:
         return any(request.guided for request in self.requests)
 
     @property
-    def batch(self) -> int:
-        """Videos of the call."""
-        return len(self.requests) * self.num_videos
-
-    @property
-    def videos(self) -> list[tuple[Request, int]]:
-        """(request, index within its prompt) of every video."""
-        return [(r, self.video_index + i) for r in self.requests for i in range(self.num_videos)]
+    def size(self) -> tuple[int, int, int]:
+        """(num_frames, height, width) of every video."""
+        return self.requests[0].size
 
     def settings(self) -> tuple[dict[str, Any], ...]:
-        """What makes each video again: plain values, by their names as arguments of a call, and under `inputs` the
-        names of arguments that were images, a video or arrays."""
-        shared = {name: getattr(self, name) for name in ("height", "width", "num_frames", "fps")}
-        shared |= {} if self.strength is None else {"strength": self.strength}
-        arrays = [name for name in _ARRAYS if getattr(self, name) is not None]
-        return tuple(_settings(request, index, self.boundary_ratio, arrays) | shared for request, index in self.videos)
+        """What makes each video again."""
+        return tuple(request.settings() for request in self.requests)
 
 
 def make_job(
@@ -164,25 +175,22 @@ def make_job(
     boundary = _boundary(checkpoint, boundary_ratio)
     guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
     seeds = _seeds(count, seed, notes)
-    return Job(
-        requests=tuple(
-            Request(prompts[i], negatives[i], samplings[i], *guidance[i], seeds[i], images[i], last_images[i])
-            for i in range(count)
-        ),
-        num_videos=num_videos,
-        video_index=video_index,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
-        boundary_ratio=boundary,
-        video=None if frames is None else frames[:num_frames],
-        strength=strength,
-        latents=_latents(checkpoint, latents, count * num_videos, (num_frames, height, width)),
-        prompt_embeds=embeds,
-        negative_prompt_embeds=negative_embeds,
-        notes=tuple(notes),
-    )
+    latents = _latents(checkpoint, latents, count * num_videos, (num_frames, height, width))
+    shared = dict(
+        num_frames=num_frames, height=height, width=width, fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
+        boundary_ratio=boundary, video=None if frames is None else frames[:num_frames], strength=strength,
+    )  # fmt: skip
+    requests = tuple(
+        Request(
+            prompt=prompts[i], negative_prompt=negatives[i], sampling=samplings[i], guidance_scale=guidance[i][0],
+            guidance_scale_2=guidance[i][1], seed=seeds[i], index=video_index + k, image=images[i],
+            last_image=last_images[i], latents=None if latents is None else latents[i * num_videos + k],
+            prompt_embeds=None if embeds is None else embeds[i],
+            negative_prompt_embeds=None if negative_embeds is None else negative_embeds[i], **shared,
+        )
+        for i in range(count) for k in range(num_videos)
+    )  # fmt: skip
+    return Job(requests, tuple(notes))
 
 
 def with_prompt(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,22 +204,6 @@ ARGUMENTS = tuple(
     for name, parameter in inspect.signature(make_job).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
 )
-
-
-def _settings(request: Request, index: int, boundary: float | None, arrays: list[str]) -> dict[str, Any]:
-    inputs = [name for name in ("image", "last_image") if getattr(request, name) is not None]
-    own = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        **{name: getattr(request.sampling, name) for name in _SAMPLING},
-        "guidance_scale": request.guidance_scale,
-        "guidance_scale_2": None if boundary is None else request.guidance_scale_2,
-        "boundary_ratio": boundary,
-        "seed": request.seed,
-        "video_index": index,
-        "inputs": (inputs + arrays) or None,
-    }
-    return {name: value for name, value in own.items() if value is not None}
 
 
 def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:

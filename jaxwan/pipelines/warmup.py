@@ -1,7 +1,7 @@
 """Compiling ahead of time: the programs that a job runs, and several of them at once."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from jaxwan.pipelines.condition import abstract_conditioning, make_controls, noi
 from jaxwan.pipelines.denoise import RENOISINGS, Inputs
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.prompt import MAX_TOKENS, abstract_prompt
-from jaxwan.pipelines.request import Job
+from jaxwan.pipelines.request import Job, Request
 
 THREADS = 4  # there are two or three long ones, and each is spread over cores by the compiler itself
 Program = tuple[str, Callable, tuple]  # name, jitted function, its arguments or their shapes
@@ -37,16 +37,17 @@ class Warmup(NamedTuple):
 
 def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool = True) -> Iterator[Program]:
     """Every program that a job runs on these parts, whose parameters may be shapes; those that take long first."""
-    size = job.num_frames, job.height, job.width
+    size, requests = job.size, job.requests
     shape = *checkpoint.geometry.latent_shape(*size), checkpoint.geometry.z_dim
-    yield from parts.denoiser.programs(*_denoiser_inputs(checkpoint, job, shape))
+    yield from parts.denoiser.programs(*_denoiser_inputs(checkpoint, requests, shape))
     if decode:
         yield from parts.coder.programs("decode", (1, *shape))
-    encoded = _encoded_frames(checkpoint, job)
+    encoded = _encoded_frames(checkpoint, requests)
     if encoded:
         yield from parts.coder.programs("encode", (1, encoded, *size[1:], 3))
     encode = parts.encode_text
-    if encode is not None and (job.prompt_embeds is None or job.guided and job.negative_prompt_embeds is None):
+    given = [r.prompt_embeds for r in requests] + [r.negative_prompt_embeds for r in requests if job.guided]
+    if encode is not None and any(rows is None for rows in given):
         yield "text encoder", encode.run, (encode.state, *abstract_prompt())
     encode, cfg = parts.encode_image, checkpoint.image_encoder
     if encode is not None and cfg is not None:
@@ -55,28 +56,30 @@ def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool
     yield noise_program(shape)
 
 
-def _denoiser_inputs(checkpoint: Checkpoint, job: Job, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, Inputs]:
+def _denoiser_inputs(
+    checkpoint: Checkpoint, requests: Sequence[Request], shape: tuple[int, ...]
+) -> tuple[jax.ShapeDtypeStruct, Inputs]:
     """Shapes of what `Denoiser.start` gets; the controls are small, and real."""
-    cfg, count = checkpoint.transformer, job.batch
+    cfg, count, guided = checkpoint.transformer, len(requests), any(r.guided for r in requests)
 
     def array(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *sizes), np.float32)
 
-    given = abstract_conditioning(checkpoint, job, shape)
+    given = abstract_conditioning(checkpoint, requests, shape)
     inputs = Inputs(
-        make_controls(job, given, shape[0]), array(1 + job.guided, MAX_TOKENS, cfg.text_dim), *given,
+        make_controls(requests, given, shape[0]), array(1 + guided, MAX_TOKENS, cfg.text_dim), *given,
         array(RENOISINGS, *shape),
     )  # fmt: skip
     return array(*shape), inputs
 
 
-def _encoded_frames(checkpoint: Checkpoint, job: Job) -> int:
+def _encoded_frames(checkpoint: Checkpoint, requests: Sequence[Request]) -> int:
     """Frames of what the VAE encodes before the loop."""
-    if job.video is not None:
-        return job.num_frames
-    if all(request.image is None for request in job.requests):
+    if requests[0].video is not None:
+        return requests[0].num_frames
+    if all(request.image is None for request in requests):
         return 0
-    return 1 if checkpoint.image_input is ImageInput.FIRST_FRAME else job.num_frames
+    return 1 if checkpoint.image_input is ImageInput.FIRST_FRAME else requests[0].num_frames
 
 
 # Compiling

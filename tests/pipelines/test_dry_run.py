@@ -123,9 +123,9 @@ def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, stages, arguments)
     size = {"height": 32, "width": 48, "num_frames": 5}
     expected = report(checkpoint, MeshSpec(pp=stages), **size, **arguments)
     job = make_job(checkpoint, **{"prompt": "a cat"} | size | arguments)
-    steps = np.array([r.table.num_steps for r, _ in job.videos])
+    steps = np.array([r.table.num_steps for r in job.requests])
     handed = []
-    plan = RingPlan(stages, job.batch, 2 if job.guided else 1)
+    plan = RingPlan(stages, len(job.requests), 2 if job.guided else 1)
     loop = Loop(plan, steps, lambda state, ticks: handed.append(int(ticks)), RingState(None, None, (), None))
     for index in range(loop.rounds):
         loop.advance(index + 1)

@@ -51,7 +51,7 @@ def compile_ring(checkpoint, dtype):
     images = {} if given.image is None else {"image": PIXEL, "last_image": PIXEL, "height": d.height, "width": d.width}
     job = make_job(checkpoint, prompt="a", **images)
     inputs = Inputs(
-        to_float32(make_controls(job, given, shape[0])), np.zeros((1, 2, 512, cfg.text_dim), np.float32),
+        to_float32(make_controls(job.requests, given, shape[0])), np.zeros((1, 2, 512, cfg.text_dim), np.float32),
         *given, np.zeros((1, 8, *shape), np.float32),
     )  # fmt: skip
     begin, run = make_program(cfg, mesh, RingPlan(STAGES, 1, 2), (1, *shape), dtype)

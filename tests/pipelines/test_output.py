@@ -27,11 +27,12 @@ def made():
 
     def make(**call):
         job = make_job(read_checkpoint(BUNDLED_MODEL), **dict(prompt="a red star", seed=7) | CALL | call)
-        frames = np.zeros((job.batch, job.num_frames, job.height, job.width, 3), np.float32)
-        frames += np.linspace(0.2, 0.8, job.batch, dtype=np.float32)[:, None, None, None, None]
-        latents = np.zeros((job.batch, 16, 2, 4, 6), np.float32)
+        count = len(job.requests)
+        frames = np.zeros((count, *job.size, 3), np.float32)
+        frames += np.linspace(0.2, 0.8, count, dtype=np.float32)[:, None, None, None, None]
+        latents = np.zeros((count, 16, 2, 4, 6), np.float32)
         settings = tuple({"model": "tiny", "dtype": "float32", "vae_dtype": "float32"} | s for s in job.settings())
-        return job, Output(frames, latents, job.fps, settings, {})
+        return job, Output(frames, latents, job.requests[0].fps, settings, {})
 
     return make
 

@@ -53,10 +53,10 @@ def scales(job):
 def test_what_is_left_out_comes_from_the_checkpoint(job):
     made = job()
     (request,) = made.requests
-    assert (made.height, made.width, made.num_frames, made.fps) == (720, 1280, 81, 16.0)
-    assert (made.num_videos, made.batch, made.boundary_ratio) == (1, 1, 0.875)
+    assert (made.size, request.fps) == ((81, 720, 1280), 16.0)
+    assert (request.index, request.boundary_ratio) == (0, 0.875)
     assert (request.prompt, request.negative_prompt) == ("a cat", "")
-    assert (request.image, request.last_image, made.video, made.latents) == (None,) * 4
+    assert (request.image, request.last_image, request.video, request.latents) == (None,) * 4
     assert request.table.num_steps == 40
     assert request.table.timesteps[:3].tolist() == [999, 991, 982]  # UniPC at shift 3, the scheduler config's
     assert request.guided and made.guided
@@ -68,8 +68,8 @@ def test_a_generation_config_speaks_where_the_call_is_silent(tmp_path):
     given = {"sampler": "euler", "flow_shift": 5, "num_inference_steps": 4, "negative_prompt": "dull", "fps": 8}
     edit(folder / "generation_config.json", **SIZE, **given)
     made = make_job(read_checkpoint(folder), prompt="x")
-    assert (made.height, made.width, made.num_frames, made.fps) == (64, 96, 9, 8.0)
     (request,) = made.requests
+    assert (request.size, request.fps) == ((9, 64, 96), 8.0)
     assert request.negative_prompt == "dull"
     # FlowMatchEulerDiscreteScheduler at shift 5
     np.testing.assert_allclose(request.table.timesteps[:5], [1000, 909.70715, 717.31744, 24.414066, 0], rtol=1e-6)
@@ -131,8 +131,8 @@ def test_none_in_a_list_is_that_prompts_default(job):
 
 def test_several_videos_of_a_prompt_make_the_batch(job):
     made = job(prompt=["a", "b"], num_videos_per_prompt=3, latents=np.zeros((6, 16, 3, 8, 12)), **SIZE)
-    assert (made.num_videos, made.batch, len(made.requests)) == (3, 6, 2)
-    assert made.latents is not None and made.latents.dtype == np.float32
+    assert [(r.prompt, r.index) for r in made.requests] == [(prompt, i) for prompt in "ab" for i in range(3)]
+    assert {(r.latents.dtype, r.latents.shape) for r in made.requests} == {(np.dtype(np.float32), (16, 3, 8, 12))}
 
 
 def test_a_seed_left_out_is_drawn_and_said(job):
@@ -147,15 +147,17 @@ def test_embeddings_stand_in_for_texts(job):
     embeds = np.ones((2, 512, 24))
     made = job(prompt_embeds=jnp.asarray(embeds, jnp.bfloat16), negative_prompt=["x", "y"])
     assert [(r.prompt, r.negative_prompt) for r in made.requests] == [(None, "x"), (None, "y")]
-    assert made.prompt_embeds.dtype == np.float32 and made.prompt_embeds.shape == (2, 512, 24)
+    assert {(r.prompt_embeds.dtype, r.prompt_embeds.shape) for r in made.requests} == {
+        (np.dtype(np.float32), (512, 24))
+    }
     made = job(prompt=["a", "b"], negative_prompt_embeds=embeds)
     assert [(r.prompt, r.negative_prompt) for r in made.requests] == [("a", None), ("b", None)]
 
 
 def test_a_boundary_left_out_is_the_checkpoints_and_one_expert_has_none(job):
-    assert job().boundary_ratio == 0.875
-    assert job(boundary_ratio=0).boundary_ratio == 0
-    assert job(TI2V).boundary_ratio is None
+    assert job().requests[0].boundary_ratio == 0.875
+    assert job(boundary_ratio=0).requests[0].boundary_ratio == 0
+    assert job(TI2V).requests[0].boundary_ratio is None
     timesteps = np.array([[999.0, 875.0, 874.0, 0.0]])
     assert choose_expert(timesteps, 0.875).tolist() == [[0, 0, 1, 1]]  # at the boundary still high noise
     assert choose_expert(timesteps, None).tolist() == [[0, 0, 0, 0]]
@@ -169,7 +171,7 @@ def test_a_distilled_checkpoint_names_its_few_steps_and_a_named_sampler_leaves_t
     checkpoint = read_checkpoint(folder)
     silent = make_job(checkpoint, prompt="a", seed=1)
     assert silent.requests[0].table.timesteps[:4].tolist() == [1000, 757, 522, 0]
-    assert silent.boundary_ratio == 0.5
+    assert silent.requests[0].boundary_ratio == 0.5
     assert make_job(checkpoint, prompt="a", seed=1, sampler="euler").requests[0].table.num_steps == 40
 
 
@@ -187,11 +189,11 @@ def test_renoise_takes_its_timesteps_as_they_are(job):
 
 def test_the_size_follows_the_aspect_of_the_image_and_is_said(job):
     made = job(I2V, image=PHOTO, seed=1)
-    assert (made.height, made.width) == (672, 1344)  # 1:2 at 720 x 1280, multiples of 16
+    assert made.size[1:] == (672, 1344)  # 1:2 at 720 x 1280, multiples of 16
     assert made.notes == ("size 1344x672, from the image's 100x50",)
     given = job(I2V, image=PHOTO, seed=1, **SIZE)
-    assert (given.height, given.width, given.notes) == (64, 96, ())
-    assert job(TI2V, image=PHOTO).height % 32 == 0
+    assert (given.size[1:], given.notes) == ((64, 96), ())
+    assert job(TI2V, image=PHOTO).size[1] % 32 == 0
 
 
 def test_one_image_is_for_all_prompts_or_one_for_each(job):
@@ -220,13 +222,15 @@ def test_images_may_be_files(job, tmp_path):
 def test_a_video_gives_frames_rate_and_size(job, tmp_path):
     save_video(CLIP, tmp_path / "clip.mp4", 12.5)
     made = job(T2V_21, video=tmp_path / "clip.mp4", seed=1)
-    assert (made.num_frames, made.fps, made.height, made.width) == (9, 12.5, 544, 720)
+    (request,) = made.requests
+    assert (request.size, request.fps) == ((9, 544, 720), 12.5)
     assert made.notes == ("size 720x544, from the video's 64x48", "9 frames, the largest 4k+1 in the video's 10")
-    assert len(made.video) == 9
+    assert len(request.video) == 9
     short = job(T2V_21, video=str(tmp_path / "clip.mp4"), height=64, width=96, num_frames=5, fps=30, seed=1)
-    assert (short.num_frames, short.fps, len(short.video), short.notes) == (5, 30.0, 5, ())
+    (request,) = short.requests
+    assert (short.size[0], request.fps, len(request.video), short.notes) == (5, 30.0, 5, ())
     of_images = job(T2V, video=[PHOTO] * 5, seed=1)
-    assert (of_images.num_frames, of_images.fps) == (5, 16.0)  # no rate of its own: the table's
+    assert (of_images.size[0], of_images.requests[0].fps) == (5, 16.0)  # no rate of its own: the table's
 
 
 def write_long(path):
@@ -241,19 +245,19 @@ def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp
     note = "the first 81 frames of the video's 100, this model's own length: give num_frames for more"
     for video in (path, images, np.concatenate([CLIP] * 10)):
         made = job(T2V_21, video=video, seed=1, height=64, width=96)
-        assert (made.num_frames, len(made.video), made.notes) == (81, 81, (note,))
+        assert (made.size[0], len(made.requests[0].video), made.notes) == (81, 81, (note,))
         more = job(T2V_21, video=video, seed=1, height=64, width=96, num_frames=97)
-        assert (more.num_frames, len(more.video), more.notes) == (97, 97, ())
+        assert (more.size[0], len(more.requests[0].video), more.notes) == (97, 97, ())
     whole = job(T2V_21, video=images[:81], seed=1, height=64, width=96)
     assert whole.notes == ("81 frames, the largest 4k+1 in the video's 81",)
-    assert job(TI2V, video=path, seed=1, height=64, width=96).num_frames == 97  # its own length is 121
+    assert job(TI2V, video=path, seed=1, height=64, width=96).size[0] == 97  # its own length is 121
 
 
 def test_a_file_that_does_not_say_how_long_it_is_gives_the_models_own_length(job, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxwan.pipelines.request.count_frames", lambda video: None)  # as of Matroska and WebM
     made = job(T2V_21, video=write_long(tmp_path / "long.mp4"), seed=1, height=64, width=96)
     note = "the first 81 frames of the video, this model's own length: give num_frames for more"
-    assert (made.num_frames, made.notes) == (81, (note,))
+    assert (made.size[0], made.notes) == (81, (note,))
 
 
 def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
@@ -385,10 +389,9 @@ def test_settings_are_a_call_that_makes_each_video_again(job):
     json.dumps(settings)
     for own in settings:
         again = job(**own)
-        assert again.settings() == (own,) and again.batch == 1
-        ((request, index),) = again.videos
-        assert index == own["video_index"]
-        original = made.requests["ab".index(request.prompt)]
+        (request,) = again.requests
+        assert again.settings() == (own,) and request.index == own["video_index"]
+        original = made.requests[2 * "ab".index(request.prompt)]
         for a, b in zip(request.table, original.table, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -544,8 +547,8 @@ def test_a_second_scale_needs_a_boundary(tmp_path):
     folder = write_configs(tmp_path, T2V, tiny=True)
     edit(folder / "model_index.json", boundary_ratio=None)
     checkpoint = read_checkpoint(folder)
-    assert make_job(checkpoint, prompt="a").boundary_ratio is None
-    assert make_job(checkpoint, prompt="a", guidance_scale_2=2.0, boundary_ratio=0.9).boundary_ratio == 0.9
+    assert make_job(checkpoint, prompt="a").requests[0].boundary_ratio is None
+    assert make_job(checkpoint, prompt="a", guidance_scale_2=2.0, boundary_ratio=0.9).requests[0].boundary_ratio == 0.9
     with pytest.raises(ValueError, match="guidance_scale_2=2.0 needs a boundary_ratio too"):
         make_job(checkpoint, prompt="a", guidance_scale_2=2.0)
 

@@ -75,12 +75,13 @@ def made(monkeypatch):
     seen = Made([], [])
 
     def run(self, job):
-        latents = np.random.default_rng(0).standard_normal((job.batch, 16, 2, 4, 4)).astype(np.float32)
-        ramp = np.linspace(0, 0.9, job.width, dtype=np.float32)[:, None]
-        video = np.arange(job.batch, dtype=np.float32)[:, None, None, None, None]
-        frames = np.broadcast_to((video + ramp) / job.batch, (job.batch, job.num_frames, job.height, job.width, 3))
+        count, (num_frames, height, width) = len(job.requests), job.size
+        latents = np.random.default_rng(0).standard_normal((count, 16, 2, 4, 4)).astype(np.float32)
+        ramp = np.linspace(0, 0.9, width, dtype=np.float32)[:, None]
+        video = np.arange(count, dtype=np.float32)[:, None, None, None, None]
+        frames = np.broadcast_to((video + ramp) / count, (count, num_frames, height, width, 3))
         seen.jobs.append(job)
-        seen.outputs.append(Output(frames, latents, job.fps, self._settings(job), {}))
+        seen.outputs.append(Output(frames, latents, job.requests[0].fps, self._settings(job), {}))
         return seen.outputs[-1]
 
     monkeypatch.setattr(WanPipeline, "run", run)
@@ -214,7 +215,7 @@ def test_latents_of_a_file_are_the_noise(run, made):
     status, _, err = run("--model", BUNDLED_MODEL, "--prompt", "", "--latents", "noise.npy", "--save-npz", "arrays.npz")
     assert status == 0, err
     (job,), (output,) = made.jobs, made.outputs
-    np.testing.assert_array_equal(job.latents, noise)
+    np.testing.assert_array_equal(job.requests[0].latents, noise[0])
     with np.load("arrays.npz") as arrays:
         np.testing.assert_array_equal(arrays["frames"], output.frames)
         np.testing.assert_array_equal(arrays["latents"], output.latents)
@@ -231,16 +232,15 @@ def test_every_flag_reaches_the_job(run, made, files):
     )  # fmt: skip
     assert status == 0, err
     (job,) = made.jobs
-    a, b = job.requests
-    assert (a.prompt, b.prompt) == ("a", "b")
+    assert [(r.prompt, r.index) for r in job.requests] == [("a", 3), ("a", 4), ("b", 3), ("b", 4)]
+    a, _, b, _ = job.requests
     assert a.negative_prompt == b.negative_prompt == OFFICIAL_NEGATIVE_PROMPT
-    assert (job.height, job.width, job.num_frames, job.fps) == (64, 32, 5, 7.5)
-    assert [(r.prompt, i) for r, i in job.videos] == [("a", 3), ("a", 4), ("b", 3), ("b", 4)]
-    assert job.video.shape == (5, 16, 16, 3)
+    assert (job.size, a.fps) == ((5, 64, 32), 7.5)
+    assert a.video.shape == (5, 16, 16, 3) and a.video is b.video
     assert (a.table.num_steps, b.table.num_steps) == (2, 3)  # half of 4 and 6
     assert a.table.timesteps[0] % 1 and not b.table.timesteps[0] % 1  # Euler's are no whole numbers
-    assert [(r.guidance_scale, r.guidance_scale_2, r.seed) for r in job.requests] == [(2.0, 1.5, 3), (3.0, 1.5, 3)]
-    assert job.boundary_ratio == 0.5
+    assert [(r.guidance_scale, r.guidance_scale_2, r.seed) for r in (a, b)] == [(2.0, 1.5, 3), (3.0, 1.5, 3)]
+    assert b.boundary_ratio == 0.5
     assert sorted(os.listdir()) == [f"clip-{i}-seed3-{3 + i % 2}.mp4" for i in range(4)]
 
 
