@@ -33,7 +33,10 @@ from typing import Any, NoReturn
 
 START = time.perf_counter()  # before JAX, whose start takes seconds
 
-import jaxwan  # noqa: E402  its parts are imported when first used
+try:
+    import jaxwan  # its parts are imported when first used
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}: install it first, by `pip install -e .` in the clone")
 
 log = logging.getLogger("jaxwan.generate")
 DOES_NOT_FIT = 3
@@ -49,16 +52,19 @@ CALL = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0, 1 after bad input was explained in a sentence, 2 after bad flags, 3 if it does not fit."""
+    if sys.stderr is None:  # closed by the caller: then nothing is told
+        sys.stderr = open(os.devnull, "w")
     args = parse(argv)
     with warnings.catch_warnings():
         tell_on_stderr(quiet=args.quiet)
         log.info("jaxwan %s, mesh %s", jaxwan.__version__, args.mesh)
         try:
             return plan(args) if args.dry_run else generate(args)
+        except BrokenPipeError:  # the reader of stdout has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            if args.json:
-                print(json.dumps({"error": str(error)}))
+            tell_error(str(error), as_json=args.json)
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -72,7 +78,7 @@ def plan(args: argparse.Namespace) -> int:
     report = jaxwan.dry_run(
         checkpoint, mesh=args.mesh, device_memory=args.device_memory, **dtypes(args, made), **arguments(args, made)
     )
-    print(report.to_json() if args.json else report)
+    print(report.to_json() if args.json else report, flush=True)
     return DOES_NOT_FIT if report.fits is False else 0
 
 
@@ -121,7 +127,8 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
     gone = {"sampler": ["timesteps"], "seed": ["video_index"], "timesteps": ["num_inference_steps"],
             "num_inference_steps": ["timesteps"]}  # what another value of a flag makes meaningless  # fmt: skip
     stale = {name for given in call for name in gone.get(given, [])}
-    return {name: made[name] for name in CALL if name in made and name not in stale} | call
+    before = made.get("call", {})
+    return {name: before[name] for name in CALL if name in before and name not in stale} | call
 
 
 def like(args: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def like(args: argparse.Namespace) -> dict[str, Any]:
     if args.like is None:
         return {}
     made = jaxwan.read_settings(args.like)
-    for name in made.pop("inputs", []):
+    for name in made.get("inputs", []):
         if getattr(args, str(name), None) is None:
             again = (
                 f"give --{str(name).replace('_', '-')} again" if hasattr(args, str(name)) else "repeat it from Python"
@@ -183,7 +190,7 @@ def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
     if args.output is not None:
         return Path(args.output)
     seed = f"-seed{job.requests[0].seed}" if len(job.requests) == 1 else ""  # several say their own
-    return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}.mp4")
+    return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}{'.png' if job.size[0] == 1 else '.mp4'}")
 
 
 def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
@@ -199,16 +206,17 @@ def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]
     for i, path in enumerate(targets):
         output[i].save(path, metadata=not args.no_metadata)
         if not args.json:
-            print(path if args.quiet else f"{path}  {described(output.settings[i])}", flush=True)
+            print(path if args.quiet else f"{path}  {described(output.settings[i]['call'])}", flush=True)
     if args.save_npz is not None:
         output.save_npz(args.save_npz)
 
 
-def described(video: dict[str, Any]) -> str:
-    """One video in a line."""
-    index = f" index {video['video_index']}" if video["video_index"] else ""
-    size = f"{video['width']}x{video['height']}, {video['num_frames']} frames at {video['fps']:g} fps"
-    return f"{size}, seed {video['seed']}{index}: {shorten(video.get('prompt', 'embeddings'), 80, placeholder='…')!r}"
+def described(call: dict[str, Any]) -> str:
+    """One video in a line, by the call that makes it again."""
+    size, fps, prompt = f"{call['width']}x{call['height']}", call["fps"], shorten(call["prompt"], 80, placeholder="…")
+    frames = f"{call['num_frames']} frames at {fps:g} fps" if call["num_frames"] > 1 else "1 frame"
+    index = f" index {call['video_index']}" if call["video_index"] else ""
+    return f"{size}, {frames}, seed {call['seed']}{index}: {prompt!r}"
 
 
 def tell_end(
@@ -244,6 +252,13 @@ def tell_on_stderr(*, quiet: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
 
 
+def tell_error(message: str, *, as_json: bool) -> None:
+    """What is wrong, in a line on stderr, and for scripts on stdout too."""
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message}))
+
+
 # Flags
 
 
@@ -251,6 +266,7 @@ class Parser(argparse.ArgumentParser):
     """Explains a mistake in one line, with the nearest flag."""
 
     def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.given = sys.argv[1:] if args is None else args
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             given = unknown[0].split("=")[0]
@@ -262,7 +278,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        tell_error(message, as_json="--json" in self.given)
+        self.exit(2)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -314,11 +331,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="keep no compiled programs for later runs; so does JAXWAN_COMPILATION_CACHE=0")  # fmt: skip
     where.add_argument("--dry-run", action="store_true",
                        help="only say what it would take; exits with 3 if it does not fit")  # fmt: skip
-    where.add_argument("--device-memory", help="for --dry-run: memory of a device, such as 80GB")
+    where.add_argument("--device-memory", help="for --dry-run: an accelerator's memory, such as 80GB")
 
     out = parser.add_argument_group("results")
     out.add_argument("-o", "--output", metavar="NAME", help="NAME.mp4 or .gif, or .png for one frame; several videos "
-                     "get their place and seed: NAME-0-seed7.mp4; default: outputs/TIME-seed7.mp4")  # fmt: skip
+                     "get their place and seed: NAME-0-seed7.mp4; default: outputs/TIME-seed7.mp4 (.png)")  # fmt: skip
     out.add_argument("--overwrite", action="store_true", help="replace files that exist")
     out.add_argument("--no-metadata", action="store_true", help="write no prompt and settings into the file")
     out.add_argument("--save-npz", metavar="FILE", help="also write latents and frames as float32 arrays")

@@ -14,6 +14,8 @@ _WITHOUT_MEANING = {
     "image_embeds": ((None,), "give the image itself, as image"),
 }
 
+_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "warmup", "progress")
+
 # What an argument is called in Diffusers, Wan's own scripts and other programs
 _ELSEWHERE = {
     **dict.fromkeys(("steps", "sample_steps", "sampling_steps", "num_steps"), "num_inference_steps"),
@@ -36,6 +38,10 @@ _ELSEWHERE = {
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises TypeError, naming the right argument, for one that is unknown or has no meaning here."""
     for name, value in given.items():
+        if name in _OF_LOADING and name not in known:
+            raise TypeError(
+                f"{name} is no argument of a call: say it when loading, WanPipeline.from_pretrained(…, {name}=…)"
+            )
         if name in _WITHOUT_MEANING:
             harmless, instead = _WITHOUT_MEANING[name]
             if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):

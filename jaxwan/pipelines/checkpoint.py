@@ -98,6 +98,8 @@ def find_checkpoint(model: str | Path, *, json_only: bool = False) -> Path:
     Raises ValueError for an empty text, FileNotFoundError when there is no such folder and the text is no hub id,
     OSError when the hub cannot be had.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model={model!r:.40} is no folder or hub id")
     text, path = str(model), _local(model)
     if not text:
         raise ValueError("model is an empty text: give a folder or a hub id, owner/name")

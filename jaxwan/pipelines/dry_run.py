@@ -4,6 +4,7 @@ Parameter bytes are exact: the shapes that loading would allocate. Activation by
 described where it is counted; a compiler keeps a few more or fewer alive, so leave some room.
 """
 
+import html
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,6 +69,9 @@ class DryRun:
     def to_json(self) -> str:
         """The report as one JSON object."""
         return json.dumps(asdict(self), indent=2)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         lines = [

@@ -38,7 +38,7 @@ def load_parts(
     """Load a checkpoint whose configuration was read; dtype None is the devices' default.
 
     The programs of a `job` are compiled meanwhile; `seconds`, which add up to the time that this took, say under
-    "compile" for how long nothing else happened.
+    "compile" for how long nothing else happened any more.
     Raises ValueError or OSError before any tensor is read: for the mesh, for a file that is missing or truncated, for
     tensors that do not fit.
     """
@@ -55,20 +55,15 @@ def load_parts(
     dtype = dtype or default_dtype(first)
     parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor)
     phases = Progress(visible=progress)
-    before = time.perf_counter()
     programs = [] if job is None else list(job_programs(checkpoint, parts, job))
-    with compiling(programs) as finished:
-        traced = time.perf_counter() - before
+    with compiling(programs, phases) as finished:
         with phases.phase("load", num_bytes, "B") as update:
             loaded = load_tensors(checkpoint, devices, dtype, vae_dtype, files, update)
-        if programs:
-            with phases.phase("compile", len(programs), "program") as update:
-                for _ in finished:
-                    update(1)
-    seconds = phases.seconds
-    seconds["compile"] += traced
-    seconds["load"] += time.perf_counter() - start - sum(seconds.values())  # reading headers and shapes
-    return parts.filled(*loaded)._replace(seconds=seconds)
+        with phases.phase("compile", len(programs), "program") as update:
+            for _ in finished:
+                update(1)
+    prepare = time.perf_counter() - start - sum(phases.seconds.values())  # reading headers, making shapes
+    return parts.filled(*loaded)._replace(seconds={"prepare": prepare} | phases.seconds)
 
 
 def load_tensors(
@@ -139,7 +134,7 @@ def parse_dtype(name: str, value: Any) -> str | None:
     try:
         text = jnp.dtype(value).name
     except TypeError:
-        text = str(value)
+        text = str(value).removeprefix("torch.")
     if text not in DTYPES:
         nearest = difflib.get_close_matches({"bf16": "bfloat16", "fp32": "float32"}.get(text, text), DTYPES, 1)
         hint = f": nearest is {nearest[0]}" if nearest else ""

@@ -371,6 +371,8 @@ def save_video(
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that `Output.save` wrote into an mp4, gif or png: values as the file has them, not checked.
 
+    `pipe(**read_settings("kite.mp4")["call"])` makes it again, with the images or arrays that `["inputs"]` names.
+
     Raises OSError for a file that cannot be read, ValueError for one without settings.
     """
     import av
@@ -390,7 +392,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text or "")
     except ValueError:
         settings = None
-    if not isinstance(settings, dict) or "jaxwan" not in settings:
+    if not isinstance(settings, dict) or "jaxwan" not in settings or not isinstance(settings.get("call"), dict):
         raise ValueError(f"{path} does not say how it was made: jaxwan wrote no settings into it")
     return settings
 

@@ -23,8 +23,9 @@ class Output:
     """Videos of a call, prompt-major: prompt 0's, then prompt 1's, …
 
     frames: float32 in [0, 1], (B, F, H, W, 3); with output_type "pil" a list of lists of images, with "latent" the
-    latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again (`Request.settings`),
-    with the model's name and dtypes. seconds: time a phase took, compilation apart.
+    latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again, such as
+    `pipe(**output.settings[0]["call"])`, and the model's name and dtypes (`Request.settings`). seconds: time that each
+    phase took, compilation apart.
 
     `output[1]` and `output[2:4]` are Outputs too, and `len(output)` counts videos.
     """
@@ -38,7 +39,7 @@ class Output:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Each video's seed."""
-        return tuple(video["seed"] for video in self.settings)
+        return tuple(video["call"]["seed"] for video in self.settings)
 
     def __len__(self) -> int:
         return len(self.settings)
@@ -79,22 +80,30 @@ class Output:
         video = self.frames[i]
         return video if isinstance(video, np.ndarray) else np.stack([np.asarray(image) for image in video])
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The frames (or latents), for NumPy."""
+        return np.asarray(self.frames, dtype)
+
     def __repr__(self) -> str:
-        videos = f"{len(self)} video{'s' * (len(self) != 1)}"
+        count = f"{len(self)} video{'s' * (len(self) != 1)}"
+        if not len(self):
+            return f"Output({count})"
         if self.frames is self.latents:
-            return f"Output({videos}, latents {self.latents.shape}, {_seeds(self.seeds)})"
-        frames, height, width = (s := self.settings[0])["num_frames"], s["height"], s["width"]
-        return f"Output({videos} of {width}x{height}, {frames} frames at {self.fps:g} fps, {_seeds(self.seeds)})"
+            return f"Output({count}, latents {self.latents.shape}, {_seeds(self.seeds)})"
+        call = self.settings[0]["call"]
+        frames = f"{call['num_frames']} frame{'s' * (call['num_frames'] != 1)}"
+        return (
+            f"Output({count} of {call['width']}x{call['height']}, {frames} at {self.fps:g} fps, {_seeds(self.seeds)})"
+        )
 
     def _repr_html_(self) -> str | None:
         """The videos, for notebooks; made smaller where they would take more than SHOWN_BYTES."""
-        if self.frames is self.latents:
+        if self.frames is self.latents or not len(self):
             return None
         shown = [_embedded(self._pixels(i), self.fps, SHOWN_BYTES // len(self)) for i in range(len(self))]
-        captions = [f"seed {s['seed']}: {s.get('prompt', '')}" for s in self.settings]
         return "".join(
-            f'<figure style="display: inline-block">{video}<figcaption>{html.escape(text)}</figcaption></figure>'
-            for video, text in zip(shown, captions, strict=True)
+            f'<figure style="display: inline-block">{video}<figcaption>{_caption(made["call"])}</figcaption></figure>'
+            for video, made in zip(shown, self.settings, strict=True)
         )
 
 
@@ -110,8 +119,9 @@ def numbered(path: str | Path, settings: Sequence[Mapping[str, Any]]) -> list[Pa
     path = Path(path)
     if len(settings) == 1:
         return [path]
-    indices = [f"-{video['video_index']}" if video["video_index"] else "" for video in settings]
-    return [path.with_stem(f"{path.stem}-{i}-seed{v['seed']}{indices[i]}") for i, v in enumerate(settings)]
+    calls = [made["call"] for made in settings]
+    ends = [f"-{i}-seed{c['seed']}" + f"-{c['video_index']}" * (c["video_index"] > 0) for i, c in enumerate(calls)]
+    return [path.with_stem(path.stem + end) for end in ends]
 
 
 def check_save(job: Job, path: str | Path, *, overwrite: bool = True) -> list[Path]:
@@ -125,7 +135,7 @@ def check_save(job: Job, path: str | Path, *, overwrite: bool = True) -> list[Pa
 def comment(settings: Mapping[str, Any]) -> dict[str, str]:
     """Title and comment of a file: the prompt, and all settings as JSON."""
     text = json.dumps({"jaxwan": __version__, **settings}, ensure_ascii=False)
-    return {"title": settings.get("prompt", ""), "comment": text}
+    return {"title": settings["call"].get("prompt", ""), "comment": text}
 
 
 # Notebooks
@@ -156,8 +166,15 @@ def _halved(frames: np.ndarray) -> np.ndarray:
 
 
 def _one(index: int, length: int) -> slice:
-    place = range(length)[index]  # IndexError as of any sequence
+    if not -length <= index < length:
+        raise IndexError(f"there is no video {index} among {length}")
+    place = index % length
     return slice(place, place + 1)
+
+
+def _caption(call: Mapping[str, Any]) -> str:
+    index = f", index {call['video_index']}" if call["video_index"] else ""
+    return html.escape(f"seed {call['seed']}{index}: {call.get('prompt', '')}")
 
 
 def _seeds(seeds: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class WanPipeline:
         refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "warmup", "progress"))
         spec, dtype, vae_dtype = MeshSpec.parse(mesh), parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype)
         checkpoint = open_checkpoint(model)
+        if not isinstance(warmup, Mapping | Job | None):
+            raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
         job = warmup if isinstance(warmup, Job | None) else make_job(checkpoint, **with_prompt(warmup))
         place(checkpoint, spec)
         keep_compiled_programs()
@@ -144,6 +147,8 @@ class WanPipeline:
         Raises ValueError or OSError in a sentence, before anything is computed; TypeError for another argument.
         """
         check_output_type(output_type)
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise ValueError(f"callback_on_step_end={callback_on_step_end!r:.40} is no function")
         job = make_job(
             self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, image=image, last_image=last_image,
             video=video, strength=strength, height=height, width=width, num_frames=num_frames, fps=fps,
@@ -193,12 +198,11 @@ class WanPipeline:
         job = make_job(self.checkpoint, **with_prompt({"prompt": prompt} | call))
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
-        with Progress(visible=self.progress).phase("compile", len(programs), "program") as update:
-            with compiling(programs) as finished:
-                seconds = {}
-                for name, took in finished:
-                    seconds[name] = took
-                    update(1)
+        phases, seconds = Progress(visible=self.progress), {}
+        with compiling(programs, phases) as finished, phases.phase("compile", len(programs), "program") as update:
+            for name, took in finished:
+                seconds[name] = took
+                update(1)
         return Warmup(time.perf_counter() - start, seconds)
 
     # The parts on their own
@@ -220,8 +224,11 @@ class WanPipeline:
         videos = [2 * to_unit_range(load_video(video)[0]) - 1 for video in pixels]
         return to_public(np.concatenate([encode_video(self.parts.coder, video[None]) for video in videos]))
 
-    def decode(self, latents: ArrayLike) -> np.ndarray:
-        """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w). ValueError for another shape."""
+    def decode(self, latents: Any) -> Any:
+        """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w); of an Output of latents, one that has
+        its frames too. ValueError for another shape."""
+        if isinstance(latents, Output):
+            return replace(latents, frames=self.decode(latents.latents))
         return self._decode(self._checked(latents), Progress(visible=False))
 
     def _checked(self, latents: ArrayLike) -> np.ndarray:

@@ -26,19 +26,25 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[Update]:
-        """Show `total` units being done, if any; time adds up under `name`. Yields what is told the units just done."""
+    def phase(self, name: str, total: int, unit: str, *, apart: bool = True) -> Iterator[Update]:
+        """Show `total` units being done, if any; time adds up under `name`. Yields what is told the units just done.
+
+        apart=False: what is compiled is no other phase's but this one's.
+        """
         compiling, own = 0.0, threading.get_ident()
 
         def listen(event: str, duration: float, **_):
             nonlocal compiling
-            if event in _COMPILE_EVENTS and threading.get_ident() == own:  # called in the thread that compiles
+            if (
+                apart and event in _COMPILE_EVENTS and threading.get_ident() == own
+            ):  # called in the thread that compiles
                 compiling += duration
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         start = time.perf_counter()
         try:
-            with _shown(name, total, unit) if self.visible and total else _hidden() as update:
+            shown = self.visible and total and sys.stderr is not None  # it may have been closed
+            with _shown(name, total, unit) if shown else _hidden() as update:
                 yield update
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)

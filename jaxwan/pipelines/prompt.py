@@ -109,6 +109,7 @@ def tokenize(
     room = length - backend.num_special_tokens_to_add(is_pair=False)
     if len(body.ids) > room:
         lost = backend.decode(body.ids[room:])
+        lost = lost if len(lost) <= 100 else f"{lost[:60]} … {lost[-30:]}"
         warnings.warn(f"the prompt is longer than {length} tokens, its end is not read: {lost!r}", stacklevel=2)
         body.truncate(room)
     ids = backend.post_process(body).ids

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,15 +68,16 @@ class Request:
         return self.sampling.table
 
     def settings(self) -> dict[str, Any]:
-        """What makes the video again: plain values, by their names as arguments of a call, and under `inputs` the names
-        of arguments that were images, a video or arrays."""
+        """What makes the video again: under `call` plain values, by their names as arguments, and under `inputs`, if
+        there were any, the names of arguments that were images, a video or arrays."""
         own = {name: getattr(self, name) for name in _PLAIN} | {
             name: getattr(self.sampling, name) for name in _SAMPLING
         }
         if self.boundary_ratio is None:
             del own["guidance_scale_2"]
-        own |= {"video_index": self.index, "inputs": [n for n in _ARRAYS if getattr(self, n) is not None] or None}
-        return {name: value for name, value in own.items() if value is not None}
+        call = {name: value for name, value in own.items() if value is not None} | {"video_index": self.index}
+        inputs = [name for name in _ARRAYS if getattr(self, name) is not None]
+        return {"call": call} | ({"inputs": inputs} if inputs else {})
 
 
 _PLAIN = (
@@ -151,7 +153,7 @@ def make_job(
     Raises ValueError (OSError for files, TypeError for an argument that there is not) in a sentence: what came, what is
     allowed, the nearest valid value.
     """
-    refuse_unknown(unknown, ARGUMENTS)
+    refuse_unknown(unknown, (*ARGUMENTS, "output_type", "callback_on_step_end"))
     prompts, negatives, embeds, negative_embeds = _texts(
         checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds
     )
@@ -476,7 +478,7 @@ def _per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} is a list of {len(values)} for {count} prompts: give one value, or one a prompt")
-    values = [v.item() if isinstance(v, np.generic) else v for v in values]
+    values = [v.item() if isinstance(v, np.generic | jax.Array) and v.ndim == 0 else v for v in values]
     for v in values:
         if v is not None:
             check_kind(name, v, kind)

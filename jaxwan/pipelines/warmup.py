@@ -1,7 +1,7 @@
 """Compiling ahead of time: the programs that a job runs, and several of them at once."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import abstract_conditioning, make_controls, noise_program
 from jaxwan.pipelines.denoise import RENOISINGS, Inputs
 from jaxwan.pipelines.parts import Parts
+from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import MAX_TOKENS, abstract_prompt
 from jaxwan.pipelines.request import Job, Request
 
@@ -86,15 +87,20 @@ def _encoded_frames(checkpoint: Checkpoint, requests: Sequence[Request]) -> int:
 
 
 @contextmanager
-def compiling(programs: Iterable[Program]) -> Iterator[Iterator[tuple[str, float]]]:
+def compiling(programs: Sequence[Program], progress: Progress) -> Iterator[Iterator[tuple[str, float]]]:
     """Compile programs while the block runs; yields (name, seconds) of each, to be waited for inside the block.
 
-    They are traced first, here, in the caller's thread, whose settings of JAX hold for them; compiling then releases
-    the GIL. Where compiling one fails, waiting raises. When the block is left early, none is begun any more.
+    They are traced first, as a phase of `progress`, here in the caller's thread, whose settings of JAX hold for them;
+    compiling then releases the GIL. Where compiling one fails, waiting raises. When the block is left early, none is
+    begun any more.
     """
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile")
     try:
-        futures = [pool.submit(_compile, name, *_lowered(*rest)) for name, *rest in programs]
+        futures = []
+        with progress.phase("trace", len(programs), "program", apart=False) as update:
+            for name, *rest in programs:
+                futures.append(pool.submit(_compile, name, *_lowered(*rest)))
+                update(1)
         yield (future.result() for future in as_completed(futures))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,5 +1,6 @@
 """Configurations alone: which model a folder is, what it fills in, and what is refused before a tensor is read."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -268,3 +269,9 @@ def test_what_the_hub_does_not_give_is_said_in_one_sentence(monkeypatch, error):
     with pytest.raises(OSError, match="owner/name is no local folder, and the hub did not give it: ") as caught:
         find_checkpoint("owner/name")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_name_of_a_model_is_refused():
+    for model, words in (("", "model is an empty text"), (3, "model=3 is no folder or hub id")):
+        with pytest.raises(ValueError, match=words):
+            inspect.unwrap(find_checkpoint)(model)  # without the type checks of the tests

@@ -56,8 +56,9 @@ def test_an_output_is_a_sequence_of_outputs(three):
     assert three[-1].seeds == (9,) and three[1:].seeds == (8, 9)
     np.testing.assert_array_equal(three[1].frames, three.frames[1:2])
     np.testing.assert_array_equal(three[1].latents, three.latents[1:2])
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="there is no video 3 among 3"):
         _ = three[3]
+    np.testing.assert_array_equal(np.asarray(three[1]), three.frames[1:2])
 
 
 def test_it_is_said_in_a_line(three, made):
@@ -67,6 +68,8 @@ def test_it_is_said_in_a_line(three, made):
     assert repr(many) == "Output(6 videos of 48x32, 5 frames at 8 fps, seed 7)"
     latent = Output(many.latents, many.latents, 8.0, many.settings, {})
     assert repr(latent) == "Output(6 videos, latents (6, 16, 2, 4, 6), seed 7)"
+    assert repr(many[6:]) == "Output(0 videos)" and many[6:]._repr_html_() is None
+    assert repr(made(num_frames=1)[1]) == "Output(1 video of 48x32, 1 frame at 8 fps, seed 7)"
 
 
 # Files
@@ -142,14 +145,8 @@ def test_a_file_says_how_it_was_made(made, tmp_path, name):
     output.save(tmp_path / name)
     settings = read_settings(tmp_path / name)
     assert settings == {"jaxwan": jaxwan.__version__} | output.settings[0]
-    assert settings["prompt"] == PROMPT and settings["seed"] == 2**64 - 1
-    again = make_job(read_checkpoint(BUNDLED_MODEL), **{k: v for k, v in settings.items() if k in CALL | SAID})
-    assert again.settings() == job.settings()
-
-
-SAID = dict.fromkeys(
-    "prompt negative_prompt seed sampler flow_shift guidance_scale guidance_scale_2 boundary_ratio video_index".split()
-)
+    assert settings["call"]["prompt"] == PROMPT and settings["call"]["seed"] == 2**64 - 1
+    assert make_job(read_checkpoint(BUNDLED_MODEL), **settings["call"]).settings() == job.settings()
 
 
 def test_settings_hold_no_time_path_or_machine_and_are_left_out_if_told(three, tmp_path):
@@ -169,7 +166,8 @@ def test_settings_name_what_was_given_as_arrays(made):
     job, _ = made(latents=np.zeros((1, 16, 2, 4, 6), np.float32))
     assert job.settings()[0]["inputs"] == ["latents"]
     job, _ = made(video=np.zeros((5, 32, 48, 3), np.uint8), strength=0.5)
-    assert job.settings()[0]["inputs"] == ["video"] and job.settings()[0]["strength"] == 0.5
+    (settings,) = job.settings()
+    assert settings["inputs"] == ["video"] and settings["call"]["strength"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -203,9 +201,9 @@ def embedded(html):
 
 
 def test_a_notebook_shows_every_video_with_its_seed_and_prompt(made, tmp_path):
-    _, output = made(prompt=["a red star", PROMPT], seed=[7, 8])
+    _, output = made(prompt=["a red star", PROMPT], seed=[7, 8], video_index=1)
     html = output._repr_html_()
-    assert "seed 7: a red star" in html and "&lt;b&gt;" in html and "<b>" not in html
+    assert "seed 7, index 1: a red star" in html and "&lt;b&gt;" in html and "<b>" not in html
     shown = embedded(html)
     assert [kind for kind, _ in shown] == ["video/mp4"] * 2
     (tmp_path / "a.mp4").write_bytes(shown[1][1])

@@ -299,6 +299,12 @@ def test_strength_of_renoise_counts_its_timesteps(job):
         ({"cfg": 4}, "did you mean guidance_scale?"),
         ({"shift": 4}, "did you mean flow_shift?"),
         ({"xyz": None}, "there is no argument xyz: there are prompt, negative_prompt, image,"),
+        (
+            {"progress": False},
+            "progress is no argument of a call: say it when loading, WanPipeline.from_pretrained(…, pr",
+        ),
+        ({"mesh": "pp=2"}, "mesh is no argument of a call"),
+        ({"output_typ": "pil"}, "did you mean output_type?"),
         ({"generator": object()}, "has no meaning here: noise comes from seed, a whole number"),
         ({"return_dict": False}, "return_dict=False has no meaning here: a call returns an Output"),
         ({"attention_kwargs": {"scale": 1}}, "there are no attention processors"),
@@ -329,6 +335,7 @@ def test_loading_refuses_an_argument_that_there_is_not():
         ({"dtype": "bf16"}, "dtype='bf16' is not one of bfloat16, float32: nearest is bfloat16"),
         ({"vae_dtype": int}, "is not one of bfloat16, float32"),
         ({"model": ""}, "model is an empty text"),
+        ({"warmup": True}, "warmup=True is no call's arguments, such as dict(num_frames=81)"),
     ],
 )
 def test_loading_refuses_what_it_cannot_do_before_it_reads_a_tensor(monkeypatch, arguments, words):
@@ -340,7 +347,7 @@ def test_loading_refuses_what_it_cannot_do_before_it_reads_a_tensor(monkeypatch,
     assert_one_sentence(str(caught.value))
 
 
-@pytest.mark.parametrize("given", [jnp.bfloat16, "bfloat16", np.dtype(jnp.bfloat16), jnp.dtype("bfloat16")])
+@pytest.mark.parametrize("given", [jnp.bfloat16, "bfloat16", np.dtype(jnp.bfloat16), "torch.bfloat16"])
 def test_dtypes_are_taken_as_people_write_them(given):
     assert parse_dtype("dtype", given) == "bfloat16"
     assert parse_dtype("dtype", None) is None and parse_dtype("dtype", np.float32) == "float32"
@@ -349,6 +356,13 @@ def test_dtypes_are_taken_as_people_write_them(given):
 def test_arguments_of_diffusers_that_change_nothing_are_taken(job):
     job(generator=None, return_dict=True, attention_kwargs=None, max_sequence_length=512,
         callback_on_step_end_tensor_inputs=["latents"])  # fmt: skip
+
+
+def test_scalars_of_arrays_are_numbers(checkpoints):
+    plain = inspect.unwrap(make_job)  # without the type checks of the tests
+    given = dict(guidance_scale=jnp.float32(3), num_inference_steps=np.int64(4), seed=jnp.uint32(7))
+    (request,) = plain(checkpoints[T2V], prompt="a", **given).requests
+    assert (request.guidance_scale, request.table.num_steps, request.seed) == (3.0, 4, 7)
 
 
 def test_a_call_of_a_pipeline_shows_its_whole_signature():
@@ -381,16 +395,16 @@ def test_settings_are_a_call_that_makes_each_video_again(job):
         prompt=["a", "b"], guidance_scale=[2, 3.5], seed=[1, 2], num_inference_steps=[3, 4], num_videos_per_prompt=2,
         video_index=5, sampler=["euler", "unipc"], **SIZE,
     )  # fmt: skip
-    settings = made.settings()
+    json.dumps(made.settings())
+    settings = [s["call"] for s in made.settings()]
     assert [(s["prompt"], s["seed"], s["video_index"]) for s in settings] == [
         ("a", 1, 5), ("a", 1, 6), ("b", 2, 5), ("b", 2, 6)
     ]  # fmt: skip
     assert [s["sampler"] for s in settings] == ["euler", "euler", "unipc2", "unipc2"]
-    json.dumps(settings)
     for own in settings:
         again = job(**own)
         (request,) = again.requests
-        assert again.settings() == (own,) and request.index == own["video_index"]
+        assert again.settings() == ({"call": own},) and request.index == own["video_index"]
         original = made.requests[2 * "ab".index(request.prompt)]
         for a, b in zip(request.table, original.table, strict=True):
             np.testing.assert_array_equal(a, b)

@@ -135,14 +135,23 @@ def test_without_any_model_a_mesh_of_four_ends_with_an_mp4_and_no_torch(tmp_path
         assert np.abs(frames / 255 - arrays["frames"][0]).mean() < 0.1 < 2 * arrays["frames"].std()
     lines = done.stderr.splitlines()
     assert lines[0] == f"jaxwan {jaxwan.__version__}, mesh pp=4"
-    for phase in ("load", "compile", "text", "denoise", "decode"):  # nothing is encoded, so nothing is said of it
+    for phase in (
+        "trace",
+        "load",
+        "compile",
+        "text",
+        "denoise",
+        "decode",
+    ):  # nothing is encoded, so nothing is said of it
         assert [line for line in lines if re.match(rf"{phase}: \d", line)], phase
     assert "encode:" not in done.stderr and "\r" not in done.stderr and "Warning" not in done.stderr
     told = re.fullmatch(
         r"seconds: ([\d.]+) = (.*)  \(WanPipeline\(jaxwan-tiny, float32, mesh pp=4, 4 x cpu\)\)", lines[-1]
     )
     phases = dict(re.findall(r"(\w+) ([\d.]+)", told[2]))
-    assert set(phases) == {"start", "load", "compile", "text", "encode", "denoise", "decode", "write", "other"}
+    assert set(phases) == {
+        "start", "prepare", "trace", "load", "compile", "text", "encode", "denoise", "decode", "write", "other"
+    }  # fmt: skip
     assert abs(sum(map(float, phases.values())) - float(told[1])) <= 0.05 * len(phases) + 0.05  # each is rounded
 
 
@@ -302,15 +311,35 @@ def test_json_holds_files_settings_and_seconds(run, made):
     )
     assert status == 0, err
     told = json.loads(out)
-    assert [(f["path"], f["prompt"], f["seed"]) for f in told["files"]] == [
+    assert [(f["path"], f["call"]["prompt"], f["call"]["seed"]) for f in told["files"]] == [
         ("clip-0-seed5.gif", "a", 5), ("clip-1-seed5.gif", "b", 5)
     ]  # fmt: skip
     assert told["files"][0] == {"path": "clip-0-seed5.gif"} | made.outputs[0].settings[0]
     assert told["npz"] == "x.npz" and told["mesh"] == "pp=1"
     seconds = told["seconds"]
     assert sum(seconds.values()) == pytest.approx(2 * seconds["total"])
+    for flags in (["--sede", 1], ["--device-memory", "80GB"], ["--height", "tall"]):
+        status, out, err = run("--json", *flags)
+        assert status == 2 and json.loads(out)["error"] == err.removeprefix("error: ").strip()
     status, out, err = run("--num-frames", 6, "--json")
     assert status == 1 and json.loads(out)["error"] == err.splitlines()[-1].removeprefix("error: ")
+
+
+def test_a_reader_that_has_seen_enough_and_a_closed_stderr_are_no_errors(tmp_path, cache):
+    code = f"{sys.executable} {SCRIPT} --dry-run"
+    shell = (
+        f"({code} --json; echo rc $? >&2) | head -c 10; {code} 2>&- | head -n 1; {code} 2>/dev/full >/dev/null; echo $?"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert "Traceback" not in done.stderr and "rc 1" in done.stderr and "Errno" not in done.stderr
+    assert done.stdout.splitlines()[0].startswith("{") and "Wan2.2-T2V-A14B-like" in done.stdout
+
+
+def test_a_picture_is_a_png_by_itself(run, made):
+    assert run("--num-frames", 1)[0] == 0
+    (path,) = Path("outputs").iterdir()
+    assert path.suffix == ".png"
 
 
 def test_quiet_tells_names_alone(run, made):
@@ -346,7 +375,8 @@ def test_a_file_is_made_again_by_its_settings(run, made):
     ).split()
     assert run(*first, "-o", "clip.mp4")[0] == 0
     for i, settings in enumerate(made.outputs[0].settings):
-        status, _, err = run("--like", f"clip-{i}-seed5-{settings['video_index']}.mp4", "-o", f"again-{i}.gif")
+        name = f"clip-{i}-seed5-{settings['call']['video_index']}.mp4"
+        status, _, err = run("--like", name, "-o", f"again-{i}.gif")
         assert status == 0, err
         assert made.outputs[-1].settings == (settings,)
 
@@ -367,8 +397,8 @@ def test_flags_say_what_is_other_than_in_the_file(run, made, flags, changed):
     assert run("--prompt", "a red star", "--seed", 5, "--video-index", 2, *timesteps, "-o", "clip.gif")[0] == 0
     status, _, err = run("--like", "clip.gif", *flags, "-o", "other.gif")
     assert status == 0, err
-    expected = made.outputs[0].settings[0] | changed
-    assert made.outputs[1].settings == ({name: value for name, value in expected.items() if value is not None},)
+    expected = made.outputs[0].settings[0]["call"] | changed
+    assert made.outputs[1].settings[0]["call"] == {name: value for name, value in expected.items() if value is not None}
 
 
 def test_what_a_file_does_not_hold_must_be_given_again(run, made, files, tmp_path):
