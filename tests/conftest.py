@@ -2,6 +2,7 @@
 that are compiled quickly and once a session."""
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -85,3 +86,14 @@ def _forget():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def logging_as_before():
+    """For tests that run a script in this process: it sets up logging as if the process were its own."""
+    loggers = logging.getLogger(), logging.getLogger("jaxwan")
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers

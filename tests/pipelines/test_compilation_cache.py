@@ -78,6 +78,7 @@ def test_the_environment_turns_it_off_or_elsewhere(tmp_path, environment):
 
 
 @pytest.mark.parametrize(("flags", "kept"), [([], True), (["--no-compilation-cache"], False)])
+@pytest.mark.usefixtures("logging_as_before")
 def test_the_command_keeps_them_unless_told_not_to(monkeypatch, tmp_path, flags, kept):
     specification = importlib.util.spec_from_file_location("generate_script", SCRIPT)
     script = importlib.util.module_from_spec(specification)

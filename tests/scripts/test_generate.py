@@ -26,6 +26,8 @@ from jaxwan.pipelines import load
 from jaxwan.pipelines.media import load_video, save_video
 from jaxwan.pipelines.pipeline import Output, WanPipeline
 
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
 SCRIPT = Path(__file__).parents[2] / "scripts/generate.py"
 
 
