@@ -23,7 +23,7 @@ from jaxwan.tiny.scoring import make_cases, marks_of
 from jaxwan.tiny.train_dit import DIT, FLOW_SHIFT
 from jaxwan.tiny.train_text import TEXT
 
-pytestmark = pytest.mark.usefixtures("optimised_ring")
+pytestmark = pytest.mark.usefixtures("optimised")
 
 torch.set_num_threads(1)  # models so small gain nothing from threads, and wait for them where cores are shared
 
