@@ -23,8 +23,10 @@ from runs import IMAGE, NEGATIVES, PROMPTS, run_diffusers, unit_noise
 import jaxwan
 from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.pipelines import load
+from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.media import load_video, save_video
 from jaxwan.pipelines.pipeline import Output, WanPipeline
+from jaxwan.sharding.mesh import MeshSpec
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -71,9 +73,15 @@ class Made(NamedTuple):
     outputs: list
 
 
+@pytest.fixture(scope="module")
+def parts():
+    """The bundled model's, on one device."""
+    return load.load_parts(read_checkpoint(BUNDLED_MODEL), MeshSpec(), "float32", "float32", progress=False)
+
+
 @pytest.fixture
-def made(monkeypatch):
-    """The jobs that reach the pipeline, and what it makes of them without computing anything."""
+def made(monkeypatch, parts):
+    """The jobs that reach the pipeline, and what it makes of them without loading or computing anything."""
     seen = Made([], [])
 
     def run(self, job):
@@ -87,7 +95,7 @@ def made(monkeypatch):
         return seen.outputs[-1]
 
     monkeypatch.setattr(WanPipeline, "run", run)
-    monkeypatch.setattr(load, "job_programs", lambda *_: ())  # what would be compiled for it meanwhile
+    monkeypatch.setattr("jaxwan.pipelines.pipeline.load_parts", lambda *_, **__: parts)
     return seen
 
 
