@@ -138,9 +138,8 @@ def like(args: argparse.Namespace) -> dict[str, Any]:
     made = jaxwan.read_settings(args.like)
     for name in made.get("inputs", []):
         if getattr(args, str(name), None) is None:
-            again = (
-                f"give --{str(name).replace('_', '-')} again" if hasattr(args, str(name)) else "repeat it from Python"
-            )
+            flag = f"--{str(name).replace('_', '-')}"
+            again = f"give {flag} again" if hasattr(args, str(name)) else "make it from Python again"
             raise ValueError(f"{args.like} was made from {name!r:.40}, which it does not hold: {again}")
     if args.model is None and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
         raise ValueError(f"{args.like} was made with the model {made.get('model')!r:.200}: say where it is, --model …")
@@ -202,13 +201,14 @@ def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
 
 
 def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]) -> None:
-    """The videos, each told when it is there, and the arrays."""
+    """The videos and the arrays, and then a line for each video: a reader that is gone costs none of them."""
     for i, path in enumerate(targets):
         output[i].save(path, metadata=not args.no_metadata)
-        if not args.json:
-            print(path if args.quiet else f"{path}  {described(output.settings[i]['call'])}", flush=True)
     if args.save_npz is not None:
         output.save_npz(args.save_npz)
+    if not args.json:
+        for path, made in zip(targets, output.settings, strict=True):
+            print(path if args.quiet else f"{path}  {described(made['call'])}", flush=True)
 
 
 def described(call: dict[str, Any]) -> str:

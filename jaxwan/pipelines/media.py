@@ -392,9 +392,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text or "")
     except ValueError:
         settings = None
-    if not isinstance(settings, dict) or "jaxwan" not in settings or not isinstance(settings.get("call"), dict):
+    kinds = {"jaxwan": str, "call": dict, "inputs": list}
+    given = settings if isinstance(settings, dict) else {}
+    right = all(isinstance(given[name], kinds[name]) for name in kinds.keys() & given.keys())
+    if not right or not {"jaxwan", "call"} <= given.keys():
         raise ValueError(f"{path} does not say how it was made: jaxwan wrote no settings into it")
-    return settings
+    return given
 
 
 def save_npz(path: str | Path, **arrays: np.ndarray) -> None:

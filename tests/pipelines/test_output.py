@@ -186,7 +186,9 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path, name, text, error, words):
         read_settings(tmp_path / name)
 
 
-@pytest.mark.parametrize("comment", ["", "a holiday", "[1, 2]", '{"prompt": "a"}', "{" * 5000])
+@pytest.mark.parametrize(
+    "comment", ["", "a holiday", "[1, 2]", '{"prompt": "a"}', '{"jaxwan": "1", "call": {}, "inputs": 3}', "{" * 5000]
+)
 def test_a_comment_of_someone_else_is_no_settings(tmp_path, comment):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.gif", comment=comment.encode())
     with pytest.raises(ValueError, match="does not say how it was made"):
