@@ -4,8 +4,10 @@ Missing keys take Diffusers' defaults (2.1 checkpoints lack several); a key that
 implemented here is refused by name when it is off its default.
 """
 
+import json
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -14,6 +16,17 @@ _C = TypeVar("_C", bound="_FromJson")
 
 class ConfigError(ValueError):
     """A configuration file asks for something that is not implemented, or is malformed."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError for anything else in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON file ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
 
 
 class _FromJson:

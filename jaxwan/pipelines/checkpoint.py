@@ -1,6 +1,5 @@
 """A checkpoint folder as its configuration files describe it: no tensor is read here."""
 
-import json
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxwan.config import (
     TransformerConfig,
     VAEConfig,
     Variant,
+    read_json,
     recognise,
 )
 from jaxwan.geometry import Geometry
@@ -179,13 +179,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no Diffusers checkpoint: it has no {name}{_other_layout(folder)}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
+    return read_json(path)
 
 
 def _other_layout(folder: Path) -> str:

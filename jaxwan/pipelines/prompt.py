@@ -1,7 +1,6 @@
 """Prompts: cleaned as Diffusers cleans them, tokenized by the checkpoint's own tokenizer.json, encoded one by one."""
 
 import html
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwan.config import Defaults, TransformerConfig
+from jaxwan.config import Defaults, TransformerConfig, read_json
 
 MAX_TOKENS = 512  # the length every Wan model was trained with; image-to-video 2.1 even splits its context there
 FOLDED_ROWS = 64  # tokens of a text, and at least one row behind them, in models that fold
@@ -62,7 +61,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not path.is_file():
         instead = ", only spiece.model, which gives other tokens" if (folder / "spiece.model").is_file() else ""
         raise FileNotFoundError(f"{folder} has no tokenizer.json{instead}: tokenizer.json is required")
-    if "model" not in _read_json(path):
+    if "model" not in read_json(path):
         raise ValueError(f"{path} describes no tokenizer: it has no 'model'")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -179,16 +178,6 @@ def log_counts(mask: Bool[Array, "b l"], length: int) -> Float[Array, "b l"]:
 
 def _pad_token(folder: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file() and (token := _read_json(folder / name).get("pad_token")) is not None:
+        if (folder / name).is_file() and (token := read_json(folder / name).get("pad_token")) is not None:
             return token["content"] if isinstance(token, dict) else token
     raise ValueError(f"{folder} names no pad_token in tokenizer_config.json or special_tokens_map.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
-    return data

@@ -19,7 +19,7 @@ from jaxwan.pipelines.arguments import refuse_unknown
 from jaxwan.pipelines.checkpoint import Checkpoint, check_kind
 from jaxwan.pipelines.media import count_frames, fit_size, load_image, load_video, resize_image, resize_video
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
-from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, first_used_step, make_table
+from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, check_range, first_used_step, make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 SEEDS = 2**64
@@ -161,7 +161,7 @@ def make_job(
     tell_unknown_words(prompts, checkpoint.defaults)
     num_videos = _whole("num_videos_per_prompt", num_videos_per_prompt, 1)
     video_index = _whole("video_index", video_index, 0)
-    _check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
+    check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
     num_frames = None if num_frames is None else _whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
     frames, video_fps = _video(checkpoint, video, num_frames, strength)
@@ -404,9 +404,9 @@ def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timest
     counts = _per_prompt("num_inference_steps", steps, count, int, silent)
     made = []
     for name, value, n in zip(samplers, shifts, counts, strict=True):
-        _check_range("flow_shift", value, *SHIFT_RANGE)
+        check_range("flow_shift", value, *SHIFT_RANGE)
         if timesteps is None:
-            _check_range("num_inference_steps", n, 1, MAX_STEPS)
+            check_range("num_inference_steps", n, 1, MAX_STEPS)
         elif n != len(timesteps):
             raise ValueError(f"num_inference_steps={n} for {len(timesteps)} timesteps: leave it out")
         first = 0 if strength is None else first_used_step(n, strength)
@@ -453,7 +453,7 @@ def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
         return own if checkpoint.num_experts == 2 else None
     if checkpoint.num_experts == 1:
         raise ValueError(f"boundary_ratio={given} is for a second expert, and this model has one")
-    _check_range("boundary_ratio", _number("boundary_ratio", given), 0, 1)
+    check_range("boundary_ratio", _number("boundary_ratio", given), 0, 1)
     return float(given)
 
 
@@ -464,7 +464,7 @@ def _seeds(count: int, seed: Any, notes: list[str]) -> list[int]:
         notes.append(f"seed {drawn}")
         seeds = [drawn if value is None else value for value in seeds]
     for value in seeds:
-        _check_range("seed", value, 0, SEEDS - 1)
+        check_range("seed", value, 0, SEEDS - 1)
     return seeds
 
 
@@ -499,13 +499,8 @@ def _whole(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _check_range(name: str, value: Number, low: Number, high: Number) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
-
-
 def _fps(value: Any) -> float:
-    _check_range("fps", _number("fps", value), *FPS_RANGE)
+    check_range("fps", _number("fps", value), *FPS_RANGE)
     return float(value)
 
 

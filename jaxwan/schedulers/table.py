@@ -136,10 +136,10 @@ def make_table(
     if sampler not in SAMPLERS:
         nearest = difflib.get_close_matches(sampler.lower(), SAMPLERS, n=1, cutoff=0)[0]
         raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}: nearest is {nearest}")
-    _check_range("order", order, 1, solvers.MAX_ORDER)
+    check_range("order", order, 1, solvers.MAX_ORDER)
     schedule, solve = _PARTS[f"unipc{order}" if sampler == "unipc" else sampler]
     sigmas, shown = schedule(*_schedule_arguments(sampler, num_steps, shift, timesteps))
-    _check_range("first_step", first_step, 0, len(shown) - 1)
+    check_range("first_step", first_step, 0, len(shown) - 1)
     sigmas, shown = sigmas[first_step:], shown[first_step:]
     return _padded(sigmas, shown, *solve(sigmas))
 
@@ -150,7 +150,7 @@ def first_used_step(num_steps: int, strength: float | int) -> int:
     Raises ValueError when strength is outside (0, 1] or leaves no step.
     Source: diffusers pipeline_wan_video2video.py:get_timesteps.
     """
-    _check_range("num_steps", num_steps, 1, MAX_STEPS)
+    check_range("num_steps", num_steps, 1, MAX_STEPS)
     smallest = math.ceil(1e4 / num_steps) / 1e4
     remaining = int(num_steps * strength) if 0 < strength <= 1 else 0
     if remaining < 1:
@@ -162,16 +162,22 @@ def first_used_step(num_steps: int, strength: float | int) -> int:
     return num_steps - remaining
 
 
+def check_range(name: str, value: float | int, low: float | int, high: float | int) -> None:
+    """Raises ValueError, with the nearest allowed value, for a number outside `low` to `high`, or NaN."""
+    if not low <= value <= high:  # also true of NaN
+        raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
+
+
 def _schedule_arguments(sampler: str, num_steps: int | None, shift: float | int, timesteps: Sequence | None) -> tuple:
     """What the sampler's schedule takes: (timesteps,) or (num_steps, shift), checked."""
-    _check_range("shift", shift, *SHIFT_RANGE)
+    check_range("shift", shift, *SHIFT_RANGE)
     if sampler == "renoise":
         return (_checked_timesteps(timesteps, num_steps),)
     if timesteps is not None:
         raise ValueError(f"timesteps are for sampler='renoise' only: {sampler} makes its own")
     if num_steps is None:
         raise ValueError(f"num_steps=None is for sampler='renoise' only: {sampler} takes 1 to {MAX_STEPS}")
-    _check_range("num_steps", num_steps, 1, MAX_STEPS)
+    check_range("num_steps", num_steps, 1, MAX_STEPS)
     return num_steps, shift
 
 
@@ -186,11 +192,6 @@ def _padded(sigmas: np.ndarray, shown: np.ndarray, corrector: np.ndarray, predic
         predictor=np.concatenate([predictor, keep_corrected]),
         num_steps=np.array(len(shown), np.int32),
     )
-
-
-def _check_range(name: str, value: float | int, low: float | int, high: float | int) -> None:
-    if not low <= value <= high:  # also true of NaN
-        raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
 
 
 def _checked_timesteps(timesteps: Sequence[float | int] | None, num_steps: int | None) -> Sequence[float | int]:
