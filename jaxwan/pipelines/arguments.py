@@ -1,8 +1,13 @@
-"""Names of a call's arguments: the nearest right one of a misspelt one, and those that other programs have."""
+"""Names and plain values of a call's arguments: misspelt names, those that other programs use, and kinds of values."""
 
 import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
+
+import jax
+import numpy as np
+
+Number = int | float
 
 # Arguments of Diffusers' pipelines that have no meaning here: what of them holds anyway, and what to do instead
 _WITHOUT_MEANING = {
@@ -51,3 +56,46 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
         near = [right] if right else difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise TypeError(f"there is no argument {name}: {hint}")
+
+
+# Values
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    """Raises ValueError unless `value` is a text (kind str), a whole number (int) or a number (int, float)."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = "a text" if kind is str else "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={value!r} must be {wanted}")
+
+
+def per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...], default: Any = None) -> list:
+    """One value a prompt, from one value or a list of them; None, alone or in the list, means the default.
+
+    Raises ValueError for another number of values, another kind, or numbers that are not finite.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} is a list of {len(values)} for {count} prompts: give one value, or one a prompt")
+    values = [v.item() if isinstance(v, np.generic | jax.Array) and v.ndim == 0 else v for v in values]
+    for v in values:
+        if v is not None:
+            check_kind(name, v, kind)
+        if isinstance(v, float) and not np.isfinite(v):
+            raise ValueError(f"{name}={v} is not finite")
+    return [default if v is None else v for v in values]
+
+
+def number(name: str, value: Any) -> Number:
+    """One finite number. Raises ValueError for anything else."""
+    (value,) = per_prompt(name, value, 1, (int, float))
+    return value
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """One whole number from `least` on. Raises ValueError for anything else."""
+    value = per_prompt(name, value, 1, int)[0]
+    if value is None or value < least:
+        raise ValueError(f"{name}={value} must be a whole number from {least}")
+    return value

@@ -18,6 +18,7 @@ from jaxwan.config import (
     recognise,
 )
 from jaxwan.geometry import Geometry
+from jaxwan.pipelines.arguments import check_kind
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
@@ -235,13 +236,6 @@ def _defaults(folder: Path, variant: Variant, experts: int) -> Defaults:
         for one in value if key in _LISTS and isinstance(value, list) else [value]:
             check_kind(f"{folder}/generation_config.json: {key}", one, _KINDS.get(key, (int, float)))
     return replace(defaults, **{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
-
-
-def check_kind(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
-    """Raises ValueError unless `value` is a text (kind str), a whole number (int) or a number (int, float)."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = "a text" if kind is str else "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name}={value!r} must be {wanted}")
 
 
 def _check_channels(checkpoint: Checkpoint) -> None:

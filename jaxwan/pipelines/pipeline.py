@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxwan.pipelines.arguments import refuse_unknown
+from jaxwan.pipelines.arguments import Number, refuse_unknown
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import (
@@ -32,7 +32,7 @@ from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
-from jaxwan.pipelines.request import Job, Number, Request, make_job, with_prompt
+from jaxwan.pipelines.request import Job, Request, make_job, with_prompt
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import add_noise, make_table, stack_tables
 from jaxwan.sharding.mesh import MeshSpec

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxwan.config import ImageInput
-from jaxwan.pipelines.arguments import refuse_unknown
-from jaxwan.pipelines.checkpoint import Checkpoint, check_kind
+from jaxwan.pipelines.arguments import Number, check_kind, number, per_prompt, refuse_unknown, whole
+from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.media import count_frames, fit_size, load_image, load_video, resize_image, resize_video
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, Table, check_range, first_used_step, make_table
@@ -25,7 +24,6 @@ from jaxwan.sharding.mesh import MeshSpec
 SEEDS = 2**64
 MAX_INDEX = 2**32  # of a video within its prompt: a word of the noise's key
 FPS_RANGE = 0.01, 1000.0  # what a video file's fractions can say
-Number = int | float
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,10 +157,10 @@ def make_job(
     )
     count = len(prompts)
     tell_unknown_words(prompts, checkpoint.defaults)
-    num_videos = _whole("num_videos_per_prompt", num_videos_per_prompt, 1)
-    video_index = _whole("video_index", video_index, 0)
+    num_videos = whole("num_videos_per_prompt", num_videos_per_prompt, 1)
+    video_index = whole("video_index", video_index, 0)
     check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
-    num_frames = None if num_frames is None else _whole("num_frames", num_frames, 1)
+    num_frames = None if num_frames is None else whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
     frames, video_fps = _video(checkpoint, video, num_frames, strength)
     notes: list[str] = []
@@ -172,7 +170,7 @@ def make_job(
     _check_rope(checkpoint, num_frames, height, width)
     _check_pixels(images, last_images, frames, (num_frames, height, width))
     if frames is not None:
-        strength = _number("strength", _first(strength, checkpoint.defaults.strength))
+        strength = number("strength", _first(strength, checkpoint.defaults.strength))
     samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
     boundary = _boundary(checkpoint, boundary_ratio)
     guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
@@ -249,7 +247,7 @@ def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_emb
         negatives: list = [None] * len(prompts)
     else:
         default = checkpoint.defaults.negative_prompt
-        negatives = _per_prompt("negative_prompt", negative, len(prompts), str, default)
+        negatives = per_prompt("negative_prompt", negative, len(prompts), str, default)
     for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
         for text in texts:
             check_unicode(text or "", name)
@@ -330,7 +328,7 @@ def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, note
         missing, given = ("width", f"height={height}") if width is None else ("height", f"width={width}")
         raise ValueError(f"{given} without {missing}: give both, or neither")
     if height is not None:
-        return _whole("height", height, 1), _whole("width", width, 1)
+        return whole("height", height, 1), whole("width", width, 1)
     defaults = checkpoint.defaults
     source = _first(*images) if frames is None else frames[0]
     if source is None:
@@ -395,13 +393,13 @@ def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, 
 
 def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, strength) -> list[Sampling]:
     defaults, own = checkpoint.defaults, checkpoint.sampler
-    samplers = _per_prompt("sampler", sampler, count, str, _first(defaults.sampler, own.sampler))
-    shifts = _per_prompt("flow_shift", shift, count, (int, float), _first(defaults.flow_shift, own.shift))
+    samplers = per_prompt("sampler", sampler, count, str, _first(defaults.sampler, own.sampler))
+    shifts = per_prompt("flow_shift", shift, count, (int, float), _first(defaults.flow_shift, own.shift))
     if sampler is None and steps is None:
         timesteps = _first(timesteps, defaults.timesteps)
     timesteps = _timesteps(timesteps)
     silent = defaults.num_inference_steps if timesteps is None else len(timesteps)
-    counts = _per_prompt("num_inference_steps", steps, count, int, silent)
+    counts = per_prompt("num_inference_steps", steps, count, int, silent)
     made = []
     for name, value, n in zip(samplers, shifts, counts, strict=True):
         check_range("flow_shift", value, *SHIFT_RANGE)
@@ -424,7 +422,7 @@ def _timesteps(given: Any) -> list | None:
         return None
     if not isinstance(given, (list, tuple, np.ndarray)):
         raise ValueError(f"timesteps={given!r} must be a list of numbers, such as 1000 750 500 250")
-    return _per_prompt("timesteps", given, len(given), (int, float), float("nan"))
+    return per_prompt("timesteps", given, len(given), (int, float), float("nan"))
 
 
 def _guidance(
@@ -436,8 +434,8 @@ def _guidance(
     if low is not None and boundary is None:
         raise ValueError(f"guidance_scale_2={low} needs a boundary_ratio too, which this checkpoint does not set")
     defaults = checkpoint.defaults
-    highs = _per_prompt("guidance_scale", high, count, (int, float))
-    lows = _per_prompt("guidance_scale_2", low, count, (int, float))
+    highs = per_prompt("guidance_scale", high, count, (int, float))
+    lows = per_prompt("guidance_scale_2", low, count, (int, float))
     pairs = []
     for first, second in zip(highs, lows, strict=True):
         if first is None and second is None:
@@ -453,12 +451,12 @@ def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
         return own if checkpoint.num_experts == 2 else None
     if checkpoint.num_experts == 1:
         raise ValueError(f"boundary_ratio={given} is for a second expert, and this model has one")
-    check_range("boundary_ratio", _number("boundary_ratio", given), 0, 1)
+    check_range("boundary_ratio", number("boundary_ratio", given), 0, 1)
     return float(given)
 
 
 def _seeds(count: int, seed: Any, notes: list[str]) -> list[int]:
-    seeds = _per_prompt("seed", seed, count, int)
+    seeds = per_prompt("seed", seed, count, int)
     if None in seeds:
         drawn = secrets.randbelow(2**32)
         notes.append(f"seed {drawn}")
@@ -468,39 +466,8 @@ def _seeds(count: int, seed: Any, notes: list[str]) -> list[int]:
     return seeds
 
 
-# Plain values
-
-
-def _per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...], default: Any = None) -> list:
-    """One value a prompt, from one value or a list of them; None, alone or in the list, means the default."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{name} is a list of {len(values)} for {count} prompts: give one value, or one a prompt")
-    values = [v.item() if isinstance(v, np.generic | jax.Array) and v.ndim == 0 else v for v in values]
-    for v in values:
-        if v is not None:
-            check_kind(name, v, kind)
-        if isinstance(v, float) and not np.isfinite(v):
-            raise ValueError(f"{name}={v} is not finite")
-    return [default if v is None else v for v in values]
-
-
-def _number(name: str, value: Any) -> Number:
-    (number,) = _per_prompt(name, value, 1, (int, float))
-    return number
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    value = _per_prompt(name, value, 1, int)[0]
-    if value is None or value < least:
-        raise ValueError(f"{name}={value} must be a whole number from {least}")
-    return value
-
-
 def _fps(value: Any) -> float:
-    check_range("fps", _number("fps", value), *FPS_RANGE)
+    check_range("fps", number("fps", value), *FPS_RANGE)
     return float(value)
 
 
