@@ -140,8 +140,11 @@ def test_any_text_is_a_prompt(ours):
     assert np.isfinite(ours(list(PROMPTS), num_inference_steps=2, seed=0).frames).all()
 
 
-def test_stages_leave_four_clips_bit_for_bit_as_they_are(ours):
+def test_stages_and_neighbours_leave_clips_bit_for_bit_as_they_are(ours):
     prompts = ["a green star going up", "white circle growing on black", "a box falls", "blue"]
     on_four = WanPipeline.from_pretrained(BUNDLED_MODEL, "pp=4", "float32", progress=False)
     settings = dict(prompt=prompts, seed=list(range(4)), num_inference_steps=8)
-    np.testing.assert_array_equal(on_four(**settings).frames, ours(**settings).frames)
+    clips = ours(**settings).frames
+    np.testing.assert_array_equal(on_four(**settings).frames, clips)
+    alone = ours(prompts[1], seed=1, num_inference_steps=8).frames  # nor do the others beside it
+    np.testing.assert_array_equal(alone[0], clips[1])
