@@ -349,8 +349,8 @@ def _num_frames(checkpoint: Checkpoint, num_frames: int | None, video: Any, fram
         if total == len(frames):
             notes.append(f"{most} frames, the largest {geometry.temporal}k+1 in the video's {total}")
         else:
-            whole = "the video" if total is None else f"the video's {total}"
-            notes.append(f"the first {most} frames of {whole}, this model's own length: give num_frames for more")
+            source = "the video" if total is None else f"the video's {total}"
+            notes.append(f"the first {most} frames of {source}, this model's own length: give num_frames for more")
         return most
     if num_frames > len(frames):
         raise ValueError(f"num_frames={num_frames} but the video has {len(frames)} frames: the largest is {most}")
