@@ -36,16 +36,11 @@ def transformer_flops(
     # self-attention's q, k, v, out and cross-attention's q, out are D x D; the MLP is D x M twice
     per_layer = tokens * (12 * d * d + 4 * d * cfg.ffn_dim) + image_rows * 4 * d * (cfg.added_kv_proj_dim or 0)
     return TransformerFlops(
-        linear=layers * per_layer + text_flops(cfg, text_rows),
+        linear=layers * (per_layer + text_rows * 4 * d * d),  # the text's keys and values
         self_attention=layers * 4 * tokens**2 * d,
         cross_attention=layers * 4 * tokens * (text_rows + image_rows) * d,
         ends=_ends_flops(cfg, tokens, text_rows, image_rows, timesteps),
     )
-
-
-def text_flops(cfg: TransformerConfig, rows: int = TEXT_ROWS) -> int:
-    """Keys and values of a text in all layers, a part of every forward that does not depend on the step."""
-    return cfg.num_layers * rows * 4 * cfg.dim**2
 
 
 def _ends_flops(cfg: TransformerConfig, tokens: int, text_rows: int, image_rows: int, timesteps: int) -> int:

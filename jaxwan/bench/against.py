@@ -29,7 +29,6 @@ class Case(NamedTuple):
 
     run: Callable[[], Any]
     tflop: float
-    rival_tflop: float  # more than ours where we fold texts
     compile_seconds: float | None = None
     memory: dict[str, int] = {}
     details: dict[str, Any] = {}
@@ -114,14 +113,14 @@ def _pair(item: Item, rival: Rival, mode: str, cases: dict[str, Case]) -> Iterat
         facts = prepared[name]
         yield item.row(
             f"{mode}/{name}/diffusers", seconds=theirs[name], compile_seconds=facts["compile_seconds"],
-            tflop=case.rival_tflop, memory={"peak": facts["peak"]},
+            tflop=case.tflop, memory={"peak": facts["peak"]},
             details=_ratio(theirs[name], ours[name]) | facts["details"] | rival.facts["details"],
         )  # fmt: skip
     if item.kind == "dit":
         layer = [slope(side[_depth(FEW)], side[_depth(MORE)]) for side in (ours, theirs)]
         yield item.row(f"{mode}/a layer/jaxwan", seconds=layer[0], tflop=layer_tflop(item.preset.forward, item.preset))
         yield item.row(f"{mode}/a layer/diffusers", seconds=layer[1],
-                       tflop=layer_tflop(item.preset.unfolded_forward, item.preset),
+                       tflop=layer_tflop(item.preset.forward, item.preset),
                        details=_ratio(layer[1], layer[0]))  # fmt: skip
 
 
@@ -142,9 +141,7 @@ def _forwards(item: Item) -> dict[str, Case]:
     forwards = make_forwards(item.preset, tuple(dict.fromkeys((FEW, MORE, *whole))))
     return {
         _depth(depth): Case(
-            f.run, f.tflop, item.preset.with_layers(depth).unfolded_forward.total / TERA, f.compile_seconds,
-            memory(f.executable),
-            {"attention": attention_that_ran(f.executable), "text rows": item.preset.text_rows},
+            f.run, f.tflop, f.compile_seconds, memory(f.executable), {"attention": attention_that_ran(f.executable)}
         )
         for depth, f in forwards.items()
     }  # fmt: skip
@@ -153,20 +150,18 @@ def _forwards(item: Item) -> dict[str, Case]:
 def _videos(item: Item) -> dict[str, Case]:
     """Whole videos through the VAE, both ways."""
     codings = zip(DIRECTIONS, make_codings(item.preset, item.form), strict=True)
-    return {name: Case(c.video, c.tflop, c.tflop, c.compile_seconds, memory(*c.executables)) for name, c in codings}
+    return {name: Case(c.video, c.tflop, c.compile_seconds, memory(*c.executables)) for name, c in codings}
 
 
 def _loop(item: Item) -> dict[str, Case]:
     """Latents of a whole call, from embeddings."""
     pipe, prompt = random_pipeline(item.preset), random_prompt(item.preset)
-    tflop, rival_tflop = (
-        2 * item.preset.steps * f.total / TERA for f in (item.preset.forward, item.preset.unfolded_forward)
-    )
+    tflop = 2 * item.preset.steps * item.preset.forward.total / TERA
 
     def call():
         return pipe(**prompt, seed=1, output_type="latent").latents
 
-    return {f"{item.preset.steps} steps": Case(call, tflop, rival_tflop)}
+    return {f"{item.preset.steps} steps": Case(call, tflop)}
 
 
 _CASES = {"dit": _forwards, "vae": _videos, "sampler": _loop}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxwan.bench.item import TERA, Item, dtype
 from jaxwan.bench.measure import card_log, compiled, memory, random_input, random_state, seconds_of
 from jaxwan.bench.presets import Preset
 from jaxwan.bench.report import Row
-from jaxwan.flops import TEXT_ROWS, text_flops
+from jaxwan.flops import TEXT_ROWS
 from jaxwan.pipelines.condition import frame_timesteps
 from jaxwan.pipelines.denoise import (
     RENOISINGS,
@@ -26,14 +25,11 @@ from jaxwan.pipelines.denoise import (
     Inputs,
     Weights,
     abstract_weights,
-    carries_text,
     guide,
     make_program,
     make_stage,
-    make_text_program,
     to_float32,
 )
-from jaxwan.pipelines.prompt import count_rows, folds_texts
 from jaxwan.schedulers.table import SamplerState, make_table, stack_tables, step, table_row
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
 from jaxwan.sharding.ring import Slot, Turns
@@ -76,15 +72,6 @@ def ring_inputs(preset: Preset, steps: int, requests: int = 1) -> tuple[Inputs, 
     return inputs, random_input(4, *shape, dtype=jnp.float32)
 
 
-def complete(preset: Preset, inputs: Inputs, carry: Callable[[jax.Array], Any]) -> Inputs:
-    """The inputs with what `Denoiser.start` adds to them. carry: text -> what is made of it once a request."""
-    if folds_texts(preset.transformer):
-        inputs = inputs._replace(text_rows=count_rows(np.asarray(inputs.text)))
-    if carries_text(preset.transformer, preset.tokens):
-        inputs = inputs._replace(carried=carry(inputs.text))
-    return inputs
-
-
 def random_weights(preset: Preset, mesh: jax.sharding.Mesh) -> Weights:
     """Random parameters of all experts as the ring holds them, made on their devices."""
     _, abstract = abstract_weights(preset.transformer, preset.experts, mesh.shape["pp"], dtype())
@@ -104,20 +91,17 @@ class Ring:
         self.preset, self.requests, self.place = preset, requests, sharding(mesh)
         self.weights = random_weights(preset, mesh)
         self.plan = RingPlan(1, requests, 2)
-        self.carry = make_text_program(cfg, mesh, dtype())
         shape = requests, *preset.latent_shape, preset.vae.z_dim
         self.begin, run = make_program(cfg, mesh, self.plan, shape, dtype())
         self.start(steps)
         self.executable, self.compile_seconds = compiled(run, self.weights, *self.read, self.state, np.int32(1))
-        carried = text_flops(cfg, preset.text_rows) if carries_text(cfg, preset.tokens) else 0
-        self.tflop = (preset.forward.total - carried) / TERA  # of a tick
+        self.tflop = preset.forward.total / TERA  # of a tick
 
     def start(self, steps: int) -> None:
         """From the first tick again, with so many steps."""
         inputs, self.latents = ring_inputs(self.preset, steps, self.requests)
         none = np.zeros(self.requests, np.int32)
         turns = Turns(none, none + np.int32(steps), none)
-        inputs = complete(self.preset, inputs, lambda text: self.carry(self.weights, text))
         self.read = jax.device_put((inputs, turns), self.place)
         self.state = self.begin(self.latents)
 

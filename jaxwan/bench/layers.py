@@ -9,16 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxwan.bench.compiling import REASONS
-from jaxwan.bench.dit import PROMPT_ROWS, random_text
+from jaxwan.bench.dit import random_text
 from jaxwan.bench.item import TERA, Item, dtype
 from jaxwan.bench.measure import card_log, compiled, memory, random_input, random_module, seconds_in_turns, seconds_of
 from jaxwan.bench.presets import Preset
 from jaxwan.bench.profile import profile_rows
 from jaxwan.bench.report import Row
-from jaxwan.flops import TEXT_ROWS, TransformerFlops
+from jaxwan.flops import TransformerFlops
 from jaxwan.models.transformer import WanTransformer
-from jaxwan.pipelines.denoise import fold_text
-from jaxwan.pipelines.prompt import folds_texts
 
 FEW, MORE = 2, 6  # layers
 
@@ -33,8 +31,7 @@ class Forward(NamedTuple):
 
 
 def make_forwards(preset: Preset, depths: tuple[int, ...]) -> dict[int, Forward]:
-    """Forwards of one random model that run its first layers only: depth -> program. Keys and values of the text are
-    made in each; narrow models fold it, as in the pipeline."""
+    """Forwards of one random model that run its first layers only: depth -> program."""
     cfg = preset.with_layers(max(depths)).transformer
     graph, weights = random_module(lambda: WanTransformer(cfg, dtype=dtype(), rngs=nnx.Rngs(0)))
     latents = random_input(4, 1, *preset.latent_shape, cfg.in_channels, dtype=jnp.float32)
@@ -49,8 +46,6 @@ def _forward(preset: Preset, graph: Any, arguments: tuple) -> Forward:
         grid = model.token_grid(latents.shape[1:4])
         temb, modulation = model.embed_time(timesteps)
         rows, context = jnp.arange(preset.transformer.num_layers), model.embed_context(text, None)
-        if folds_texts(preset.transformer):
-            context = fold_text(context, jnp.int32(PROMPT_ROWS), TEXT_ROWS)
         x = model.run_blocks(model.embed_latents(latents), rows, context, modulation, grid)
         return model.head(x, temb, grid)
 

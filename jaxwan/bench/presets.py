@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from jaxwan.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from jaxwan.flops import TEXT_ROWS, TransformerFlops, transformer_flops
+from jaxwan.flops import TransformerFlops, transformer_flops
 from jaxwan.geometry import Geometry
-from jaxwan.pipelines.prompt import FOLDED_ROWS, folds_texts
 
 BOUNDARY = 0.875  # where the second expert of A14B takes over
 
@@ -45,18 +44,8 @@ class Preset:
         return self.latent_shape[0] if self.first_frame else 1
 
     @property
-    def text_rows(self) -> int:
-        """Rows of a text that attention looks at: narrow models fold those behind its end."""
-        return FOLDED_ROWS if folds_texts(self.transformer) else TEXT_ROWS
-
-    @property
     def forward(self) -> TransformerFlops:
-        """FLOPs of one model evaluation, of a text shorter than FOLDED_ROWS."""
-        return transformer_flops(self.transformer, self.tokens, text_rows=self.text_rows, timesteps=self.timesteps)
-
-    @property
-    def unfolded_forward(self) -> TransformerFlops:
-        """FLOPs of one model evaluation by those who do not fold texts."""
+        """FLOPs of one model evaluation."""
         return transformer_flops(self.transformer, self.tokens, timesteps=self.timesteps)
 
     def with_layers(self, layers: int) -> "Preset":

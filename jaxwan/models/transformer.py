@@ -9,14 +9,14 @@ through time first, so S tokens are Q groups of S/Q, and each group is modulated
 Source: diffusers transformer_wan.py; Wan2.2 wan/modules/model.py.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxwan.config import TransformerConfig
 from jaxwan.kernels.attention import attention
@@ -27,25 +27,16 @@ HIGHEST = jax.lax.Precision.HIGHEST
 Rope = tuple[Float[Array, "s k2"], Float[Array, "s k2"]]
 
 
-class KeysValues(NamedTuple):
-    """What cross-attention makes of text rows: keys, normalised, and values."""
-
-    keys: Float[Array, "*b l d"]
-    values: Float[Array, "*b l d"]
-
-
 class Context(NamedTuple):
     """What cross-attention looks at, in model width: text rows, and CLIP's image rows in Wan2.1 image-to-video.
 
-    text: rows, or what the layers made of them before (`carry_text`). log_counts: the logarithm of how many equal rows
-    each of the first rows of text stands for, and the others are not looked at; None: every row for itself. folded: one
-    bool for the batch, computed in the program; where it is false, every row stands for itself after all.
+    bias: added to the logits of each text row. Published models have none; log(n) makes one row count as n equal ones,
+    which spares the training of small models the many rows behind a text's end.
     """
 
-    text: Float[Array, "b l d"] | KeysValues
+    text: Float[Array, "b l d"]
     image: Float[Array, "b i d"] | None
-    log_counts: Float[Array, "b f"] | None = None
-    folded: Bool[Array, ""] | None = None
+    bias: Float[Array, "b l"] | None = None
 
 
 class SelfAttention(nnx.Module):
@@ -85,29 +76,13 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], context: Context) -> Float[Array, "b s d"]:
         q = split_heads(self.norm_q(self.q(x)), self.heads)
-        attended = merge_heads(self._attend_text(q, context))
+        k = split_heads(self.norm_k(self.k(context.text)), self.heads)
+        v = split_heads(self.v(context.text), self.heads)
+        attended = merge_heads(attention(q, k, v, bias=context.bias))
         if self.has_image and context.image is not None:
             k = split_heads(self.norm_image_k(self.image_k(context.image)), self.heads)
             attended += merge_heads(attention(q, k, split_heads(self.image_v(context.image), self.heads)))
         return self.out(attended)
-
-    def keys_values(self, rows: Float[Array, "b l d"]) -> KeysValues:
-        """Of text rows."""
-        return KeysValues(self.norm_k(self.k(rows)), self.v(rows))
-
-    def _attend_text(self, q: Float[Array, "b s n k"], context: Context) -> Float[Array, "b s n k"]:
-        def attend(rows: int | None, bias: Array | None) -> Array:
-            text = jax.tree.map(lambda x: x[:, :rows], context.text)
-            keys, values = text if isinstance(text, KeysValues) else self.keys_values(text)
-            return attention(q, split_heads(keys, self.heads), split_heads(values, self.heads), bias=bias)
-
-        if context.log_counts is None:
-            return attend(None, None)
-        first = context.log_counts.shape[1]
-        if context.folded is None:
-            return attend(first, context.log_counts)
-        # nothing in either branch communicates, so that devices may differ
-        return jax.lax.cond(context.folded, lambda: attend(first, context.log_counts), lambda: attend(None, None))
 
 
 class FeedForward(nnx.Module):
@@ -244,31 +219,12 @@ class WanTransformer(nnx.Module):
         modulation = self.time_proj(jax.nn.silu(temb))
         return temb, modulation.reshape(*temb.shape[:2], 6, self.cfg.dim)
 
-    def embed_context(
-        self,
-        text: Float[Array, "b l c"],
-        image: Float[Array, "b i e"] | None,
-        log_counts: Float[Array, "b l"] | None = None,
-    ) -> Context:
-        """Text (and CLIP) embeddings in model width. log_counts: see `Context`."""
+    def embed_context(self, text: Float[Array, "b l c"], image: Float[Array, "b i e"] | None) -> Context:
+        """Text (and CLIP) embeddings in model width."""
         embedded = self.text_embedder(text.astype(self.dtype))
         if self.image_embedder is None or image is None:
-            return Context(embedded, None, log_counts)
-        return Context(embedded, self.image_embedder(image.astype(self.dtype)), log_counts)
-
-    def carry_text(self, text: Float[Array, "m l c"]) -> KeysValues:
-        """Keys and values that each layer makes of text embeddings, `[layers, m, l, d]`: the same in every step.
-
-        Text by text, so that a result never depends on which others there are.
-        """
-        graph, stacked = nnx.split(self.blocks)
-        rows = jax.lax.map(lambda one: self.embed_context(one[None], None).text, text)
-
-        def layer(weights: nnx.State) -> KeysValues:
-            made = jax.lax.map(nnx.merge(graph, weights).attn2.keys_values, rows)
-            return jax.tree.map(lambda x: x[:, 0], made)
-
-        return jax.lax.map(layer, stacked)
+            return Context(embedded, None)
+        return Context(embedded, self.image_embedder(image.astype(self.dtype)))
 
     def run_blocks(
         self,
@@ -277,25 +233,19 @@ class WanTransformer(nnx.Module):
         context: Context,
         modulation: Float[Array, "b q 6 d"],
         grid: tuple[int, int, int],
-        text_rows: Int[Array, " n"] | None = None,
     ) -> Float[Array, "b s d"]:
         """The layers at `rows` of the stacked parameters, in order.
 
-        text_rows: where context.text is KeysValues, stacked `[m, l, d]`, the row of each layer.
         Indexing inside the scan (not before it) keeps one layer's weights in flight, whatever expert `rows` points at.
         """
         graph, stacked = nnx.split(self.blocks)
         rope = rope_tables(grid, self.cfg.attention_head_dim)
 
-        def at(row: Array, tree: Any, *, keepdims: bool = False) -> Any:
-            return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, row, keepdims=keepdims), tree)
+        def layer(x, row):
+            weights = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, row, keepdims=False), stacked)
+            return nnx.merge(graph, weights)(x, context, modulation, rope), None
 
-        def layer(x, taken):
-            row, text_row = taken
-            text = context.text if text_row is None else at(text_row, context.text, keepdims=True)
-            return nnx.merge(graph, at(row, stacked))(x, context._replace(text=text), modulation, rope), None
-
-        return jax.lax.scan(layer, x, (rows, text_rows))[0]
+        return jax.lax.scan(layer, x, rows)[0]
 
     def head(
         self, x: Float[Array, "b s d"], temb: Float[Array, "b q d"], grid: tuple[int, int, int]

@@ -20,16 +20,13 @@ from jaxwan.config import TransformerConfig
 from jaxwan.convert.diffusers import TRANSFORMER
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import OnBytes, fill, flat_shapes, load_arrays, prove
-from jaxwan.flops import text_flops, transformer_flops
-from jaxwan.models.transformer import Context, KeysValues, WanTransformer
-from jaxwan.pipelines.prompt import FOLDED_ROWS, count_rows, folds_texts, log_counts
+from jaxwan.models.transformer import WanTransformer
 from jaxwan.schedulers.table import SamplerState, Table, init_state, step, table_row
 from jaxwan.sharding.mesh import sharding, spec
 from jaxwan.sharding.ring import RingState, Slot, Stage, Turns, make_ring
 from jaxwan.sharding.turns import RingPlan
 
 RENOISINGS = 8  # noise rows of a request: `renoise` takes at most nine steps, and the last needs none
-WORTH_CARRYING = 0.02  # of a forward's FLOPs
 
 
 class Controls(NamedTuple):
@@ -43,10 +40,7 @@ class Controls(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Everything the loop reads and never changes, replicated over the mesh but for `carried`.
-
-    The last two are made by `Denoiser.start`, where it pays.
-    """
+    """Everything the loop reads and never changes, replicated over the mesh."""
 
     controls: Controls
     text: Float[Array, "r g l c"]  # G = 2: cond, uncond
@@ -55,8 +49,6 @@ class Inputs(NamedTuple):
     first: Float[Array, "r 1 h w z"] | None  # first latent frame (TI2V)
     has_first: Bool[np.ndarray, " r"] | None  # whether the request has one; otherwise `first` is not looked at
     noise: Float[Array, "r 8 t h w z"]  # fresh noise of `renoise`, zeros elsewhere
-    text_rows: Int[np.ndarray, "r g"] | None = None  # rows of each text up to those that are alike, for folding
-    carried: KeysValues | None = None  # `[E, layers, R G, L, D]`: what the layers make of `text`, over pp as they are
 
 
 class Carry(NamedTuple):
@@ -150,16 +142,11 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
     def layers(weights: Weights, inputs: Inputs, hidden: Array, held: tuple, slot: Slot) -> tuple[Array, tuple]:
         dit, expert, timesteps = model(weights, inputs, slot)
         own = jax.tree.leaves(weights.blocks)[0].shape[1]
-        rows, text_rows = expert * own + jnp.arange(own), None
+        rows = expert * own + jnp.arange(own)
         _, modulation = dit.embed_time(timesteps)
         text = inputs.text[slot.request, slot.branch][None]
         context = dit.embed_context(text, None if inputs.image is None else inputs.image[slot.request][None])
-        if inputs.carried is not None:  # the compiler then drops the embedding of the text
-            context = context._replace(text=jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), inputs.carried))
-            text_rows = rows * plan.microbatches + slot.request * plan.branches + slot.branch
-        if inputs.text_rows is not None:
-            context = fold_text(context, inputs.text_rows[slot.request, slot.branch], text.shape[1])
-        return dit.run_blocks(hidden, rows, context, modulation, grid, text_rows), held
+        return dit.run_blocks(hidden, rows, context, modulation, grid), held
 
     def retire(weights: Weights, inputs: Inputs, carry: Carry, hidden: Array, slot: Slot) -> Carry:
         dit, _, timesteps = model(weights, inputs, slot)
@@ -179,15 +166,6 @@ def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape:
         )
 
     return Stage(enter, layers, retire)
-
-
-def fold_text(context: Context, rows: Int[Array, ""], length: int) -> Context:
-    """The context of one text of `length` rows, those behind the first `rows` being alike, which counts them by one.
-
-    Both ways to attend are in the program, and each text takes its own: what is in the ring beside it changes no bit.
-    """
-    counts = log_counts(jnp.arange(FOLDED_ROWS)[None] < rows, length)
-    return context._replace(log_counts=counts, folded=rows < FOLDED_ROWS)
 
 
 def guide(cond: Array, uncond: Array, guidance_scale: Array) -> Array:
@@ -218,12 +196,8 @@ class Denoiser:
         begin, run = self._ring(plan, latents.shape)
         steps = np.asarray(inputs.controls.table.num_steps, np.int32)
         everywhere = sharding(self.mesh)
-        if folds_texts(self.cfg):
-            inputs = inputs._replace(text_rows=count_rows(np.asarray(inputs.text)))
         turns = Turns(np.zeros_like(steps), steps, np.zeros_like(steps))
         inputs, turns = jax.device_put((to_float32(inputs), turns), everywhere)
-        if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
-            inputs = inputs._replace(carried=self._carry_text()(self.weights, inputs.text))
         state = begin(jax.device_put(latents, everywhere))
         return Loop(plan, steps, lambda s, ticks: run(self.weights, inputs, turns, s, ticks), state)
 
@@ -231,29 +205,16 @@ class Denoiser:
         """(name, jitted function, arguments) of all that `start` and its loop compile; of arrays the shapes suffice."""
         plan, everywhere = self.plan(*inputs.text.shape[:2]), sharding(self.mesh)
         begin, run = self._ring(plan, latents.shape)
-        if folds_texts(self.cfg):
-            inputs = inputs._replace(text_rows=jax.ShapeDtypeStruct(inputs.text.shape[:2], np.int32))
         steps = jax.ShapeDtypeStruct((plan.slots,), np.int32)
         latents, inputs, turns = shapes_at(everywhere, (latents, to_float32(inputs), Turns(steps, steps, steps)))
-        if carries_text(self.cfg, num_tokens(self.cfg, latents.shape)):
-            carry, given = self._carry_text(), (self.weights, inputs.text)
-            yield "keys and values of the text", carry, given
-            kept = sharding(self.mesh, *WEIGHT_AXES.blocks)
-            inputs = inputs._replace(carried=shapes_at(kept, jax.eval_shape(carry, *given)))
         state = jax.tree.map(shapes_at, _state_shardings(self.mesh), jax.eval_shape(begin, latents))
         yield "ring", run, (self.weights, inputs, turns, state, jax.ShapeDtypeStruct((), np.int32))
         yield "the ring's first state", begin, (latents,)
 
-    def _carry_text(self) -> Callable[[Weights, Array], KeysValues]:
-        return self._once("text", lambda: make_text_program(self.cfg, self.mesh, self.dtype))
-
     def _ring(self, plan: RingPlan, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
-        return self._once((plan, shape), lambda: make_program(self.cfg, self.mesh, plan, shape, self.dtype))
-
-    def _once(self, key: Any, make: Callable) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if (plan, shape) not in self._made:
+            self._made[plan, shape] = make_program(self.cfg, self.mesh, plan, shape, self.dtype)
+        return self._made[plan, shape]
 
 
 def make_program(
@@ -262,7 +223,6 @@ def make_program(
     """(begin, run): latents `[R, T, H, W, Z]` of `shape` to the ring's first state, and the ring itself."""
     graph, _ = abstract_weights(cfg, 1, plan.stages, dtype)
     specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
-    input_specs = Inputs(*[PartitionSpec()] * len(Inputs._fields))._replace(carried=specs.blocks)
 
     def begin(latents):
         rows = jnp.broadcast_to(latents, (plan.stages, *latents.shape))
@@ -270,33 +230,12 @@ def make_program(
         return RingState(jnp.int32(0), hidden, (), Carry(init_state(rows), jnp.zeros_like(rows)))
 
     stage = make_stage(cfg, graph, plan, (shape[1], shape[2], shape[3]))
-    return jax.jit(begin, out_shardings=_state_shardings(mesh)), make_ring(mesh, plan, stage, specs, input_specs)
+    return jax.jit(begin, out_shardings=_state_shardings(mesh)), make_ring(mesh, plan, stage, specs, PartitionSpec())
 
 
 def _state_shardings(mesh: Mesh) -> RingState:
     position = sharding(mesh, "pp")
     return RingState(sharding(mesh), position, (), Carry(SamplerState(*[position] * 5), position))
-
-
-def carries_text(cfg: TransformerConfig, tokens: int) -> bool:
-    """Whether the layers' keys and values of the text are made once a request and kept.
-
-    Only where making them in every step would be WORTH_CARRYING; elsewhere they would cost memory for nothing.
-    """
-    return text_flops(cfg) >= WORTH_CARRYING * transformer_flops(cfg, tokens).total
-
-
-def make_text_program(cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike) -> Callable[[Weights, Array], KeysValues]:
-    """(weights, text `[R, G, L, C]`) -> `Inputs.carried`, each layer's made where its weights are."""
-    graph, _ = abstract_weights(cfg, 1, mesh.shape["pp"], dtype)
-    specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
-
-    def run(weights: Weights, text: Array) -> KeysValues:
-        texts = text.reshape(-1, *text.shape[2:])
-        return jax.lax.map(lambda expert: nnx.merge(graph, *expert).carry_text(texts), weights)
-
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=(specs, PartitionSpec()), out_specs=specs.blocks)
-    return jax.jit(sharded, out_shardings=sharding(mesh, *WEIGHT_AXES.blocks))
 
 
 def num_tokens(cfg: TransformerConfig, shape: tuple[int, ...]) -> int:

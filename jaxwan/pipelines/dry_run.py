@@ -25,7 +25,7 @@ from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
-from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights, carries_text
+from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights
 from jaxwan.pipelines.load import default_dtype, parse_dtype
 from jaxwan.pipelines.parts import component_makers
 from jaxwan.pipelines.prompt import MAX_TOKENS
@@ -312,14 +312,11 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
     blocks, ends = _weight_bytes(cfg, 1, 1, jnp.dtype(jnp.bfloat16 if item == 2 else jnp.float32))
     chunk = query_chunk(1, tokens, tokens, cfg.num_attention_heads)
     image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
-    stage_layers = -(-cfg.num_layers // plan.stages) * checkpoint.num_experts
-    keys_values = 2 * stage_layers * plan.microbatches * MAX_TOKENS * cfg.dim * item
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
     return {
         "latents, x0 history and velocity of all requests (6 x float32)": 6 * plan.slots * latent,
         "noise of renoise (8 x float32)": RENOISINGS * plan.slots * latent,
         "text rows, all branches": 4 * plan.microbatches * MAX_TOKENS * cfg.text_dim,
-        "text keys and values of a stage's layers": keys_values if carries_text(cfg, tokens) else 0,
         "image rows and channels": plan.slots * (image + latent * extra // geometry.z_dim),
         "hidden state, held and received": 2 * hidden,
         "one layer: residual, its norm, q, k, v, attention's output": 6 * hidden,

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxwan.config import Defaults, TransformerConfig, read_json
+from jaxwan.config import Defaults, read_json
 
 MAX_TOKENS = 512  # the length every Wan model was trained with; image-to-video 2.1 even splits its context there
-FOLDED_ROWS = 64  # tokens of a text, and at least one row behind them, in models that fold
-WIDE = 1024  # model width from which texts are never folded
 
 # As published, with full-width commas, which cleaning makes ASCII.
 # Source: Wan2.2 wan/configs/shared_config.py:sample_neg_prompt.
@@ -140,40 +137,6 @@ def encode_prompts(
 def abstract_prompt(length: int = MAX_TOKENS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes of the (tokens, mask) with which `encode_prompts` calls the text encoder."""
     return jax.ShapeDtypeStruct((1, length), np.int32), jax.ShapeDtypeStruct((1, length), np.bool_)
-
-
-def folds_texts(cfg: TransformerConfig) -> bool:
-    """Whether texts below FOLDED_ROWS tokens are attended to in so many rows instead of MAX_TOKENS.
-
-    Narrow models do: 512 rows are up to half of their work. In the published ones (from 1536 wide) attention to them is
-    1 % of it, and cuDNN takes no bias. With CLIP rows there are none but wide ones, so those never fold.
-    """
-    return cfg.dim < WIDE and cfg.image_dim is None
-
-
-def count_rows(text: Float[np.ndarray, "*b l c"]) -> Int[np.ndarray, "*b"]:
-    """Rows of each text up to the last that is not zero: behind it all are alike, whoever made them."""
-    places = np.arange(1, text.shape[-2] + 1)
-    return (text.any(axis=-1) * places).max(axis=-1).astype(np.int32)
-
-
-def fold_rows(
-    rows: Float[Array, "b l c"], mask: Bool[Array, "b l"], length: int
-) -> tuple[Float[Array, "b l c"], Float[Array, "b l"]]:
-    """Context rows of L tokens that count as `length` of them, zero behind the mask, and their log_counts.
-
-    Attention sees the same: the first row behind the mask counts as all that would follow, the others not at all. The
-    mask must leave one such row, unless L is `length`.
-    """
-    return jnp.where(mask[..., None], rows, 0), log_counts(mask, length)
-
-
-def log_counts(mask: Bool[Array, "b l"], length: int) -> Float[Array, "b l"]:
-    """The logarithm of how many of `length` rows each stands for, as in `fold_rows`."""
-    real = mask.sum(axis=1, keepdims=True)
-    first_behind = jnp.arange(mask.shape[1]) == real
-    counts = jnp.where(mask, 0.0, jnp.where(first_behind, jnp.log(length - real), -jnp.inf))
-    return counts.astype(jnp.float32)
 
 
 def _pad_token(folder: Path) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxwan.pipelines.prompt import Tokenizer
 from jaxwan.tiny.attributes import Attributes
@@ -42,3 +43,17 @@ def tokenize_captions(tokenizer: Tokenizer, texts: Sequence[str]) -> Captions:
     for i, row in enumerate(ids):
         tokens[i, : len(row)], mask[i, : len(row)] = row, True
     return Captions(tokens, mask)
+
+
+def fold_rows(
+    rows: Float[Array, "b l c"], mask: Bool[Array | np.ndarray, "b l"], length: int
+) -> tuple[Float[Array, "b l c"], Float[Array, "b l"]]:
+    """Context rows of L tokens that count as `length` of them, zero behind the mask, and the logarithm of each count.
+
+    Attention sees the same: the first row behind the mask counts as all that would follow, the others not at all. The
+    mask must leave one such row, unless L is `length`.
+    """
+    real = mask.sum(axis=1, keepdims=True)
+    first_behind = jnp.arange(mask.shape[1]) == real
+    counts = jnp.where(mask, 0.0, jnp.where(first_behind, jnp.log(length - real), -jnp.inf))
+    return jnp.where(mask[..., None], rows, 0), counts.astype(jnp.float32)

@@ -21,8 +21,8 @@ from jaxwan.config import TransformerConfig
 from jaxwan.models.rope import rope_tables
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import Context, WanTransformer
-from jaxwan.pipelines.prompt import MAX_TOKENS, Tokenizer, fold_rows
-from jaxwan.tiny.captions import Captions, draw_captions, tokenize_captions
+from jaxwan.pipelines.prompt import MAX_TOKENS, Tokenizer
+from jaxwan.tiny.captions import Captions, draw_captions, fold_rows, tokenize_captions
 from jaxwan.tiny.latents import Latents
 from jaxwan.tiny.muon import Params, muon
 from jaxwan.tiny.train_text import TEXT
@@ -138,7 +138,7 @@ def embed_captions(dit: WanTransformer, encoder: UMT5Encoder, captions: Captions
     """Context of captions: one row behind each stands for all that inference pads with."""
     rows = encoder(captions.tokens, captions.mask)
     rows, log_counts = fold_rows(rows, captions.mask, MAX_TOKENS)
-    return dit.embed_context(rows, None, log_counts)
+    return dit.embed_context(rows, None)._replace(bias=log_counts)
 
 
 def make_optimizer() -> optax.GradientTransformation:

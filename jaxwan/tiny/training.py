@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxwan.convert.load import fill, flat_shapes
+from jaxwan.models.layers import Linear
 from jaxwan.pipelines.compilation_cache import cache_folder
 from jaxwan.tiny.muon import Params
 
@@ -75,11 +76,38 @@ def parameters(module: nnx.Module) -> Params:
 
 
 def module_with(make: Callable[..., nnx.Module], params: Params, dtype: DTypeLike = jnp.float32) -> Any:
-    """The module that `make` builds for `dtype`, with these parameters cast to what it holds."""
+    """The module that `make` builds for `dtype`, with these parameters cast to what it holds; its products have the
+    gradients below."""
     module = nnx.eval_shape(lambda: make(dtype=dtype, rngs=nnx.Rngs(0)))
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, Linear):
+            part.product = product
     shapes = flat_shapes(nnx.state(module))
     nnx.update(module, fill(nnx.state(module), {path: params[path].astype(s.dtype) for path, s in shapes.items()}))
     return module
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """`x @ kernel` with gradients in the form that XLA is quick at on CPUs.
+
+    What it makes of the usual ones inside a scan takes, in bfloat16, up to 50 times as long.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows, grads = (a if a.ndim == 3 else a.reshape(1, -1, a.shape[-1]) for a in (x, grad))
+    rows, grads = jax.lax.optimization_barrier((rows, grads))  # else their transposes are folded into the product
+    return grad @ kernel.T, jnp.einsum("bsi,bso->io", rows, grads)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -17,7 +17,8 @@ from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes, load_module
 from jaxwan.convert.rules import plan
 from jaxwan.models import transformer
-from jaxwan.models.transformer import KeysValues, WanTransformer
+from jaxwan.models.transformer import WanTransformer
+from jaxwan.tiny.captions import fold_rows
 
 # An independent float32 implementation differs from diffusers by 3e-6 to 5e-6; a wrong GELU already costs 7e-5.
 FORWARD = 2e-5
@@ -153,53 +154,39 @@ def test_a_block_of_zeros_is_the_identity_bit_for_bit():
     np.testing.assert_array_equal(model.run_blocks(x, jnp.arange(5), context, modulation, (3, 3, 5)), x)
 
 
-@pytest.fixture(scope="module")
-def on_two_texts():
-    """The blocks' output for a context, two texts of 512 rows (9 and 300 are not zero), and what makes contexts."""
+def test_one_row_stands_for_all_that_are_alike(monkeypatch):
+    """By a bias of the logarithm of their number, as the training of the bundled model has it."""
     graph, state = nnx.split(WanTransformer(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    real = np.arange(512)[:, None] < np.array([9, 300])[:, None, None]
-    rng = np.random.default_rng(0)
-    text = jnp.asarray(rng.standard_normal((2, 512, TINY.text_dim), np.float32) * real)
+    rng, real = np.random.default_rng(0), 9
+    text = rng.standard_normal((1, 512, TINY.text_dim), np.float32) * (np.arange(512) < real)[:, None]
+    x = jnp.asarray(rng.standard_normal((1, 45, TINY.dim), np.float32))
 
-    def blocks(x, context, text_rows=None):
+    def run(text, bias=None):
         model = nnx.merge(graph, state)
+        context = model.embed_context(text, None)._replace(bias=bias)
         _, modulation = model.embed_time(jnp.full((1, 1), 500.0))
-        return model.run_blocks(x, jnp.arange(5), context, modulation, (3, 3, 5), text_rows)
+        return model.run_blocks(x, jnp.arange(5), context, modulation, (3, 3, 5))
 
-    run = jax.jit(blocks)
-    embed = jax.jit(lambda text: nnx.merge(graph, state).embed_context(text, None))
-    carry = jax.jit(lambda text: nnx.merge(graph, state).carry_text(text))
-    x = rng.standard_normal((1, 45, TINY.dim), np.float32)
-    return lambda context, *rows, run=run: np.asarray(run(x, context, *rows)), text, embed, carry, blocks
-
-
-def test_one_row_stands_for_all_that_are_alike(on_two_texts, monkeypatch):
-    run, text, embed, _, blocks = on_two_texts
-    for i, real in enumerate((9, 300)):
-        plain = embed(text[i : i + 1])
-        behind = np.where(np.arange(64) == real, np.log(512 - real), -np.inf)
-        counts = jnp.asarray(np.where(np.arange(64) < real, 0, behind), jnp.float32)[None]
-        folded = run(plain._replace(log_counts=counts, folded=jnp.array(real < 64)))
-        if real < 64:
-            alone = embed(text[i : i + 1, :64])._replace(log_counts=counts)
-            ways = folded, run(alone)
-            with monkeypatch.context() as patch:  # float32 sums over 512 rows would be the less exact side
-                patch.setattr(transformer, "attention", exact_attention)
-                exact = run(plain, run=jax.jit(lambda *given: blocks(*given)))  # traced anew
-            for way in ways:
-                assert relative_error(way, exact) < 1e-6  # float32's own; 0.7 without the counts
-        else:
-            np.testing.assert_array_equal(folded, run(plain))
+    rows, counts = fold_rows(jnp.asarray(text[:, :16]), np.arange(16)[None] < real, 512)
+    folded = jax.jit(run)(rows, counts)
+    monkeypatch.setattr(transformer, "attention", exact_attention)  # float32 sums over 512 rows are less exact
+    assert relative_error(folded, jax.jit(lambda text: run(text))(text)) < 1e-6  # float32's own; 0.7 without the counts
 
 
-def test_keys_and_values_that_were_made_before_give_the_same_bits(on_two_texts):
-    run, text, embed, carry, _ = on_two_texts
-    carried = carry(text)
-    assert carried.keys.shape == carried.values.shape == (5, 2, 512, TINY.dim)
-    rows = KeysValues(*(x.reshape(10, 512, TINY.dim) for x in carried))
-    for i in range(2):
-        plain = embed(text[i : i + 1])
-        np.testing.assert_array_equal(run(plain._replace(text=rows), 2 * jnp.arange(5) + i), run(plain))
+def test_the_model_has_derivatives_forward_and_backward():
+    graph, state = nnx.split(WanTransformer(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    x, direction = jax.random.normal(jax.random.key(0), (2, 1, 1, 4, 4, 16))
+    text = jnp.ones((1, 3, TINY.text_dim))
+
+    @jax.jit
+    def both(x):
+        run = lambda x: nnx.merge(graph, state)(x, jnp.full((1, 1), 500.0), text).sum()  # noqa: E731
+        return jax.jvp(run, (x,), (direction,))[1], jnp.vdot(jax.grad(run)(x), direction)
+
+    forward, backward = both(x)
+    assert (
+        abs(forward) > 1e-2 and relative_error(np.asarray(forward), np.asarray(backward)) < 1e-4
+    )  # a sum of few terms
 
 
 OFFICIAL = {

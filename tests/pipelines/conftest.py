@@ -1,13 +1,11 @@
 """One tiny checkpoint of each family a session, and the pipelines of both sides on it, made when first asked for."""
 
 from functools import cache
-from unittest import mock
 
 import checkpoints
 import pytest
 import torch
 
-from jaxwan.pipelines import denoise
 from jaxwan.pipelines.pipeline import WanPipeline
 
 
@@ -44,11 +42,3 @@ def pipeline(folder):
         return WanPipeline.from_pretrained(folder(family), mesh, dtype, progress=False)
 
     return load
-
-
-@pytest.fixture(scope="module")
-def texts_as_published():
-    """The checkpoints here are narrow; their texts are treated as those of the published models are: attended to in all
-    of their rows, with keys and values made in every step. The bundled model's own ways have tests of their own."""
-    with mock.patch.multiple(denoise, folds_texts=lambda *_: False, carries_text=lambda *_: False):
-        yield

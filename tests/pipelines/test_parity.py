@@ -32,8 +32,6 @@ from runs import (
 from jaxwan.pipelines.condition import renoise_noise
 from jaxwan.schedulers import make_table
 
-pytestmark = pytest.mark.usefixtures("texts_as_published")
-
 # Two float32 implementations differ by 2e-6 to 1.4e-5 after 7 guided steps; most mistakes cost 5e-2 or more.
 WHOLE_RUN = 1e-4
 

@@ -8,8 +8,6 @@ from diffusers import WanImageToVideoPipeline
 from oracle import relative_error
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, compilations, picture, run_diffusers, run_ours, unit_noise
 
-pytestmark = pytest.mark.usefixtures("texts_as_published")
-
 # An independent float32 implementation differs by 3e-6 to 5e-6 in a forward, by 7e-7 in the VAE.
 FORWARD, VAE = 2e-5, 1e-5
 

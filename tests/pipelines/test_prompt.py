@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 import tokenizers
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
-from oracle import plain_attention, relative_error
 from tokenizer_files import write_tokenizer
 from transformers import AutoTokenizer
 
-from jaxwan.config import VARIANTS, TransformerConfig
-from jaxwan.kernels.attention import attend
 from jaxwan.pipelines.prompt import (
     OFFICIAL_NEGATIVE_PROMPT,
     clean_prompt,
-    count_rows,
     encode_prompts,
-    fold_rows,
-    folds_texts,
     load_tokenizer,
     tokenize,
 )
@@ -193,38 +187,3 @@ def test_rows_behind_the_last_token_are_zero(tokenizer, encoder):
     context = np.asarray(encode_prompts(encoder[0], tokenizer, ["a cat", ""], length=16), np.float32)
     assert (context != 0).any(-1).sum(-1).tolist() == [3, 1]  # two words and </s>; </s> alone
     assert (context[0, :3] != 0).all() and not context[0, 3:].any()
-
-
-# Rows that are alike
-
-
-def test_folded_rows_and_their_counts():
-    mask = jnp.array([[True, True, False, False, False], [False] * 5, [True] * 4 + [False]])
-    rows, log_counts = fold_rows(jnp.ones((3, 5, 2)), mask, 512)
-    np.testing.assert_array_equal(rows, np.repeat(mask[..., None], 2, axis=2))
-    counts = [[1, 1, 510, 0, 0], [512, 0, 0, 0, 0], [1, 1, 1, 1, 508]]
-    np.testing.assert_allclose(np.exp(log_counts), counts, rtol=1e-6)
-    np.testing.assert_array_equal(fold_rows(rows, jnp.ones((3, 5), bool), 5)[1], np.zeros((3, 5)))
-
-
-def test_attention_to_folded_rows_is_that_to_all_of_them():
-    lengths = np.array([[3], [0], [15]])
-    rng = np.random.default_rng(0)
-    q, text = (jnp.asarray(rng.standard_normal((3, n, 2, 8), np.float32)) for n in (7, 512))
-    text *= (np.arange(512) < lengths)[..., None, None]
-    rows, log_counts = fold_rows(text[:, :16].reshape(3, 16, 16), jnp.arange(16) < lengths, 512)
-    rows, text = rows.reshape(3, 16, 2, 8) + 0.5, text + 0.5  # the rows behind are alike, not nothing
-    # logits below 16 are rounded to 5e-7 of a weight; sums over 512 rows in float32 would be the less exact side
-    assert relative_error(attend(q, rows, rows, log_counts), plain_attention(q, text, text)[0]) < 1e-6
-
-
-def test_rows_count_up_to_the_last_that_is_not_zero():
-    rows = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 3], [4, 0, 0, 5]], np.float32)[..., None]
-    assert count_rows(np.concatenate([rows, rows * 0], axis=-1)).tolist() == [2, 0, 4, 4]
-    assert count_rows(rows.reshape(2, 2, 4, 1)).tolist() == [[2, 0], [4, 4]]
-
-
-def test_narrow_models_fold_their_texts_and_published_ones_do_not():
-    assert not any(folds_texts(TransformerConfig(num_attention_heads=v.dim // 128)) for v in VARIANTS)
-    assert folds_texts(TransformerConfig(num_attention_heads=4, attention_head_dim=32))
-    assert not folds_texts(TransformerConfig(num_attention_heads=4, image_dim=1280, added_kv_proj_dim=512))

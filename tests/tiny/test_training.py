@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxwan.models.layers import Linear
 from jaxwan.tiny import training
 from jaxwan.tiny.training import (
     Phase,
@@ -29,6 +30,18 @@ pytestmark = pytest.mark.slow  # trains, if little
 
 TARGET = 3.0
 OPTIMIZER = optax.sgd(1.0, momentum=0.5)
+
+
+def test_products_in_training_have_the_gradients_of_plain_ones():
+    make = partial(Linear, 5, 3)
+    plain = make(dtype=jnp.float32, rngs=nnx.Rngs(0))
+    plain.bias[...] = jnp.arange(3.0)
+    ours = module_with(make, parameters(plain))
+    x = jax.random.normal(jax.random.key(2), (4, 7, 5))
+    for rows in (x, x[0], x[0, 0]):
+        wanted, actual = (jax.grad(lambda m, x: (m(x) ** 3).sum(), argnums=(0, 1))(m, rows) for m in (plain, ours))
+        for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, w, rtol=1e-5, atol=1e-5)
 
 
 def begun():
