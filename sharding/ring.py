@@ -4,27 +4,29 @@ A micro-batch is one (request, branch) pair. Each tick, stage 0 takes in the mic
 applies its layers to the one it holds, all pass theirs on, and what returns from the last stage is retired at stage 0,
 where it may finish a step of its request. Nothing waits for a step to end: requests enter again once they are back.
 
-No counters travel with the data. In tick t, position p holds slot u = t - p; its round is u // period and its
-micro-batch u % period, so every device works out by itself what it holds. Worked example, 2 stages, 1 request with 2
-branches, period max(2, 2 + 2 - 1) = 3:
+No counters travel with the data. In tick t, position p holds what entered in tick u = t - p; its round is u // period
+and its micro-batch u % period, so every device works out by itself what it holds. Worked example, 2 stages, 1 request
+with 2 branches, period max(2, 2 + 2 - 1) = 3:
 
     tick     0   1   2   3   4   5        c0: cond of step 0, u0: uncond of step 0
     stage 0  c0  u0  .   c1  u1  .        u0 leaves stage 1 in tick 2 and is retired at stage 0 in that tick,
     stage 1      c0  u0  .   c1  u1       so step 1 can enter in tick 3
 
-This module knows nothing of the model: what enters, what a stage does and what retiring means are functions.
+This module knows nothing of the model: what enters, what a stage does and what retiring means are functions. Which
+slots are in use, by how many branches, is data too: arrays may have room for more, which costs memory and no ticks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxwan.sharding.mesh import position, shift, spec
-from jaxwan.sharding.turns import RingPlan
+from jaxwan.sharding.turns import RingPlan, Turn
 
 
 class Slot(NamedTuple):
@@ -32,16 +34,33 @@ class Slot(NamedTuple):
 
     request: Int[Array, ""]
     branch: Int[Array, ""]
+    last: Bool[Array, ""]  # whether no branch of the request follows
     step: Int[Array, ""]
     active: Bool[Array, ""]
 
 
 class Turns(NamedTuple):
-    """The turn of the request in each slot (`turns.Turn`)."""
+    """A plan and the turns of its requests (`turns.RingPlan`, `turns.Turn`), for R slots of up to G branches."""
 
+    period: Int[Array, ""]
+    microbatches: Int[Array, ""]
+    owner: Int[Array, " m"]  # slot of each micro-batch, M = R G
+    branch: Int[Array, " m"]
+    branches: Int[Array, " r"]
     start: Int[Array, " r"]
     num_steps: Int[Array, " r"]
     done: Int[Array, " r"]
+
+
+def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), *, slots: int, branches: int) -> Turns:
+    """The turns as arrays, on the host, with room for `slots` of `branches`; those without a turn are empty."""
+    pairs = [(slot, branch) for slot, count in enumerate(plan.branches) for branch in range(count)]
+    room = np.zeros((2, slots * branches), np.int32)
+    room[:, : len(pairs)] = np.array(pairs).T
+    given = np.zeros((4, slots), np.int32)
+    given[0, : len(plan.branches)] = plan.branches
+    given[1:, : len(turns)] = np.array(turns, np.int32).reshape(-1, 3).T
+    return Turns(np.int32(plan.period), np.int32(plan.microbatches), *room, *given)
 
 
 class RingState(NamedTuple):
@@ -61,27 +80,27 @@ class Stage(NamedTuple):
     retire: Callable[[Any, Any, Any, Any, Slot], Any]  # (weights, inputs, carry, hidden, slot) -> carry
 
 
-def slot_at(plan: RingPlan, turns: Turns, u: Int[Array, ""]) -> Slot:
+def slot_at(turns: Turns, u: Int[Array, ""]) -> Slot:
     """The micro-batch that entered (or would have) in tick u."""
-    index, microbatch = u // plan.period, u % plan.period
-    request = jnp.minimum(microbatch // plan.branches, plan.slots - 1)
-    start, num_steps, done = (column[request] for column in turns)
+    index, microbatch = u // turns.period, u % turns.period
+    here = microbatch < turns.microbatches
+    row = jnp.where(here, microbatch, 0)
+    request, branch = turns.owner[row], turns.branch[row]
+    start, num_steps, done = (column[request] for column in (turns.start, turns.num_steps, turns.done))
     step = index - start + done
-    active = (u >= 0) & (microbatch < plan.microbatches) & (index >= start) & (step < num_steps)
+    active = (u >= 0) & here & (index >= start) & (step < num_steps)
     step = jnp.clip(step, 0, jnp.maximum(num_steps - 1, 0))  # an empty slot has a step too
-    return Slot(request, microbatch % plan.branches, step, active)
+    return Slot(request, branch, branch == turns.branches[request] - 1, step, active)
 
 
-def make_ring(
-    mesh: Mesh, plan: RingPlan, stage: Stage, weight_specs: PyTree, input_specs: PyTree
-) -> Callable[..., RingState]:
+def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTree) -> Callable[..., RingState]:
     """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
 
     `ticks` is traced: one executable serves every segment length. weight_specs, input_specs: PartitionSpecs of
     `weights` and `inputs`; turns are replicated. Idle positions compute on garbage that nothing reads: leaving the
     work out would make control flow differ between devices, which deadlocks collectives.
     """
-    staged, replicated = spec(mesh, "pp"), PartitionSpec()
+    staged, replicated, stages = spec(mesh, "pp"), PartitionSpec(), mesh.shape["pp"]
 
     def run(weights, inputs, turns, state, ticks):
         own = jax.tree.map(lambda x: x[0], (state.hidden, state.held, state.carry))
@@ -89,11 +108,11 @@ def make_ring(
 
         def tick(_, loop):
             t, hidden, held, carry = loop
-            entering = stage.enter(weights, inputs, carry, slot_at(plan, turns, t))
+            entering = stage.enter(weights, inputs, carry, slot_at(turns, t))
             hidden = jax.tree.map(lambda new, old: jnp.where(place == 0, new, old), entering, hidden)
-            hidden, held = stage.layers(weights, inputs, hidden, held, slot_at(plan, turns, t - place))
+            hidden, held = stage.layers(weights, inputs, hidden, held, slot_at(turns, t - place))
             hidden = shift_tree(hidden)
-            carry = stage.retire(weights, inputs, carry, hidden, slot_at(plan, turns, t - (plan.stages - 1)))
+            carry = stage.retire(weights, inputs, carry, hidden, slot_at(turns, t - (stages - 1)))
             return t + 1, hidden, held, carry
 
         t, *own = jax.lax.fori_loop(0, ticks, tick, (state.tick, *own))

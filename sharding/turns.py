@@ -1,9 +1,9 @@
 """The ring's tick arithmetic, in plain Python: when a request may start, which steps are done, when something happens.
 
-Slots are rows of the ring's arrays, each the place of one request at a time; `branches` micro-batches of it follow each
-other. The host puts requests in and takes them out between segments of ticks, while others run: their turns are data.
-All of it follows from two facts. Micro-batch m enters in the ticks whose place in the period is m, and it is back after
-as many ticks as there are stages.
+Slots are rows of the ring's arrays, each the place of one request at a time. A slot has as many micro-batches a period
+as its request has branches, and those of all slots follow each other. The host puts requests in and takes them out
+between segments of ticks, while others run: their turns are data. All of it follows from two facts. Micro-batch m
+enters in the ticks whose place in the period is m, and it is back after as many ticks as there are stages.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,36 +13,39 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class RingPlan:
-    """A ring's size, all that the arithmetic needs: `slots` of `branches` micro-batches each, `stages`."""
+    """What is where in a ring: `stages`, and the `branches` of each slot in use, such as 2 with guidance, 1 without."""
 
     stages: int
-    slots: int
-    branches: int
+    branches: tuple[int, ...]
 
     @property
     def microbatches(self) -> int:
-        """M = slots x branches."""
-        return self.slots * self.branches
+        """M, of all slots."""
+        return sum(self.branches)
 
     @property
     def period(self) -> int:
-        """Ticks from one step of a request to its next: max(M, stages + branches - 1).
+        """Ticks from one step of a request to its next: max(M, stages + branches - 1) for the most branches of a slot.
 
         A request's first branch may enter again only after its last branch, `branches - 1` ticks behind, came back.
         """
-        return max(self.microbatches, self.stages + self.branches - 1)
+        return max(self.microbatches, self.stages + max(self.branches) - 1)
+
+    def first(self, slot: int) -> int:
+        """A slot's first micro-batch."""
+        return sum(self.branches[:slot])
 
     def ticks(self, num_steps: Sequence[int]) -> int:
         """Ticks until every request has finished its steps, when all start in round 0."""
         return max(done_at(self, slot, Turn(0, n), n - 1) for slot, n in enumerate(num_steps))
 
-    def ticks_of_round(self, index: int) -> int:
-        """Ticks after which every request that started in round 0 has finished step `index`, and none the one after."""
-        return done_at(self, self.slots - 1, Turn(0, index + 1), index)
+    def evaluations(self, num_steps: Sequence[int]) -> int:
+        """Times that a micro-batch goes through all stages."""
+        return sum(count * steps for count, steps in zip(self.branches, num_steps, strict=True))
 
     def utilisation(self, num_steps: Sequence[int]) -> float:
         """Share of the stages' ticks in which they work on a micro-batch."""
-        return self.branches * sum(num_steps) / self.ticks(num_steps)
+        return self.evaluations(num_steps) / self.ticks(num_steps)
 
 
 class Turn(NamedTuple):
@@ -59,7 +62,7 @@ class Turn(NamedTuple):
 
 def done_at(plan: RingPlan, slot: int, turn: Turn, step: int) -> int:
     """Ticks, counted from the ring's first, after which a request has finished a step."""
-    last_branch_enters = (turn.start + step - turn.done) * plan.period + (slot + 1) * plan.branches - 1
+    last_branch_enters = (turn.start + step - turn.done) * plan.period + plan.first(slot + 1) - 1
     return last_branch_enters + plan.stages
 
 
@@ -68,7 +71,7 @@ def first_start(plan: RingPlan, slot: int, tick: int) -> int:
 
     The slot may be released in the same moment, with micro-batches of its last request still in the ring.
     """
-    return max(0, -(-(tick - slot * plan.branches) // plan.period))
+    return max(0, -(-(tick - plan.first(slot)) // plan.period))
 
 
 def steps_done(plan: RingPlan, slot: int, turn: Turn, tick: int) -> int:

@@ -71,7 +71,7 @@ def optimised_ring(optimised):
 
     VAE and encoders take a single video or text at a time: the same program on both sides of a comparison.
     """
-    from jaxwan.models.vae import VideoCoder
+    from jaxwan.models.video_coder import VideoCoder
     from jaxwan.pipelines.parts import Jitted
 
     with pytest.MonkeyPatch.context() as patch:

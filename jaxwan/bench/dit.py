@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +17,12 @@ from jaxwan.bench.measure import card_log, compiled, memory, random_input, rando
 from jaxwan.bench.presets import Preset
 from jaxwan.bench.report import Row
 from jaxwan.flops import TEXT_ROWS
-from jaxwan.pipelines.condition import frame_timesteps
-from jaxwan.pipelines.denoise import (
-    RENOISINGS,
-    WEIGHT_AXES,
-    Controls,
-    Denoiser,
-    Inputs,
-    Weights,
-    abstract_weights,
-    guide,
-    make_program,
-    make_stage,
-    to_float32,
-)
-from jaxwan.schedulers.table import SamplerState, make_table, stack_tables, step, table_row
+from jaxwan.pipelines.condition import frame_timesteps, to_float32
+from jaxwan.pipelines.denoise import Bucket, Denoiser, Entry, Loop, Running, begin
+from jaxwan.pipelines.dit import WEIGHT_AXES, Controls, Inputs, Weights, abstract_weights, guide, make_stage
+from jaxwan.schedulers.table import SamplerState, make_table, step, table_row
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
-from jaxwan.sharding.ring import Slot, Turns
+from jaxwan.sharding.ring import RingState, Slot
 from jaxwan.sharding.turns import RingPlan
 
 PROMPT_ROWS = 40  # tokens of a typical prompt
@@ -47,29 +37,23 @@ def random_text(seed: int, *lead: int, width: int) -> jax.Array:
     return jnp.where((jnp.arange(TEXT_ROWS) < PROMPT_ROWS)[:, None], text, 0)
 
 
-def ring_inputs(preset: Preset, steps: int, requests: int = 1) -> tuple[Inputs, jax.Array]:
-    """What guided requests bring, and their latents; random normal. The experts share the steps evenly, in order."""
-    table = stack_tables([make_table("unipc", steps, FLOW_SHIFT)] * requests)
-    shape = requests, *preset.latent_shape, preset.vae.z_dim
-    has_first = np.zeros(requests, bool) if preset.first_frame else None
-    expert = np.minimum(np.arange(table.timesteps.shape[1]) * preset.experts // steps, preset.experts - 1)
+def make_entries(preset: Preset, steps: int, videos: int = 1) -> list[Entry]:
+    """Guided videos of random normal texts and latents. The experts share the steps evenly, in order."""
+    table, shape = make_table("unipc", steps, FLOW_SHIFT), (*preset.latent_shape, preset.vae.z_dim)
+    images: dict[str, Any] = {}
+    if preset.first_frame:
+        images = {"first": np.zeros((1, *shape[1:]), np.float32), "has_first": np.array(False)}
+    expert = np.minimum(np.arange(len(table.timesteps)) * preset.experts // steps, preset.experts - 1)
     controls = Controls(
         table=table,
-        timesteps=frame_timesteps(table.timesteps, has_first, shape[1]),
-        expert=np.tile(expert.astype(np.int32), (requests, 1)),
+        timesteps=frame_timesteps(table.timesteps, images.get("has_first"), shape[0]),
+        expert=expert.astype(np.int32),
         guidance=np.full(table.timesteps.shape, GUIDANCE),
-        guided=np.ones(requests, bool),
+        guided=np.array(True),
     )
-    inputs = Inputs(
-        controls=to_float32(controls),
-        text=random_text(3, requests, 2, width=preset.transformer.text_dim),
-        image=None,
-        channels=None,
-        first=None if has_first is None else np.zeros((requests, 1, *shape[2:]), np.float32),
-        has_first=has_first,
-        noise=np.zeros((requests, RENOISINGS, *shape[1:]), np.float32),
-    )
-    return inputs, random_input(4, *shape, dtype=jnp.float32)
+    text = np.asarray(random_text(3, 2, width=preset.transformer.text_dim))
+    latents = np.asarray(random_input(4, *shape, dtype=jnp.float32))
+    return [begin(latents, Inputs(to_float32(controls), text, **images))] * videos
 
 
 def random_weights(preset: Preset, mesh: jax.sharding.Mesh) -> Weights:
@@ -84,35 +68,45 @@ def random_weights(preset: Preset, mesh: jax.sharding.Mesh) -> Weights:
 
 
 class Ring:
-    """The ring on one device, compiled ahead for guided requests of a preset, with random weights."""
+    """The ring on one device, compiled ahead for guided videos of a preset, with random weights."""
 
-    def __init__(self, preset: Preset, steps: int, requests: int = 1):
-        mesh, cfg = make_mesh(MeshSpec()), preset.transformer
-        self.preset, self.requests, self.place = preset, requests, sharding(mesh)
-        self.weights = random_weights(preset, mesh)
-        self.plan = RingPlan(1, requests, 2)
-        shape = requests, *preset.latent_shape, preset.vae.z_dim
-        self.begin, run = make_program(cfg, mesh, self.plan, shape, dtype())
+    def __init__(self, preset: Preset, steps: int, videos: int = 1):
+        mesh = make_mesh(MeshSpec())
+        self.preset, self.videos = preset, videos
+        self.denoiser = Denoiser(preset.transformer, random_weights(preset, mesh), mesh, dtype())
+        self.plan = RingPlan(1, (2,) * videos)
         self.start(steps)
-        self.executable, self.compile_seconds = compiled(run, self.weights, *self.read, self.state, np.int32(1))
+        _, ring, arguments = next(self.programs.listed(self.weights))
+        self.executable, self.compile_seconds = compiled(ring, *arguments)
         self.tflop = preset.forward.total / TERA  # of a tick
+
+    @property
+    def weights(self) -> Weights:
+        """Those of the denoiser."""
+        return self.denoiser.weights
 
     def start(self, steps: int) -> None:
         """From the first tick again, with so many steps."""
-        inputs, self.latents = ring_inputs(self.preset, steps, self.requests)
-        none = np.zeros(self.requests, np.int32)
-        turns = Turns(none, none + np.int32(steps), none)
-        self.read = jax.device_put((inputs, turns), self.place)
-        self.state = self.begin(self.latents)
+        entries = make_entries(self.preset, steps, self.videos)
+        self.programs = self.denoiser.programs(Bucket.of(entries))
+        self.running = self.programs.empty(self.plan)
+        for slot, entry in enumerate(entries):
+            self.running = self.programs.insert(self.running, slot, 0, entry)
 
-    def run(self, ticks: int):
+    def run(self, ticks: int) -> RingState:
         """So many ticks of the executable; its outputs may not be there yet."""
-        self.state = self.executable(self.weights, *self.read, self.state, np.int32(ticks))
-        return self.state
+        inputs, turns, state = self.running
+        state = self.executable(self.weights, inputs, turns, state, np.int32(ticks))
+        self.running = Running(inputs, turns, state)
+        return state
+
+    def velocity(self) -> np.ndarray:
+        """The first video's latest."""
+        return np.asarray(self.programs.read(self.running, 0).velocity)
 
     def check(self) -> None:
         """Raises RuntimeError when numbers got lost on the way."""
-        if not np.isfinite(np.asarray(self.state.carry.velocity)).all():
+        if not np.isfinite(self.velocity()).all():
             raise RuntimeError("the velocity is not finite")
 
 
@@ -137,10 +131,11 @@ def measure_dit(item: Item) -> Iterator[Row]:
     yield item.row("guided step", seconds=guided, tflop=2 * ring.tflop, ceiling=held)
 
     def predict():
-        ring.state = ring.begin(ring.latents)
-        return np.asarray(ring.run(1).carry.velocity)
+        ring.start(1)
+        ring.run(1)
+        return ring.velocity()
 
-    jax.block_until_ready(ring.begin(ring.latents))
+    predict()  # compiles what puts in and reads out
     once = seconds_of(predict, 1, warmups=0)
     yield item.row("predict", seconds=once, tflop=ring.tflop, ceiling=held,
                    details={"what": "latents in, velocity out, on the host"})  # fmt: skip
@@ -152,15 +147,16 @@ def measure_dit(item: Item) -> Iterator[Row]:
 def measure_sampler(item: Item) -> Iterator[Row]:
     """One step of the sampler with guidance, by itself; and a denoising loop against the sum of its forwards."""
     preset = item.preset
-    inputs, latents = ring_inputs(preset, FEW_STEPS)
-    state = SamplerState(*[latents[0]] * 5)
+    entry = make_entries(preset, FEW_STEPS)[0]
+    table, latents = entry.inputs.controls.table, jnp.asarray(entry.latents)
+    state = SamplerState(*[latents] * 5)
 
     def one(state, cond, uncond):
         velocity = guide(cond, uncond, jnp.float32(GUIDANCE))
-        return step(table_row(jax.tree.map(jnp.asarray, inputs.controls.table), 0, 2), state, velocity, 0.0)
+        return step(table_row(table, 2), state, velocity, 0.0)
 
-    executable, took = compiled(jax.jit(one), state, latents[0], latents[0])
-    seconds = seconds_of(lambda: executable(state, latents[0], latents[0]), 10 * item.runs, warmups=3)
+    executable, took = compiled(jax.jit(one), state, latents, latents)
+    seconds = seconds_of(lambda: executable(state, latents, latents), 10 * item.runs, warmups=3)
     yield item.row("step", seconds=seconds, compile_seconds=took, memory=memory(executable))
     yield _loop_row(item)
 
@@ -171,14 +167,13 @@ def _loop_row(item: Item) -> Row:
     steps, rounds = (FEW_STEPS, 1) if preset.needs_accelerator else (MANY_STEPS, item.runs)
     ring = Ring(preset, steps)
     forward = _forward_alone(ring)
-    inputs, latents = ring_inputs(preset, steps)
-    denoiser, noise = Denoiser(preset.transformer, ring.weights, make_mesh(MeshSpec()), dtype()), np.asarray(latents)
-    denoiser.start(noise, inputs).advance(1)  # compiles
+    entries = make_entries(preset, steps)
+    Loop(ring.denoiser, entries).advance()  # compiles
 
     def loop():
-        running = denoiser.start(noise, inputs)
-        for index in range(running.rounds):
-            running.advance(index + 1)
+        running = Loop(ring.denoiser, entries)
+        for _ in range(steps):
+            running.advance()
 
     alone, loops = [seconds_of(forward, max(1, steps // 4))], []
     for _ in range(rounds):
@@ -196,8 +191,8 @@ def _forward_alone(ring: Ring) -> Callable[[], jax.Array]:
     """Latents to velocity with the ring's own parts and weights, but no ring, guidance or sampler."""
     preset, cfg = ring.preset, ring.preset.transformer
     graph, _ = abstract_weights(cfg, 1, 1, dtype())
-    stage = make_stage(cfg, graph, ring.plan, preset.latent_shape)
-    slot = Slot(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    stage = make_stage(cfg, graph, preset.latent_shape)
+    slot = Slot(jnp.int32(0), jnp.int32(0), jnp.bool_(False), jnp.int32(0), jnp.bool_(True))
 
     def forward(weights, inputs, carry):
         hidden, _ = stage.layers(weights, inputs, stage.enter(weights, inputs, carry, slot), (), slot)
@@ -206,6 +201,6 @@ def _forward_alone(ring: Ring) -> Callable[[], jax.Array]:
         temb, _ = model.embed_time(inputs.controls.timesteps[0, :1])
         return model.head(hidden, temb, model.token_grid(preset.latent_shape))
 
-    carry = jax.tree.map(lambda x: x[0], ring.state.carry)
-    executable, _ = compiled(jax.jit(forward), ring.weights, ring.read[0], carry)
-    return lambda: executable(ring.weights, ring.read[0], carry)
+    inputs, carry = ring.running.inputs, jax.tree.map(lambda x: x[0], ring.running.state.carry)
+    executable, _ = compiled(jax.jit(forward), ring.weights, inputs, carry)
+    return lambda: executable(ring.weights, inputs, carry)

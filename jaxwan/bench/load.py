@@ -21,7 +21,7 @@ from jaxwan.convert.diffusers import TRANSFORMER
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes
 from jaxwan.convert.save import save_arrays
-from jaxwan.pipelines.denoise import abstract_weights, load_weights
+from jaxwan.pipelines.dit import abstract_weights, load_weights
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 BYTES = 2  # of a bfloat16, the dtype of the published checkpoints

@@ -1,284 +1,276 @@
-"""Denoising: the DiT as the stages of the ring, and the loop that drives it.
+"""Denoising: videos are put into the slots of a compiled ring, run, and read out of it.
 
-One executable serves all requests of a shape: solvers, step counts, guidance, experts and timesteps are rows of
-`Controls`, indexed by what the ring says each device holds. Latents are float32, channels last, `[R, T, H, W, Z]`.
+One set of programs serves all videos of a `Bucket`: solvers, step counts, guidance, experts and timesteps are rows of
+arrays, indexed by what the ring says each device holds, and which slots are in use is data too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, PartitionSpec, Sharding
+from jax.lax import dynamic_update_index_in_dim
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
 
 from jaxwan.config import TransformerConfig
-from jaxwan.convert.diffusers import TRANSFORMER
-from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import OnBytes, fill, flat_shapes, load_arrays, prove
-from jaxwan.models.transformer import WanTransformer
-from jaxwan.schedulers.table import SamplerState, Table, init_state, step, table_row
+from jaxwan.pipelines.dit import (
+    WEIGHT_AXES,
+    Carry,
+    Inputs,
+    Weights,
+    abstract_weights,
+    make_stage,
+    num_tokens,
+    shapes_at,
+)
+from jaxwan.schedulers.table import SamplerState
 from jaxwan.sharding.mesh import sharding, spec
-from jaxwan.sharding.ring import RingState, Slot, Stage, Turns, make_ring
-from jaxwan.sharding.turns import RingPlan
+from jaxwan.sharding.ring import RingState, Turns, make_ring, make_turns
+from jaxwan.sharding.turns import RingPlan, Turn, done_at, first_start
 
-RENOISINGS = 8  # noise rows of a request: `renoise` takes at most nine steps, and the last needs none
-
-
-class Controls(NamedTuple):
-    """What each request does in each of its steps."""
-
-    table: Table
-    timesteps: Float[np.ndarray, "r n q"]  # Q = 1, or T where latent frames have timesteps of their own
-    expert: Int[np.ndarray, "r n"]
-    guidance: Float[np.ndarray, "r n"]
-    guided: Bool[np.ndarray, " r"]  # False: the cond velocity alone counts
+KEPT = 8  # sets of programs that a Denoiser keeps, the latest used
 
 
-class Inputs(NamedTuple):
-    """Everything the loop reads and never changes, replicated over the mesh."""
+class Entry(NamedTuple):
+    """One video on its way, with all that its steps need; on the host, float32."""
 
-    controls: Controls
-    text: Float[Array, "r g l c"]  # G = 2: cond, uncond
-    image: Float[Array, "r i e"] | None  # CLIP rows (Wan2.1 image to video)
-    channels: Float[Array, "r t h w y"] | None  # mask and image latents beside the noisy ones (36-channel models)
-    first: Float[Array, "r 1 h w z"] | None  # first latent frame (TI2V)
-    has_first: Bool[np.ndarray, " r"] | None  # whether the request has one; otherwise `first` is not looked at
-    noise: Float[Array, "r 8 t h w z"]  # fresh noise of `renoise`, zeros elsewhere
+    sampler: SamplerState  # each [T, H, W, Z]
+    done: np.ndarray  # steps that were taken
+    inputs: Inputs
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole way."""
+        return int(self.inputs.controls.table.num_steps)
 
-class Carry(NamedTuple):
-    """What the loop changes."""
+    @property
+    def branches(self) -> int:
+        """Micro-batches of a step: 2 with guidance, else 1."""
+        return self.inputs.text.shape[0]
 
-    sampler: SamplerState  # each [R, T, H, W, Z]
-    velocity: Float[Array, "*p r t h w z"]  # of the latest evaluation; between the two branches, the cond one
+    @property
+    def latents(self) -> np.ndarray:
+        """x [T, H, W, Z] with a given first frame in its place: the solver moves that one too."""
+        x, first = self.sampler.x, self.inputs.first
+        return np.concatenate([first, x[1:]]) if first is not None and self.inputs.has_first else np.asarray(x)
 
-
-class Weights(NamedTuple):
-    """Parameters of all experts: blocks `[E, layers, …]`, their layers over pp; all else `[E, …]`, replicated."""
-
-    blocks: Any
-    ends: Any
-
-
-WEIGHT_AXES = Weights((None, "pp"), ())  # mesh axes of the leading axes of every parameter
-
-
-# The weights
+    def with_latents(self, x: np.ndarray) -> "Entry":
+        """The same video with other latents [T, H, W, Z] before its next step."""
+        return self._replace(sampler=self.sampler._replace(x=np.asarray(x, np.float32)))
 
 
-def abstract_weights(cfg: TransformerConfig, num_experts: int, stages: int, dtype: DTypeLike) -> tuple[Any, Weights]:
-    """Structure of the DiT, and the shapes and dtypes of its parameters as the ring holds them.
-
-    Layers are padded to `stages * ceil(layers / stages)`; the padding is all zeros, which is an identity layer.
-    """
-    abstract = nnx.eval_shape(lambda: WanTransformer(cfg, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, blocks, ends = nnx.split(abstract, nnx.PathContains("blocks"), ...)
-    layers = stages * -(-cfg.num_layers // stages)
-
-    def stacked(leaf, *lead):
-        return jax.ShapeDtypeStruct((num_experts, *lead, *leaf.shape[len(lead) :]), leaf.dtype)
-
-    return graph, Weights(
-        jax.tree.map(lambda leaf: stacked(leaf, layers), blocks), jax.tree.map(lambda leaf: stacked(leaf), ends)
-    )
+def begin(latents: np.ndarray, inputs: Inputs) -> Entry:
+    """A video before its first step, from latents [T, H, W, Z] at the first step's noise level."""
+    none = np.zeros_like(latents)
+    return Entry(SamplerState(latents, none, none, none, none), np.zeros((), np.int32), inputs)
 
 
-def placed_weights(cfg: TransformerConfig, num_experts: int, mesh: Mesh, dtype: DTypeLike) -> Weights:
-    """Shapes, dtypes and shardings of what `load_weights` makes."""
-    _, abstract = abstract_weights(cfg, num_experts, mesh.shape["pp"], dtype)
-    return Weights(*(shapes_at(sharding(mesh, *axes), part) for part, axes in zip(abstract, WEIGHT_AXES, strict=True)))
+@dataclass(frozen=True)
+class Bucket:
+    """What programs are compiled for: a number of slots, and shapes and dtypes of what each of their videos brings."""
+
+    slots: int
+    entry: Entry
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], slots: int | None = None) -> "Bucket":
+        """The bucket of some videos, with slots for all (`room`) unless told. Of their arrays the shapes suffice.
+
+        Videos without guidance and those that do not renoise fit beside others; what else differs in shape is refused
+        with a ValueError.
+        """
+        shapes = [shapes_at(None, entry) for entry in entries]
+        widest = max(shapes, key=lambda entry: entry.branches)
+        noise = next((s.inputs.noise for s in shapes if s.inputs.noise is not None), None)
+        bucket = cls(slots or room(len(entries)), _with(widest, widest.inputs.text, noise))
+        for shape in shapes:
+            text = widest.inputs.text
+            text = text if shape.inputs.text.shape[1:] == text.shape[1:] else shape.inputs.text
+            if _with(shape, text, noise) != bucket.entry:
+                raise ValueError("videos of other sizes, numbers of text rows or kinds of input are denoised apart")
+        return bucket
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(T, H, W, Z)."""
+        return self.entry.sampler.x.shape
+
+    def fitted(self, entry: Entry) -> Entry:
+        """The entry with all arrays that the bucket's programs read: zeros where nothing of its own is looked at."""
+        text, noise = entry.inputs.text, entry.inputs.noise
+        if entry.branches < self.entry.branches:
+            text = np.concatenate([text, np.zeros_like(text)])
+        if noise is None and self.entry.inputs.noise is not None:
+            noise = np.zeros(self.entry.inputs.noise.shape, np.float32)
+        return _with(entry, text, noise)
 
 
-def load_weights(
-    cfg: TransformerConfig, experts: Sequence[TensorFiles], mesh: Mesh, dtype: DTypeLike,
-    progress: OnBytes | None = None,
-) -> Weights:  # fmt: skip
-    """The experts' parameters, each tensor written straight into the row of the stage that holds its layer.
-
-    Raises CheckpointError when a tensor is missing, extra or of another shape.
-    """
-    _, abstract = abstract_weights(cfg, len(experts), mesh.shape["pp"], dtype)
-    targets = {}
-    for part, axes in zip(abstract, WEIGHT_AXES, strict=True):
-        targets |= {path: (leaf, sharding(mesh, *axes)) for path, leaf in flat_shapes(part).items()}
-    one = {path: (cfg.num_layers, *leaf.shape[2:]) for path, leaf in flat_shapes(abstract.blocks).items()}
-    one |= {path: leaf.shape[1:] for path, leaf in flat_shapes(abstract.ends).items()}
-    sources = [
-        ((i,), files, prove(one, files, TRANSFORMER, what=str(files.paths[0].parent)))
-        for i, files in enumerate(experts)
-    ]
-    arrays = load_arrays(targets, sources, progress)
-    return Weights(*(fill(part, arrays) for part in abstract))
+def _with(entry: Entry, text: Any, noise: Any) -> Entry:
+    return entry._replace(inputs=entry.inputs._replace(text=text, noise=noise))
 
 
-# The stages
+def room(videos: int) -> int:
+    """Slots for so many videos: 1, 2, 4, 8, then multiples of 8. Empty ones cost memory and no ticks."""
+    return next((slots for slots in (1, 2, 4) if videos <= slots), -(-videos // 8) * 8)
 
 
-def make_stage(cfg: TransformerConfig, graph: Any, plan: RingPlan, latent_shape: tuple[int, int, int]) -> Stage:
-    """The DiT as the ring's three functions, for latents of `latent_shape` (T, H, W)."""
-    grid = tuple(size // p for size, p in zip(latent_shape, cfg.patch_size, strict=True))
+class Running(NamedTuple):
+    """A ring and the videos in its slots, on the devices. What changes it uses it up."""
 
-    def model(weights: Weights, inputs: Inputs, slot: Slot) -> tuple[WanTransformer, Array, Array]:
-        """The module with this slot's expert in its ends and all experts' layers in one stack; expert; timesteps."""
-        expert = inputs.controls.expert[slot.request, slot.step]
-        ends = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, expert, keepdims=False), weights.ends)
-        blocks = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:]), weights.blocks)
-        return nnx.merge(graph, blocks, ends), expert, inputs.controls.timesteps[slot.request, slot.step][None]
-
-    def enter(weights: Weights, inputs: Inputs, carry: Carry, slot: Slot) -> Array:
-        x = carry.sampler.x[slot.request][None]
-        if inputs.first is not None and inputs.has_first is not None:
-            kept = jnp.where(inputs.has_first[slot.request], inputs.first[slot.request][None], x[:, :1])
-            x = jnp.concatenate([kept, x[:, 1:]], axis=1)
-        if inputs.channels is not None:
-            x = jnp.concatenate([x, inputs.channels[slot.request][None]], axis=-1)
-        return model(weights, inputs, slot)[0].embed_latents(x)
-
-    def layers(weights: Weights, inputs: Inputs, hidden: Array, held: tuple, slot: Slot) -> tuple[Array, tuple]:
-        dit, expert, timesteps = model(weights, inputs, slot)
-        own = jax.tree.leaves(weights.blocks)[0].shape[1]
-        rows = expert * own + jnp.arange(own)
-        _, modulation = dit.embed_time(timesteps)
-        text = inputs.text[slot.request, slot.branch][None]
-        context = dit.embed_context(text, None if inputs.image is None else inputs.image[slot.request][None])
-        return dit.run_blocks(hidden, rows, context, modulation, grid), held
-
-    def retire(weights: Weights, inputs: Inputs, carry: Carry, hidden: Array, slot: Slot) -> Carry:
-        dit, _, timesteps = model(weights, inputs, slot)
-        temb, _ = dit.embed_time(timesteps)
-        velocity = dit.head(hidden, temb, grid)[0].astype(jnp.float32)
-        r, last = slot.request, slot.branch == plan.branches - 1
-        if plan.branches == 2:
-            guided = guide(carry.velocity[r], velocity, inputs.controls.guidance[r, slot.step])
-            combined = jnp.where(inputs.controls.guided[r], guided, carry.velocity[r])
-            velocity = jnp.where(last, combined, velocity)
-        old = jax.tree.map(lambda x: x[r], carry)
-        noise = inputs.noise[r, jnp.minimum(slot.step, RENOISINGS - 1)]
-        new = step(table_row(inputs.controls.table, r, slot.step), old.sampler, velocity, noise)
-        new = jax.tree.map(lambda n, o: jnp.where(last, n, o), new, old.sampler)
-        return jax.tree.map(
-            lambda rows, n, o: rows.at[r].set(jnp.where(slot.active, n, o)), carry, Carry(new, velocity), old
-        )
-
-    return Stage(enter, layers, retire)
+    inputs: Inputs  # replicated, with a leading axis of slots
+    turns: Turns
+    state: RingState  # of Carry, with leading axes pp and slots
 
 
-def guide(cond: Array, uncond: Array, guidance_scale: Array) -> Array:
-    """Classifier-free guidance: uncond + g * (cond - uncond)."""
-    return uncond + guidance_scale * (cond - uncond)
+class Programs:
+    """The compiled programs of a bucket: a ring without videos, one put in, ticks, one read out."""
+
+    def __init__(self, cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike, bucket: Bucket):
+        self.bucket, self.mesh, self.stages = bucket, mesh, mesh.shape["pp"]
+        entry, position, everywhere = bucket.entry, sharding(mesh, "pp"), sharding(mesh)
+        hidden = self.stages, 1, num_tokens(cfg, bucket.latent_shape), cfg.dim
+        specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
+        graph, _ = abstract_weights(cfg, 1, self.stages, dtype)
+
+        def empty(turns: Turns) -> Running:
+            carry = Carry(entry.sampler, entry.sampler.x)
+            rows = _zeros((bucket.slots,), entry.inputs), _zeros((self.stages, bucket.slots), carry)
+            return Running(rows[0], turns, RingState(jnp.int32(0), jnp.zeros(hidden, dtype), (), rows[1]))
+
+        def insert(running: Running, slot: Any, start: Any, entry: Entry) -> Running:
+            def put(rows: Any, row: Any) -> Any:
+                return jax.tree.map(lambda x, new: dynamic_update_index_in_dim(x, new, slot, 0), rows, row)
+
+            turns, state = running.turns, running.state
+            turns = turns._replace(
+                start=put(turns.start, start), done=put(turns.done, entry.done),
+                num_steps=put(turns.num_steps, entry.inputs.controls.table.num_steps),
+            )  # fmt: skip
+            new = Carry(entry.sampler, jnp.zeros_like(entry.sampler.x))
+            carry = jax.vmap(put, in_axes=(0, None))(state.carry, new)  # in every stage's copy
+            return Running(put(running.inputs, entry.inputs), turns, state._replace(carry=carry))
+
+        def read(carry: Carry, slot: Any) -> Carry:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x[0], slot, keepdims=False), carry)
+
+        placed = Running(everywhere, everywhere, RingState(everywhere, position, (), position))
+        self._empty = jax.jit(empty, out_shardings=placed)
+        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=placed)
+        self._ring = make_ring(mesh, make_stage(cfg, graph, bucket.latent_shape[:3]), specs, PartitionSpec())
+        self._read = jax.jit(read)
+        self._placed = placed
+
+    def empty(self, plan: RingPlan) -> Running:
+        """The ring before its first tick; the plan's slots have no videos yet."""
+        return self._empty(make_turns(plan, slots=self.bucket.slots, branches=self.bucket.entry.branches))
+
+    def insert(self, running: Running, slot: int, start: int, entry: Entry) -> Running:
+        """Put a video into a slot, to enter in round `start` (`turns.first_start`), whatever was there before."""
+        return self._insert(running, np.int32(slot), np.int32(start), self.bucket.fitted(entry))
+
+    def run(self, weights: Weights, running: Running, ticks: int) -> Running:
+        """So many ticks; their results may not be there yet."""
+        state = self._ring(weights, running.inputs, running.turns, running.state, np.int32(ticks))
+        return running._replace(state=state)
+
+    def read(self, running: Running, slot: int) -> Carry:
+        """What a slot's video has become, on the first device."""
+        own = jax.tree.map(lambda x: x.addressable_data(0), running.state.carry)
+        return self._read(own, np.int32(slot))
+
+    def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
+        """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
+        number = jax.ShapeDtypeStruct((), np.int32)
+        room = {"slots": self.bucket.slots, "branches": self.bucket.entry.branches}
+        turns = shapes_at(None, make_turns(RingPlan(1, (1,)), **room))
+        running = jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty, turns))
+        yield "ring", self._ring, (weights, running.inputs, running.turns, running.state, number)
+        yield "the ring's slots", self._empty, (turns,)
+        yield "a video into its slot", self._insert, (running, number, number, self.bucket.entry)
+        first = SingleDeviceSharding(self.mesh.devices.flat[0])
+        carry = jax.eval_shape(lambda carry: jax.tree.map(lambda x: x[:1], carry), running.state.carry)
+        yield "a video out of its slot", self._read, (shapes_at(first, carry), number)
 
 
-# The loop
+def _zeros(lead: tuple[int, ...], tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), tree)
 
 
 @dataclass
 class Denoiser:
-    """The DiT on a mesh, with the executables made for it so far (one a shape: requests, branches, size)."""
+    """The DiT on a mesh, with the programs made for it lately."""
 
     cfg: TransformerConfig
     weights: Weights
     mesh: Mesh
     dtype: jnp.dtype
-    _made: dict = field(default_factory=dict, repr=False)
+    _made: OrderedDict = field(default_factory=OrderedDict, repr=False)
 
-    def plan(self, requests: int, branches: int) -> RingPlan:
-        """The ring's arithmetic for so many requests."""
-        return RingPlan(self.mesh.shape["pp"], requests, branches)
-
-    def start(self, latents: Float[np.ndarray, "r t h w z"], inputs: Inputs) -> "Loop":
-        """The loop over `latents`, at the noise level of each request's first row; nothing has run yet."""
-        plan = self.plan(*inputs.text.shape[:2])
-        begin, run = self._ring(plan, latents.shape)
-        steps = np.asarray(inputs.controls.table.num_steps, np.int32)
-        everywhere = sharding(self.mesh)
-        turns = Turns(np.zeros_like(steps), steps, np.zeros_like(steps))
-        inputs, turns = jax.device_put((to_float32(inputs), turns), everywhere)
-        state = begin(jax.device_put(latents, everywhere))
-        return Loop(plan, steps, lambda s, ticks: run(self.weights, inputs, turns, s, ticks), state)
-
-    def programs(self, latents: jax.ShapeDtypeStruct, inputs: Inputs) -> Iterator[tuple[str, Callable, tuple]]:
-        """(name, jitted function, arguments) of all that `start` and its loop compile; of arrays the shapes suffice."""
-        plan, everywhere = self.plan(*inputs.text.shape[:2]), sharding(self.mesh)
-        begin, run = self._ring(plan, latents.shape)
-        steps = jax.ShapeDtypeStruct((plan.slots,), np.int32)
-        latents, inputs, turns = shapes_at(everywhere, (latents, to_float32(inputs), Turns(steps, steps, steps)))
-        state = jax.tree.map(shapes_at, _state_shardings(self.mesh), jax.eval_shape(begin, latents))
-        yield "ring", run, (self.weights, inputs, turns, state, jax.ShapeDtypeStruct((), np.int32))
-        yield "the ring's first state", begin, (latents,)
-
-    def _ring(self, plan: RingPlan, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
-        if (plan, shape) not in self._made:
-            self._made[plan, shape] = make_program(self.cfg, self.mesh, plan, shape, self.dtype)
-        return self._made[plan, shape]
-
-
-def make_program(
-    cfg: TransformerConfig, mesh: Mesh, plan: RingPlan, shape: tuple[int, ...], dtype: DTypeLike
-) -> tuple[Callable, Callable]:
-    """(begin, run): latents `[R, T, H, W, Z]` of `shape` to the ring's first state, and the ring itself."""
-    graph, _ = abstract_weights(cfg, 1, plan.stages, dtype)
-    specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
-
-    def begin(latents):
-        rows = jnp.broadcast_to(latents, (plan.stages, *latents.shape))
-        hidden = jnp.zeros((plan.stages, 1, num_tokens(cfg, shape), cfg.dim), dtype)
-        return RingState(jnp.int32(0), hidden, (), Carry(init_state(rows), jnp.zeros_like(rows)))
-
-    stage = make_stage(cfg, graph, plan, (shape[1], shape[2], shape[3]))
-    return jax.jit(begin, out_shardings=_state_shardings(mesh)), make_ring(mesh, plan, stage, specs, PartitionSpec())
-
-
-def _state_shardings(mesh: Mesh) -> RingState:
-    position = sharding(mesh, "pp")
-    return RingState(sharding(mesh), position, (), Carry(SamplerState(*[position] * 5), position))
-
-
-def num_tokens(cfg: TransformerConfig, shape: tuple[int, ...]) -> int:
-    """Tokens of latents `[R, T, H, W, Z]`."""
-    return int(np.prod(shape[1:4])) // int(np.prod(cfg.patch_size))
+    def programs(self, bucket: Bucket) -> Programs:
+        """The bucket's programs; those of the KEPT latest buckets are compiled once."""
+        if bucket not in self._made:
+            self._made[bucket] = Programs(self.cfg, self.mesh, self.dtype, bucket)
+        self._made.move_to_end(bucket)
+        while len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return self._made[bucket]
 
 
 class Loop:
-    """A denoising run in progress: advance it round by round and look at it in between."""
+    """Videos denoised together: advance them step by step, and look at them or change them in between."""
 
-    def __init__(self, plan: RingPlan, num_steps: np.ndarray, run: Callable, state: RingState):
-        self.plan, self.num_steps, self._run, self._state, self.ticks = plan, num_steps, run, state, 0
+    def __init__(self, denoiser: Denoiser, entries: Sequence[Entry]):
+        self.entries, self.tick = list(entries), 0
+        self.plan = RingPlan(denoiser.mesh.shape["pp"], tuple(entry.branches for entry in entries))
+        self.turns = [Turn(0, entry.num_steps, int(entry.done)) for entry in entries]
+        self.done = [int(entry.done) for entry in entries]  # steps, of each video
+        self._weights, self._programs = denoiser.weights, denoiser.programs(Bucket.of(entries))
+        self._running = self._programs.empty(self.plan)
+        for slot, entry in enumerate(entries):
+            self._running = self._programs.insert(self._running, slot, 0, entry)
 
     @property
     def rounds(self) -> int:
-        """Steps of the longest request."""
-        return int(self.num_steps.max())
+        """Steps that are left to the video that has most."""
+        return max(turn.num_steps - done for turn, done in zip(self.turns, self.done, strict=True))
 
-    def advance(self, rounds: int) -> None:
-        """Run until every request has finished step `rounds - 1` (or all its steps), and wait for it."""
-        until = min(self.plan.ticks_of_round(rounds - 1), self.plan.ticks(self.num_steps.tolist()))
-        self._state = jax.block_until_ready(self._run(self._state, np.int32(until - self.ticks)))
-        self.ticks = until
+    def advance(self) -> None:
+        """Run until every video has made one step more, but for those that are done, and wait for it."""
+        ends = [self.tick]
+        for slot, turn in enumerate(self.turns):
+            if self.done[slot] < turn.num_steps:
+                ends.append(done_at(self.plan, slot, turn, self.done[slot]))
+                self.done[slot] += 1
+        ticks = max(ends) - self.tick
+        self._running = jax.block_until_ready(self._programs.run(self._weights, self._running, ticks))
+        self.tick += ticks
+
+    def replace(self, latents: Mapping[int, np.ndarray]) -> None:
+        """Go on with other latents [T, H, W, Z] of some videos, by slot.
+
+        In the ring they may be in their next step already, with the old ones, so that step is begun again: by all,
+        since they are to advance together.
+        """
+        start = max(first_start(self.plan, slot, self.tick) for slot in range(len(self.entries)))
+        for slot in range(len(self.entries)):
+            entry = self.entry(slot)
+            entry = entry.with_latents(latents[slot]) if slot in latents else entry
+            self.turns[slot] = Turn(start, entry.num_steps, self.done[slot])
+            self._running = self._programs.insert(self._running, slot, start, entry)
+
+    def read(self, slot: int) -> Carry:
+        """A video's sampler and latest velocity, guided, on the device."""
+        return self._programs.read(self._running, slot)
 
     def latents(self) -> np.ndarray:
-        """x of all requests `[R, T, H, W, Z]`, float32, on the host."""
-        return _truth(self._state.carry.sampler.x)
+        """x of all videos [B, T, H, W, Z], float32, on the host."""
+        return np.stack([np.asarray(self.read(slot).sampler.x) for slot in range(len(self.entries))])
 
-    def velocity(self) -> np.ndarray:
-        """The velocity of each request's latest step, guided."""
-        return _truth(self._state.carry.velocity)
-
-
-def _truth(array: Array) -> np.ndarray:
-    """Row 0 of an array with a leading pp axis: stage 0's."""
-    return np.asarray(array.addressable_data(0))[0]
-
-
-def to_float32(tree: Any) -> Any:
-    """Host float64 arrays as float32; the rest unchanged."""
-    return jax.tree.map(lambda x: x.astype(np.float32) if getattr(x, "dtype", None) == np.float64 else x, tree)
-
-
-def shapes_at(place: Sharding, tree: Any) -> Any:
-    """Shapes and dtypes of a tree of arrays (or of their shapes), as of arrays that lie at `place`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    def entry(self, slot: int) -> Entry:
+        """A video as it is now, on the host."""
+        sampler = jax.tree.map(np.asarray, self.read(slot).sampler)
+        return self.entries[slot]._replace(sampler=sampler, done=np.array(self.done[slot], np.int32))

@@ -25,10 +25,10 @@ from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
-from jaxwan.pipelines.denoise import RENOISINGS, abstract_weights
+from jaxwan.pipelines.denoise import room
+from jaxwan.pipelines.dit import RENOISINGS, abstract_weights
 from jaxwan.pipelines.load import default_dtype, parse_dtype
 from jaxwan.pipelines.parts import component_makers
-from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.pipelines.request import Job, check_mesh, make_job, with_prompt
 from jaxwan.sharding.mesh import MeshSpec, find_devices
 from jaxwan.sharding.turns import RingPlan
@@ -192,10 +192,10 @@ def _report(
     checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, device_memory: int | None
 ) -> DryRun:
     cfg, size = checkpoint.transformer, job.size
-    plan = RingPlan(mesh.pp, len(job.requests), 2 if job.guided else 1)
+    plan = RingPlan(mesh.pp, tuple(1 + r.guided for r in job.requests))
     steps = [int(r.table.num_steps) for r in job.requests]
     parameters = parameter_bytes(checkpoint, mesh.pp, dtype, vae_dtype)
-    activations = activation_bytes(checkpoint, job, plan, dtype, vae_dtype)
+    activations = activation_bytes(checkpoint, job, mesh.pp, dtype, vae_dtype)
     peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
     needed = [p + (max(peaks.values()) if i == 0 else peaks["denoise"]) for i, p in enumerate(parameters)]
     full = -(-cfg.num_layers // mesh.pp)
@@ -205,7 +205,7 @@ def _report(
         latent_shape=checkpoint.geometry.latent_shape(*size), tokens=checkpoint.geometry.num_tokens(*size),
         layers_per_stage=[min(full, max(0, cfg.num_layers - i * full)) for i in range(mesh.pp)],
         microbatches=plan.microbatches, period=plan.period, ticks=plan.ticks(steps),
-        utilisation=plan.utilisation(steps), forwards=plan.branches * sum(steps),
+        utilisation=plan.utilisation(steps), forwards=plan.evaluations(steps),
         forward_tflop=_forward_tflop(checkpoint, job),
         decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
         parameter_bytes=parameters, activation_bytes=activations,
@@ -295,17 +295,18 @@ def _first_device_bytes(checkpoint: Checkpoint, dtype: np.dtype, vae_dtype: np.d
 
 
 def activation_bytes(
-    checkpoint: Checkpoint, job: Job, plan: RingPlan, dtype: DTypeLike, vae_dtype: DTypeLike
+    checkpoint: Checkpoint, job: Job, stages: int, dtype: DTypeLike, vae_dtype: DTypeLike
 ) -> dict[str, dict[str, int]]:
     """Named buffers of each phase; phases follow one another, so a device needs the largest."""
     return {
-        "denoise": _denoise_bytes(checkpoint, job, plan, jnp.dtype(dtype).itemsize),
+        "denoise": _denoise_bytes(checkpoint, job, jnp.dtype(dtype).itemsize),
         "decode": _decode_bytes(checkpoint, job, vae_dtype),
     }
 
 
-def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) -> dict[str, int]:
-    cfg, geometry = checkpoint.transformer, checkpoint.geometry
+def _denoise_bytes(checkpoint: Checkpoint, job: Job, item: int) -> dict[str, int]:
+    cfg, geometry, slots = checkpoint.transformer, checkpoint.geometry, room(len(job.requests))
+    renoises = any(r.table.renoises for r in job.requests)
     latent = 4 * math.prod(geometry.latent_shape(*job.size)) * geometry.z_dim
     tokens = geometry.num_tokens(*job.size)
     hidden = tokens * cfg.dim * item
@@ -314,10 +315,10 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, plan: RingPlan, item: int) 
     image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
     return {
-        "latents, x0 history and velocity of all requests (6 x float32)": 6 * plan.slots * latent,
-        "noise of renoise (8 x float32)": RENOISINGS * plan.slots * latent,
-        "text rows, all branches": 4 * plan.microbatches * MAX_TOKENS * cfg.text_dim,
-        "image rows and channels": plan.slots * (image + latent * extra // geometry.z_dim),
+        "latents, x0 history and velocity of all videos (6 x float32)": 6 * slots * latent,
+        "noise of renoise (8 x float32)": RENOISINGS * slots * latent * renoises,
+        "text rows, all branches": 4 * slots * (1 + job.guided) * job.requests[0].max_sequence_length * cfg.text_dim,
+        "image rows and channels": slots * (image + latent * extra // geometry.z_dim),
         "hidden state, held and received": 2 * hidden,
         "one layer: residual, its norm, q, k, v, attention's output": 6 * hidden,
         "one layer: float32 of the hidden state": tokens * cfg.dim * 4,

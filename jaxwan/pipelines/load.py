@@ -18,7 +18,7 @@ from jaxwan.convert.load import OnBytes, flat_shapes, load_module, prove
 from jaxwan.convert.rules import CheckpointError, Rule, Shape
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.denoise import Weights, load_weights
+from jaxwan.pipelines.dit import Weights, load_weights
 from jaxwan.pipelines.media import load_image_processor
 from jaxwan.pipelines.parts import Parts, abstract_parts, component_makers
 from jaxwan.pipelines.progress import Progress

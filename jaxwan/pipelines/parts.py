@@ -12,9 +12,11 @@ from jax.typing import DTypeLike
 
 from jaxwan.models.image_encoder import CLIPVisionEncoder
 from jaxwan.models.text_encoder import UMT5Encoder
-from jaxwan.models.vae import VAE, VideoCoder
+from jaxwan.models.vae import VAE
+from jaxwan.models.video_coder import VideoCoder
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.denoise import Denoiser, Weights, placed_weights, shapes_at
+from jaxwan.pipelines.denoise import Denoiser
+from jaxwan.pipelines.dit import Weights, placed_weights, shapes_at
 from jaxwan.pipelines.prompt import Tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,23 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxwan.pipelines.arguments import Number, refuse_unknown
+from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
-from jaxwan.pipelines.condition import (
-    Conditioning,
-    choose_expert,
-    encode_images,
-    encode_video,
-    frame_timesteps,
-    initial_noise,
-    make_controls,
-    once_each,
-    renoise_noise,
-)
-from jaxwan.pipelines.denoise import RENOISINGS, Controls, Inputs, Loop
+from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float32
+from jaxwan.pipelines.decode import decode_videos
+from jaxwan.pipelines.denoise import Entry, Loop, begin
+from jaxwan.pipelines.dit import Controls, Inputs
+from jaxwan.pipelines.encoders import Encoders, encode_video, prepare
 from jaxwan.pipelines.load import load_parts, parse_dtype, place
-from jaxwan.pipelines.media import clip_pixels, load_video, resize_video, to_unit_range
+from jaxwan.pipelines.media import load_video, to_unit_range
 from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.pipelines.request import Job, Request, make_job, with_prompt
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
-from jaxwan.schedulers.table import add_noise, make_table, stack_tables
+from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 OUTPUT_TYPES = ("np", "latent", "pil")
@@ -165,13 +159,8 @@ class WanPipeline:
         """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
         check_output_type(output_type)
         progress = Progress(visible=self.progress)
-        text = self._context(job, progress)
-        with progress.phase("encode", _count_encoded(job), "input") as update:
-            conditioning = self._conditioning(job.requests)
-            latents = self._starting_latents(job.requests)
-            update(_count_encoded(job))
-        inputs = self._inputs(job, text, conditioning, latents.shape)
-        latents = self._denoise(job, latents, inputs, progress, callback_on_step_end)
+        entries = prepare(self.checkpoint, self.parts, job.requests, progress)
+        latents = self._denoise(job.requests, entries, progress, callback_on_step_end)
         frames = latents if output_type == "latent" else self._decode(latents, progress)
         if output_type == "pil":
             frames = [_to_pil(video) for video in frames]
@@ -231,6 +220,9 @@ class WanPipeline:
             return replace(latents, frames=self.decode(latents.latents))
         return self._decode(self._checked(latents), Progress(visible=False))
 
+    def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
+        return decode_videos(self.parts.coder, self.checkpoint.geometry, latents, progress)
+
     def _checked(self, latents: ArrayLike) -> np.ndarray:
         array, channels = np.asarray(latents, np.float32), self.checkpoint.geometry.z_dim
         if array.ndim != 5 or array.shape[1] != channels or 0 in array.shape:
@@ -254,112 +246,42 @@ class WanPipeline:
             self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
             **dict(zip(("num_frames", "height", "width"), geometry.pixel_shape(*x.shape[1:4]), strict=True)),
         )  # fmt: skip
-        conditioning = self._conditioning(blank.requests)
+        encoders, table, entries = Encoders(self.checkpoint, self.parts), make_table("euler", 1, 1.0), []
         given = _per_sample(timestep, count, frames, geometry.num_tokens(*blank.size))
-        if given.shape[1] == 1:
-            timesteps = frame_timesteps(given, conditioning.has_first, frames)
-        else:
-            timesteps = _zero_first(given[:, None].copy(), conditioning.has_first, frames)
-        controls = Controls(
-            table=stack_tables([make_table("euler", 1, 1.0)] * count),
-            timesteps=timesteps,
-            expert=choose_expert(given.max(axis=1, keepdims=True), blank.requests[0].boundary_ratio),
-            guidance=np.ones((count, 1)),
-            guided=np.zeros(count, bool),
-        )
-        noise = np.zeros((count, RENOISINGS, *x.shape[1:]), np.float32)
-        loop = self.parts.denoiser.start(x, Inputs(controls, embeds[:, None], *conditioning, noise))
-        loop.advance(1)
-        return to_public(loop.velocity())
+        for request, latent, text, shown in zip(blank.requests, x, embeds, given, strict=True):
+            images = encoders.images(request)
+            timesteps = shown[None]  # of one step
+            if len(shown) == 1:
+                timesteps = frame_timesteps(shown, images.get("has_first"), frames)
+            elif images.get("has_first"):
+                timesteps = np.where(np.arange(len(shown)) < len(shown) // frames, 0, timesteps)
+            expert = choose_expert(shown.max(keepdims=True), request.boundary_ratio)
+            controls = to_float32(Controls(table, timesteps, expert, np.ones(1), np.array(False)))
+            entries.append(begin(latent, Inputs(controls, text[None], **images)))
+        loop = Loop(self.parts.denoiser, entries)
+        loop.advance()
+        return to_public(np.stack([np.asarray(loop.read(slot).velocity) for slot in range(count)]))
 
-    # The stages of a call
-
-    def _context(self, job: Job, progress: Progress) -> np.ndarray:
-        """[R, G, L, C]: each video's text, and with guidance its negative text."""
-        branches = [[(r.prompt_embeds, r.prompt or "") for r in job.requests]]
-        if job.guided:
-            branches.append([(r.negative_prompt_embeds, r.negative_prompt or "") for r in job.requests])
-        texts = [{text for rows, text in branch if rows is None} for branch in branches]
-        made = []
-        with progress.phase("text", sum(map(len, texts)), "text") as update:
-            for branch, own in zip(branches, texts, strict=True):
-                rows = self.encode_prompt([text for _, text in branch]) if own else [rows for rows, _ in branch]
-                made.append(np.asarray(rows))
-                update(len(own))
-        return np.stack(made, axis=1)
-
-    def _conditioning(self, requests: Sequence[Request]) -> Conditioning:
-        """Image input of every request."""
-        images, lasts = [r.image for r in requests], [r.last_image for r in requests]
-        made = encode_images(self.checkpoint.image_input, self.parts.coder, images, lasts, requests[0].size)
-        if self.parts.encode_image is not None:
-            made = made._replace(image=np.stack(once_each(self._clip_rows, images, lasts)))
-        return made
-
-    def _clip_rows(self, image: Any, last: Any) -> np.ndarray:
-        """CLIP rows of the image, followed by the last image's."""
-        encode, processor = self.parts.encode_image, self.parts.image_processor
-        assert encode is not None
-        pixels = [clip_pixels(i, processor)[None] for i in (image, last) if i is not None]
-        return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
-
-    def _starting_latents(self, requests: Sequence[Request]) -> np.ndarray:
-        """[R, T, H, W, Z] at the noise level of each request's first step."""
-        num_frames, height, width = requests[0].size
-        shape = (*self.checkpoint.geometry.latent_shape(num_frames, height, width), self.parts.coder.cfg.z_dim)
-
-        def encode(video: np.ndarray | None) -> Any:
-            pixels = None if video is None else 2 * resize_video(video, height, width)[None] - 1
-            return None if pixels is None else encode_video(self.parts.coder, pixels)[0]
-
-        def start(request: Request, clean: np.ndarray | None) -> np.ndarray:
-            given = request.latents
-            noise = initial_noise(request.seed, request.index, shape) if given is None else to_internal(given[None])[0]
-            return noise if clean is None else np.asarray(add_noise(clean, noise, float(request.table.sigmas[0])))
-
-        sources = once_each(encode, [r.video for r in requests])
-        return np.stack([start(r, clean) for r, clean in zip(requests, sources, strict=True)])
-
-    def _inputs(self, job: Job, text: np.ndarray, conditioning: Conditioning, shape: tuple[int, ...]) -> Inputs:
-        noise = np.stack([renoise_noise(r.table, r.seed, r.index, shape[1:]) for r in job.requests])
-        return Inputs(make_controls(job.requests, conditioning, shape[1]), text, *conditioning, noise)
-
-    def _denoise(self, job: Job, latents: np.ndarray, inputs: Inputs, progress: Progress, callback) -> np.ndarray:
+    def _denoise(
+        self, requests: Sequence[Request], entries: Sequence[Entry], progress: Progress, callback: Callback | None
+    ) -> np.ndarray:
         """All steps; the public (B, C, T, h, w)."""
-        with progress.phase("denoise", int(inputs.controls.table.num_steps.max()), "step") as update:
-            loop = self.parts.denoiser.start(latents, inputs)
-            for index in range(loop.rounds):
-                loop.advance(index + 1)
+        loop = Loop(self.parts.denoiser, entries)
+        with progress.phase("denoise", loop.rounds, "step") as update:
+            for _ in range(loop.rounds):
+                loop.advance()
                 update(1)
                 if callback is not None:
-                    self._look_on(callback, index, loop, inputs)
-        latents = loop.latents()
-        if inputs.first is not None and inputs.has_first is not None:
-            # the solver moved the given frames too: put them back
-            latents = np.where(inputs.has_first[:, None, None, None, None] & _is_first(latents), inputs.first, latents)
-        return to_public(latents)
+                    self._look_on(callback, loop, requests)
+        return to_public(np.stack([loop.entry(slot).latents for slot in range(len(entries))]))
 
-    def _look_on(self, callback: Callback, index: int, loop: Loop, inputs: Inputs) -> None:
-        steps = np.minimum(index, loop.num_steps - 1)
-        schedules = inputs.controls.table.timesteps
-        shown = schedules[np.arange(len(steps)), steps].tolist()
+    def _look_on(self, callback: Callback, loop: Loop, requests: Sequence[Request]) -> None:
+        shown = [float(r.table.timesteps[done - 1]) for r, done in zip(requests, loop.done, strict=True)]
+        alike = all((r.table.timesteps == requests[0].table.timesteps).all() for r in requests)
         given = {"latents": to_public(loop.latents())}
-        returned = callback(self, index, shown[0] if (schedules == schedules[0]).all() else shown, given)
+        returned = callback(self, max(loop.done) - 1, shown[0] if alike else shown, given)
         if returned and any(returned[key] is not given.get(key) for key in returned):
             raise ValueError("callback_on_step_end may look on but not change: it returned other latents")
-
-    def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
-        """Frames of the public latents, one video at a time, so that a device needs no more memory than for one."""
-        frames = np.empty((len(latents), *self.checkpoint.geometry.pixel_shape(*latents.shape[2:]), 3), np.float32)
-        with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
-            for video, rows in zip(to_internal(latents), frames, strict=True):
-                start = 0
-                for chunk in _one_behind(self.parts.coder.decode_chunks(video[None])):
-                    pixels = np.asarray(chunk)[0]
-                    rows[start : start + len(pixels)] = pixels * 0.5 + 0.5
-                    start += len(pixels)
-                    update(1)
-        return frames
 
 
 # Small pure functions
@@ -369,25 +291,6 @@ def check_output_type(value: str) -> None:
     """Raises ValueError for an output_type that is not offered."""
     if value not in OUTPUT_TYPES:
         raise ValueError(f"output_type={value!r} is not one of {', '.join(OUTPUT_TYPES)}")
-
-
-def to_public(latents: np.ndarray) -> np.ndarray:
-    """[B, T, H, W, Z] -> (B, C, T, h, w)."""
-    return np.ascontiguousarray(latents.transpose(0, 4, 1, 2, 3))
-
-
-def to_internal(latents: np.ndarray) -> np.ndarray:
-    """(B, C, T, h, w) -> [B, T, H, W, Z]."""
-    return np.ascontiguousarray(latents.transpose(0, 2, 3, 4, 1))
-
-
-def _count_encoded(job: Job) -> int:
-    """Images (or the one video) that are encoded before the loop."""
-    return len({id(x) for r in job.requests for x in (r.image, r.last_image, r.video) if x is not None})
-
-
-def _is_first(latents: np.ndarray) -> np.ndarray:
-    return (np.arange(latents.shape[1]) == 0)[None, :, None, None, None]
 
 
 def _per_sample(timestep: ArrayLike, count: int, frames: int, tokens: int) -> np.ndarray:
@@ -400,23 +303,6 @@ def _per_sample(timestep: ArrayLike, count: int, frames: int, tokens: int) -> np
             f"timestep has shape {t.shape}, expected a number, ({count},), ({count}, {frames}) or ({count}, {tokens})"
         )
     return t
-
-
-def _zero_first(timesteps: np.ndarray, has_first: np.ndarray | None, frames: int) -> np.ndarray:
-    """Timesteps [B, 1, Q] with those of a given first frame set to 0."""
-    if has_first is not None:
-        timesteps[has_first, :, : timesteps.shape[-1] // frames] = 0
-    return timesteps
-
-
-def _one_behind(items: Iterator) -> Iterator:
-    """The items, each only after the next one is under way: devices compute while the host copies."""
-    held = []
-    for item in items:
-        held.append(item)
-        if len(held) > 1:
-            yield held.pop(0)
-    yield from held
 
 
 def _to_pil(video: np.ndarray) -> list:

@@ -49,6 +49,7 @@ class Request:
     latents: np.ndarray | None = None  # public axis order (C, T, h, w)
     prompt_embeds: np.ndarray | None = None  # (512, C)
     negative_prompt_embeds: np.ndarray | None = None
+    max_sequence_length: int = MAX_TOKENS  # rows of the texts
 
     @property
     def guided(self) -> bool:

@@ -11,11 +11,12 @@ import numpy as np
 
 from jaxwan.config import ImageInput
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.condition import abstract_conditioning, make_controls, noise_program
-from jaxwan.pipelines.denoise import RENOISINGS, Inputs
+from jaxwan.pipelines.condition import noise_program
+from jaxwan.pipelines.denoise import Bucket
+from jaxwan.pipelines.encoders import abstract_entry, latent_shape
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
-from jaxwan.pipelines.prompt import MAX_TOKENS, abstract_prompt
+from jaxwan.pipelines.prompt import abstract_prompt
 from jaxwan.pipelines.request import Job, Request
 
 THREADS = 4  # there are two or three long ones, and each is spread over cores by the compiler itself
@@ -39,39 +40,23 @@ class Warmup(NamedTuple):
 def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool = True) -> Iterator[Program]:
     """Every program that a job runs on these parts, whose parameters may be shapes; those that take long first."""
     size, requests = job.size, job.requests
-    shape = *checkpoint.geometry.latent_shape(*size), checkpoint.geometry.z_dim
-    yield from parts.denoiser.programs(*_denoiser_inputs(checkpoint, requests, shape))
+    shape = latent_shape(checkpoint, requests[0])
+    bucket = Bucket.of([abstract_entry(checkpoint, request) for request in requests])
+    yield from parts.denoiser.programs(bucket).listed(parts.denoiser.weights)
     if decode:
         yield from parts.coder.programs("decode", (1, *shape))
     encoded = _encoded_frames(checkpoint, requests)
     if encoded:
         yield from parts.coder.programs("encode", (1, encoded, *size[1:], 3))
     encode = parts.encode_text
-    given = [r.prompt_embeds for r in requests] + [r.negative_prompt_embeds for r in requests if job.guided]
+    given = [r.prompt_embeds for r in requests] + [r.negative_prompt_embeds for r in requests if r.guided]
     if encode is not None and any(rows is None for rows in given):
-        yield "text encoder", encode.run, (encode.state, *abstract_prompt())
+        yield "text encoder", encode.run, (encode.state, *abstract_prompt(requests[0].max_sequence_length))
     encode, cfg = parts.encode_image, checkpoint.image_encoder
     if encode is not None and cfg is not None:
         image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), np.float32)
         yield "image encoder", encode.run, (encode.state, image)
     yield noise_program(shape)
-
-
-def _denoiser_inputs(
-    checkpoint: Checkpoint, requests: Sequence[Request], shape: tuple[int, ...]
-) -> tuple[jax.ShapeDtypeStruct, Inputs]:
-    """Shapes of what `Denoiser.start` gets; the controls are small, and real."""
-    cfg, count, guided = checkpoint.transformer, len(requests), any(r.guided for r in requests)
-
-    def array(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *sizes), np.float32)
-
-    given = abstract_conditioning(checkpoint, requests, shape)
-    inputs = Inputs(
-        make_controls(requests, given, shape[0]), array(1 + guided, MAX_TOKENS, cfg.text_dim), *given,
-        array(RENOISINGS, *shape),
-    )  # fmt: skip
-    return array(*shape), inputs
 
 
 def _encoded_frames(checkpoint: Checkpoint, requests: Sequence[Request]) -> int:

@@ -44,6 +44,11 @@ class Table(NamedTuple):
     predictor: Float[np.ndarray, "*r n 5"]  # weighs (corrected, m, m1, m2, noise)
     num_steps: Int[np.ndarray, "*r"]
 
+    @property
+    def renoises(self) -> bool:
+        """Whether any step adds fresh noise."""
+        return bool(self.predictor[..., 4].any())
+
 
 class Row(NamedTuple):
     """One step of a table, float32."""

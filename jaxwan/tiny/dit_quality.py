@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import WanTransformer
-from jaxwan.models.vae import VAE, VideoCoder
+from jaxwan.models.vae import VAE
+from jaxwan.models.video_coder import VideoCoder
 from jaxwan.pipelines.media import save_image
 from jaxwan.pipelines.prompt import Tokenizer
 from jaxwan.tiny.attributes import READ, Attributes, combinations, row_of

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxwan.models.vae import VAE, VideoCoder
+from jaxwan.models.vae import VAE
+from jaxwan.models.video_coder import VideoCoder
 from jaxwan.tiny.attributes import combinations, draw_attributes
 from jaxwan.tiny.clips import make_clip
 

@@ -44,7 +44,7 @@ class Rival(against.Rival):
 def rows(monkeypatch):
     def cases(item):
         def case(name):
-            return Case(lambda: (Rival.last.order.append(f"ours {name}"), np.zeros(1))[1], 1.0, 2.0)
+            return Case(lambda: (Rival.last.order.append(f"ours {name}"), np.zeros(1))[1], 2.0)
 
         return {name: case(name) for name in ("2 layers", "6 layers")}
 

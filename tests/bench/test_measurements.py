@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxwan.bench import ceilings, load
 from jaxwan.bench.child import measure
-from jaxwan.bench.dit import PROMPT_ROWS, ring_inputs
+from jaxwan.bench.dit import PROMPT_ROWS, make_entries
 from jaxwan.bench.growth import AXES, points
 from jaxwan.bench.item import Item
 from jaxwan.bench.layers import slope
@@ -45,9 +45,9 @@ def test_a_model_with_timesteps_for_every_frame_is_measured():
 
 
 def test_both_experts_have_an_equal_share_of_the_steps():
-    inputs, latents = ring_inputs(TINY, 4, requests=2)
-    assert inputs.controls.expert[:, :4].tolist() == [[0, 0, 1, 1]] * 2 and latents.shape[0] == 2
-    text = np.asarray(inputs.text)
+    entry, other = make_entries(TINY, 4, videos=2)
+    assert entry.inputs.controls.expert[:4].tolist() == [0, 0, 1, 1] and other.num_steps == entry.num_steps == 4
+    text = entry.inputs.text
     assert text[..., PROMPT_ROWS - 1, :].any(-1).all() and not text[..., PROMPT_ROWS:, :].any()
 
 

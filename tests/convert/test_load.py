@@ -23,7 +23,7 @@ from jaxwan.convert.load import flat_shapes, load_module
 from jaxwan.convert.rules import CheckpointError, expected_sources
 from jaxwan.convert.save import save_arrays
 from jaxwan.models.transformer import WanTransformer
-from jaxwan.pipelines.denoise import load_weights
+from jaxwan.pipelines.dit import load_weights
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 CFG = TransformerConfig(num_attention_heads=2, attention_head_dim=12, text_dim=10, freq_dim=8, ffn_dim=20, num_layers=5)
@@ -216,7 +216,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from jaxwan.config import TransformerConfig
 from jaxwan.convert.files import TensorFiles
-from jaxwan.pipelines.denoise import load_weights
+from jaxwan.pipelines.dit import load_weights
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 def status(field):

@@ -17,7 +17,8 @@ from jaxwan.convert.diffusers import VAE as RULES
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes, load_module
 from jaxwan.convert.rules import plan
-from jaxwan.models.vae import VAE, VideoCoder, patchify, unpatchify
+from jaxwan.models.vae import VAE, patchify, unpatchify
+from jaxwan.models.video_coder import VideoCoder
 
 # float32 sums in another order; an independent implementation reaches 7e-7, the least mistake costs 1e-3 or more.
 TOLERANCE = 1e-5

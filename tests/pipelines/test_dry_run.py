@@ -17,15 +17,16 @@ import pytest
 from PIL import Image
 from published import write_configs
 
+from jaxwan.pipelines import pipeline as pipeline_module
 from jaxwan.pipelines.checkpoint import read_checkpoint
-from jaxwan.pipelines.denoise import Denoiser, Loop, abstract_weights
+from jaxwan.pipelines.denoise import Denoiser, Loop
+from jaxwan.pipelines.dit import Weights, abstract_weights
 from jaxwan.pipelines.dry_run import dry_run, largest_buffer, make_report, parameter_bytes, parse_memory, tree_bytes
+from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.load import DTYPES
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.request import make_job
-from jaxwan.sharding.mesh import MeshSpec
-from jaxwan.sharding.ring import RingState
-from jaxwan.sharding.turns import RingPlan
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 GB = 10**9
 
@@ -81,15 +82,15 @@ def test_ticks_are_those_executed(pipeline, steps):
     pipe, loops = pipeline("t2v-A14B", "pp=2"), []
     arguments = dict(prompt=["a", "b", "c"], num_inference_steps=steps, height=32, width=48, num_frames=5, seed=0)
 
-    def start(*given):
-        loops.append(original(*given))
+    def begin(*given):
+        loops.append(Loop(*given))
         return loops[-1]
 
-    original = Denoiser.start
-    with mock.patch.object(Denoiser, "start", lambda *given: start(*given)):
+    with mock.patch.object(pipeline_module, "Loop", begin):
         pipe(output_type="latent", **arguments)
     (loop,) = loops
-    assert int(loop._state.tick) == report(pipe.checkpoint, MeshSpec(pp=2), "float32", **arguments).ticks
+    told = report(pipe.checkpoint, MeshSpec(pp=2), "float32", **arguments)
+    assert int(loop._running.state.tick) == loop.tick == told.ticks  # of three videos in a ring with room for four
 
 
 @pytest.mark.parametrize(
@@ -109,15 +110,17 @@ def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, stages, arguments)
     size = {"height": 32, "width": 48, "num_frames": 5}
     expected = report(checkpoint, MeshSpec(pp=stages), **size, **arguments)
     job = make_job(checkpoint, **{"prompt": "a cat"} | size | arguments)
-    steps = np.array([r.table.num_steps for r in job.requests])
     handed = []
-    plan = RingPlan(stages, len(job.requests), 2 if job.guided else 1)
-    loop = Loop(plan, steps, lambda state, ticks: handed.append(int(ticks)), RingState(None, None, (), None))
-    for index in range(loop.rounds):
-        loop.advance(index + 1)
-    assert sum(handed) == expected.ticks == loop.ticks
-    assert min(handed) > 0
-    assert (expected.microbatches, expected.period) == (plan.microbatches, plan.period)
+    programs = mock.Mock(run=lambda weights, running, ticks: handed.append(ticks))
+    mesh = make_mesh(MeshSpec(pp=stages))
+    denoiser = Denoiser(checkpoint.transformer, Weights(None, None), mesh, jnp.dtype("float32"))
+    with mock.patch.object(Denoiser, "programs", lambda *_: programs):
+        loop = Loop(denoiser, [abstract_entry(checkpoint, request) for request in job.requests])
+    for _ in range(loop.rounds):
+        loop.advance()
+    assert sum(handed) == expected.ticks == loop.tick
+    assert min(handed) > 0 and loop.rounds == 0
+    assert (expected.microbatches, expected.period) == (loop.plan.microbatches, loop.plan.period)
 
 
 def test_the_largest_buffer_is_found_inside_loops():
@@ -204,7 +207,7 @@ def test_more_videos_fill_the_ring(published, told):
     assert "fill the idle time" in str(alone) and alone.utilisation < 0.5
     assert eight.utilisation > 0.99 and "fill the idle time" not in str(eight)
     assert eight.microbatches == 16
-    name = "latents, x0 history and velocity of all requests (6 x float32)"
+    name = "latents, x0 history and velocity of all videos (6 x float32)"
     assert eight.activation_bytes["denoise"][name] == 8 * alone.activation_bytes["denoise"][name]
 
 

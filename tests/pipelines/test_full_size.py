@@ -3,20 +3,18 @@
 import re
 from functools import cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from published import write_configs
 
-from jaxwan.pipelines.checkpoint import CHANNEL_MASK, read_checkpoint
-from jaxwan.pipelines.condition import Conditioning, make_controls
-from jaxwan.pipelines.denoise import WEIGHT_AXES, Inputs, Weights, abstract_weights, make_program, to_float32
+from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.denoise import Bucket, Programs
+from jaxwan.pipelines.dit import placed_weights
 from jaxwan.pipelines.dry_run import make_report
+from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.request import make_job
-from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
-from jaxwan.sharding.ring import Turns
-from jaxwan.sharding.turns import RingPlan
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -25,39 +23,18 @@ PIXEL = np.zeros((1, 1, 3), np.uint8)
 SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]")
 
 
-def abstract(tree, place):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
-
-def conditioning(name, shape):
-    """What the variant takes besides text, for one video of latents `shape` (T, H, W, Z)."""
-    t, h, w, z = shape
-    if "TI2V" in name:
-        return Conditioning(first=np.zeros((1, 1, h, w, z), np.float32), has_first=np.ones(1, bool))
-    if "FLF2V" in name:
-        channels = np.zeros((1, t, h, w, z + CHANNEL_MASK), np.float32)
-        return Conditioning(image=np.zeros((1, 514, 1280), np.float32), channels=channels)
-    return Conditioning()
-
-
 def compile_ring(checkpoint, dtype):
     """The compiled denoising program of a plain call (one video, guided) on four stages."""
-    cfg, mesh = checkpoint.transformer, make_mesh(MeshSpec(pp=STAGES))
-    d, everywhere = checkpoint.defaults, sharding(mesh)
-    shape = (*checkpoint.geometry.latent_shape(d.num_frames, d.height, d.width), checkpoint.geometry.z_dim)
-    given = conditioning(checkpoint.variant.name, shape)
-    _, weights = abstract_weights(cfg, checkpoint.num_experts, STAGES, dtype)
-    weights = Weights(*(abstract(w, sharding(mesh, *axes)) for w, axes in zip(weights, WEIGHT_AXES, strict=True)))
-    images = {} if given.image is None else {"image": PIXEL, "last_image": PIXEL, "height": d.height, "width": d.width}
-    job = make_job(checkpoint, prompt="a", **images)
-    inputs = Inputs(
-        to_float32(make_controls(job.requests, given, shape[0])), np.zeros((1, 2, 512, cfg.text_dim), np.float32),
-        *given, np.zeros((1, 8, *shape), np.float32),
-    )  # fmt: skip
-    begin, run = make_program(cfg, mesh, RingPlan(STAGES, 1, 2), (1, *shape), dtype)
-    state = jax.eval_shape(begin, jax.ShapeDtypeStruct((1, *shape), jnp.float32, sharding=everywhere))
-    turns, ticks = Turns(*[np.zeros(1, np.int32)] * 3), jax.ShapeDtypeStruct((), jnp.int32)
-    return run.lower(weights, abstract(inputs, everywhere), abstract(turns, everywhere), state, ticks).compile()
+    mesh, d = make_mesh(MeshSpec(pp=STAGES)), checkpoint.defaults
+    images = {}
+    if checkpoint.image_encoder is not None:
+        images = {"image": PIXEL, "last_image": PIXEL, "height": d.height, "width": d.width}
+    (request,) = make_job(checkpoint, prompt="a", **images).requests
+    weights = placed_weights(checkpoint.transformer, checkpoint.num_experts, mesh, dtype)
+    programs = Programs(checkpoint.transformer, mesh, dtype, Bucket.of([abstract_entry(checkpoint, request)]))
+    name, ring, arguments = next(programs.listed(weights))
+    assert name == "ring"
+    return ring.lower(*arguments).compile()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The ring is optimised as in use: with less of it the last bits do differ.
 """
 
 from functools import cache
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import pytest
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, VIDEO, compilations, picture, run_ours
 
 from jaxwan.convert.files import TensorFiles
-from jaxwan.pipelines.denoise import Denoiser, load_weights
+from jaxwan.pipelines import pipeline as pipeline_module
+from jaxwan.pipelines.denoise import Denoiser, Loop
+from jaxwan.pipelines.dit import load_weights
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
@@ -132,8 +135,30 @@ def test_a_second_call_of_the_same_size_compiles_nothing(pipeline, family):
     pipe(**first)
     size = {key: first[key] for key in ("height", "width", "num_frames")}
     assert compilations(lambda: run_ours(pipe, **second, **size)) == 0
-    renoising = dict(sampler="renoise", timesteps=[900, 500, 100.5], num_inference_steps=None)
-    assert compilations(lambda: pipe(**first | renoising)) == 0
+
+
+def test_renoising_is_another_ring_once(pipeline):
+    """Its fresh noise is an input that others do not bring."""
+    pipe, call = pipeline("2.1-t2v"), SECOND | dict(sampler="renoise", num_inference_steps=None, output_type="latent")
+    call |= {key: BATCH[key] for key in ("height", "width", "num_frames")}
+    assert compilations(lambda: pipe(**call | dict(timesteps=[900, 500, 100.5]))) > 0
+    assert compilations(lambda: pipe(**call | dict(timesteps=[999, 1]))) == 0
+
+
+def test_a_batch_that_fits_the_next_bucket_compiles_nothing(pipeline):
+    """Three videos and four take the same programs; the ticks are those of the videos there."""
+    pipe, prompts = pipeline("t2v-A14B", 2), ["a moon", "two dogs", "x", "a red cat"]
+    call = dict(num_inference_steps=2, guidance_scale=[4.0, 1.0, 2.0], seed=5, output_type="latent")
+    call |= {key: BATCH[key] for key in ("height", "width", "num_frames")}
+    pipe(**BATCHES["t2v-A14B"])
+    outputs = []
+    assert compilations(lambda: outputs.append(pipe(prompts[:3], **call))) == 0
+    assert compilations(lambda: outputs.append(pipe(prompts, **call | dict(guidance_scale=3.0)))) == 0
+    loops = []
+    with mock.patch.object(pipeline_module, "Loop", lambda *given: loops.append(Loop(*given)) or loops[-1]):
+        pipe(prompts[:3], **call)
+        pipe(prompts, **call | dict(guidance_scale=3.0))
+    assert [loop.tick for loop in loops] == [5 + 6, 8 + 9]
 
 
 def test_compilations_are_counted():

@@ -19,7 +19,7 @@ from jaxwan.sharding.mesh import MeshSpec
 SIZE = dict(height=32, width=48, num_frames=5)
 CALL = SIZE | dict(prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], num_inference_steps=2, seed=1)
 GREY = np.full((32, 48, 3), 128, np.uint8)
-RING = {"ring", "the ring's first state", "keys and values of the text", "noise"}
+RING = {"ring", "the ring's slots", "a video into its slot", "a video out of its slot", "noise"}
 TEXT, DECODE = {"text encoder"}, {"VAE decode, first frame", "VAE decode, later frames"}
 ENCODE_FIRST, ENCODE = {"VAE encode, first frame"}, {"VAE encode, first frame", "VAE encode, later frames"}
 CASES = {
@@ -35,7 +35,8 @@ CASES = {
     ),
     "embeddings, a single frame": (
         "t2v-A14B", "pp=1",
-        SIZE | dict(prompt_embeds=np.zeros((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1),
+        SIZE | dict(prompt_embeds=np.zeros((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1,
+                    sampler="renoise", timesteps=[700, 300, 1]),
         SIZE | dict(prompt_embeds=np.ones((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1,
                     sampler="renoise", timesteps=[900, 500], seed=1), {"VAE decode, first frame"},
     ),

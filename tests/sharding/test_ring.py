@@ -10,8 +10,8 @@ import pytest
 from jaxtyping import Array
 
 from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding, spec
-from jaxwan.sharding.ring import RingState, Stage, Turns, make_ring, slot_at
-from jaxwan.sharding.turns import RingPlan
+from jaxwan.sharding.ring import RingState, Stage, make_ring, make_turns, slot_at
+from jaxwan.sharding.turns import RingPlan, Turn, done_at
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -24,12 +24,12 @@ class Simulation:
 
     def __init__(self, plan: RingPlan, num_steps, start=None, period=None):
         self.plan, self.num_steps = plan, num_steps
-        self.start = start or [0] * plan.slots
+        self.start = start or [0] * len(plan.branches)
         self.period = period or plan.period
-        self.order = list(itertools.product(range(plan.slots), range(plan.branches)))
+        self.order = [(slot, branch) for slot, count in enumerate(plan.branches) for branch in range(count)]
         self.held = [None] * plan.stages  # (request, branch, step) at each stage
         self.entered = dict.fromkeys(self.order, 0)
-        self.done = [0] * plan.slots  # steps finished
+        self.done = [0] * len(plan.branches)  # steps finished
         self.tick = self.busy = 0
 
     def run_tick(self):
@@ -43,7 +43,7 @@ class Simulation:
         worked, returned = list(self.held), self.held[-1]
         self.busy += sum(h is not None for h in worked)
         self.held = [None, *self.held[:-1]]
-        if returned is not None and returned[1] == self.plan.branches - 1:
+        if returned is not None and returned[1] == self.plan.branches[returned[0]] - 1:
             assert self.done[returned[0]] == returned[2]
             self.done[returned[0]] += 1
         self.tick += 1
@@ -55,7 +55,9 @@ class Simulation:
 
 def plans():
     for stages, requests, branches in itertools.product((1, 2, 3, 4, 7), (1, 2, 3, 5), (1, 2)):
-        yield RingPlan(stages, requests, branches)
+        yield RingPlan(stages, (branches,) * requests)
+    for stages, branches in itertools.product((1, 3, 4, 7), ((1, 2), (2, 1), (2, 1, 1), (1, 2, 1, 3))):
+        yield RingPlan(stages, branches)
 
 
 STEPS = [4, 1, 3, 7, 2]
@@ -63,7 +65,7 @@ STEPS = [4, 1, 3, 7, 2]
 
 @pytest.mark.parametrize("plan", plans(), ids=str)
 def test_ticks_and_utilisation_equal_a_simulation(plan):
-    steps = STEPS[: plan.slots]
+    steps = STEPS[: len(plan.branches)]
     simulation = Simulation(plan, steps)
     after = []  # steps finished after each tick
     while simulation.done != steps:
@@ -72,15 +74,15 @@ def test_ticks_and_utilisation_equal_a_simulation(plan):
     assert plan.ticks(steps) == len(after)
     assert plan.utilisation(steps) == pytest.approx(simulation.busy / (plan.stages * len(after)))
     for index in range(max(steps)):
-        done = after[min(plan.ticks_of_round(index), len(after)) - 1]
-        assert done == [min(n, index + 1) for n in steps]
+        ticks = max(done_at(plan, slot, Turn(0, n), index) for slot, n in enumerate(steps) if n > index)
+        assert after[ticks - 1] == [min(n, index + 1) for n in steps]
 
 
 @pytest.mark.parametrize("plan", [p for p in plans() if p.period > p.microbatches], ids=str)
 def test_no_shorter_period_would_do(plan):
     """Nor would one below the micro-batches: stage 0 takes one in a tick."""
     with pytest.raises(AssertionError, match="before the one before it was finished"):
-        simulation = Simulation(plan, [3] * plan.slots, period=plan.period - 1)
+        simulation = Simulation(plan, [3] * len(plan.branches), period=plan.period - 1)
         for _ in range(3 * plan.period):
             simulation.run_tick()
 
@@ -88,32 +90,37 @@ def test_no_shorter_period_would_do(plan):
 @pytest.mark.parametrize(
     ("plan", "steps", "start"),
     [
-        (RingPlan(4, 1, 2), [3], [0]),
-        (RingPlan(3, 3, 2), [2, 4, 1], [0, 0, 0]),
-        (RingPlan(2, 3, 1), [3, 2, 2], [0, 2, 1]),
-        (RingPlan(5, 2, 2), [1, 3], [3, 0]),
-        (RingPlan(1, 2, 1), [2, 2], [1, 0]),
+        (RingPlan(4, (2,)), [3], [0]),
+        (RingPlan(3, (2, 2, 2)), [2, 4, 1], [0, 0, 0]),
+        (RingPlan(2, (1, 1, 1)), [3, 2, 2], [0, 2, 1]),
+        (RingPlan(5, (2, 2)), [1, 3], [3, 0]),
+        (RingPlan(1, (1, 1)), [2, 2], [1, 0]),
+        (RingPlan(3, (2, 1, 2)), [2, 3, 1], [1, 0, 2]),
     ],
 )
 def test_every_device_works_out_what_it_holds(plan, steps, start):
-    simulation, turns = Simulation(plan, steps, start), Turns(*jnp.array([start, steps, [0] * len(steps)]))
+    simulation = Simulation(plan, steps, start)
+    turns = make_turns(plan, [Turn(*turn) for turn in zip(start, steps, strict=True)], slots=4, branches=2)
+    turns = jax.tree.map(jnp.asarray, turns)
     ticks = 8 * plan.period
     u = jnp.arange(ticks)[:, None] - jnp.arange(plan.stages)  # tick - position
-    slots = jax.jit(jax.vmap(jax.vmap(lambda u: slot_at(plan, turns, u))))(u)
+    slots = jax.jit(jax.vmap(jax.vmap(lambda u: slot_at(turns, u))))(u)
     slots = jax.tree.map(np.asarray, slots)
     for tick in range(ticks):
         for place, held in enumerate(simulation.run_tick()):
             at = jax.tree.map(lambda x, i=(tick, place): x[i].item(), slots)
             assert at.active == (held is not None)
             assert held in (None, (at.request, at.branch, at.step))
-            assert 0 <= at.request < plan.slots and 0 <= at.step < steps[at.request]  # also where it is idle
+            assert at.last == (at.branch == plan.branches[at.request] - 1)
+            assert 0 <= at.request < len(steps) and 0 <= at.step < steps[at.request]  # also where it is idle
 
 
 def test_the_worked_example_of_the_module():
-    plan, turns = RingPlan(2, 1, 2), Turns(*jnp.array([[0], [2], [0]]))
+    plan = RingPlan(2, (2,))
+    turns = jax.tree.map(jnp.asarray, make_turns(plan, [Turn(0, 2)], slots=1, branches=2))
     shown = {}
     for place in range(2):
-        slots = jax.jit(jax.vmap(lambda u: slot_at(plan, turns, u)))(jnp.arange(6) - place)
+        slots = jax.jit(jax.vmap(lambda u: slot_at(turns, u)))(jnp.arange(6) - place)
         rows = zip(*(x.tolist() for x in (slots.branch, slots.step, slots.active)), strict=True)
         shown[place] = [f"{'cu'[branch]}{step}" if active else "." for branch, step, active in rows]
     assert plan.period == 3
@@ -126,11 +133,12 @@ def test_the_worked_example_of_the_module():
 @pytest.mark.parametrize(
     ("plan", "steps", "period", "ticks"),
     [
-        (RingPlan(1, 1, 2), [40], 2, 80),  # one device: a tick for each of 2 x 40 evaluations
-        (RingPlan(4, 1, 2), [40], 5, 200),  # one request cannot fill four stages: 3 idle ticks in 5
-        (RingPlan(4, 2, 2), [40, 40], 5, 202),
-        (RingPlan(4, 4, 1), [40] * 4, 4, 163),  # four requests without guidance fill them
-        (RingPlan(4, 3, 2), [40] * 3, 6, 243),
+        (RingPlan(1, (2,)), [40], 2, 80),  # one device: a tick for each of 2 x 40 evaluations
+        (RingPlan(4, (2,)), [40], 5, 200),  # one request cannot fill four stages: 3 idle ticks in 5
+        (RingPlan(4, (2, 2)), [40, 40], 5, 202),
+        (RingPlan(4, (2, 1)), [40, 40], 5, 201),  # no tick for the branch that there is not
+        (RingPlan(4, (1,) * 4), [40] * 4, 4, 163),  # four requests without guidance fill them
+        (RingPlan(4, (2,) * 3), [40] * 3, 6, 243),
     ],
 )
 def test_literal_tick_counts(plan, steps, period, ticks):
@@ -171,7 +179,7 @@ def run_toy_layers(weights, inputs, hidden, held, slot):
 
 def retire_toy(branches):
     def retire(weights, inputs, carry, hidden, slot):
-        r, last = slot.request, slot.branch == branches - 1
+        r, last = slot.request, slot.last
         x = carry.x[r] + (2 * carry.cond[r] if branches == 2 else 0) - hidden
         new = Toy(jnp.where(last, x, carry.x[r]), hidden, carry.steps[r] + last)
         return jax.tree.map(lambda rows, n: rows.at[r].set(jnp.where(slot.active, n, rows[r])), carry, new)
@@ -200,20 +208,22 @@ class Problem:
 
     def __init__(self, stages, branches):
         rng = np.random.default_rng(0)
-        self.branches, self.plan = branches, RingPlan(stages, len(self.steps), branches)
+        self.branches, self.plan = branches, RingPlan(stages, (branches,) * len(self.steps))
         self.weights, biases = (rng.integers(-9, 9, (self.layers, self.width), np.int32) for _ in range(2))
         self.inputs = Given(rng.integers(-9, 9, (3, branches, self.width), np.int32), biases)
         self.x = rng.integers(-9, 9, (3, self.width), np.int32)
         self.mesh = make_mesh(MeshSpec(pp=stages))
         staged, everywhere = spec(self.mesh, "pp"), spec(self.mesh)
         stage = Stage(enter_toy, run_toy_layers, retire_toy(branches))
-        self.run = make_ring(self.mesh, self.plan, stage, staged, Given(everywhere, staged))
+        self.run = make_ring(self.mesh, stage, staged, Given(everywhere, staged))
+        turns = [Turn(*turn) for turn in zip(self.start, self.steps, strict=True)]
+        turns = make_turns(self.plan, turns, slots=len(turns), branches=branches)
         short = -self.layers % stages  # padding layers, of zeros
         scales, biases = (np.pad(w, ((0, short), (0, 0))) for w in (self.weights, biases))
         self.placed = (
             jax.device_put(scales, sharding(self.mesh, "pp")),
             jax.device_put(Given(self.inputs.texts, biases), Given(sharding(self.mesh), sharding(self.mesh, "pp"))),
-            jax.device_put(Turns(*np.int32([self.start, self.steps, [0] * 3])), sharding(self.mesh)),
+            jax.device_put(turns, sharding(self.mesh)),
         )
 
     def first_state(self):
@@ -234,8 +244,11 @@ class Problem:
     @property
     def total(self):
         """Ticks until all are done; late starters count from their round."""
-        plan, last = self.plan, max(s + n for s, n in zip(self.start, self.steps, strict=True)) - 1
-        return plan.ticks_of_round(last)
+        return self.ticks_of_round(max(s + n for s, n in zip(self.start, self.steps, strict=True)) - 1)
+
+    def ticks_of_round(self, index):
+        """Until every request has finished what it does in a round."""
+        return done_at(self.plan, len(self.steps) - 1, Turn(0, index + 1), index)
 
 
 def truth(state):
@@ -281,7 +294,7 @@ def test_a_state_between_two_rounds_holds_finished_steps_alone():
     problem = Problem(4, 2)
     state, finished = problem.first_state(), []
     for index in range(5):
-        ticks = problem.plan.ticks_of_round(index) - int(state.tick)
+        ticks = problem.ticks_of_round(index) - int(state.tick)
         state = problem.run(*problem.placed, state, np.int32(ticks))
         finished.append(truth(state).steps.tolist())
     assert finished == [[1, 0, 0], [2, 0, 1], [3, 1, 2], [3, 1, 3], [3, 1, 4]]
@@ -321,16 +334,17 @@ def test_a_stage_keeps_its_own_from_tick_to_tick(stages):
             x[r] += 2 * outs[0] - outs[-1]
 
     everywhere, staged = sharding(mesh), sharding(mesh, "pp")
-    plan = RingPlan(stages, 3, branches)
+    plan = RingPlan(stages, (branches,) * 3)
     stage = Stage(enter_toy, run_remembering_layers, retire_toy(branches))
-    run = make_ring(mesh, plan, stage, spec(mesh, "pp"), Given(spec(mesh), spec(mesh, "pp")))
+    run = make_ring(mesh, stage, spec(mesh, "pp"), Given(spec(mesh), spec(mesh, "pp")))
     rows = Toy(first, np.zeros_like(first), np.zeros(3, np.int32))
     rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
     held = np.zeros((stages, layers // stages, 3, width), np.int32)
     state = RingState(np.int32(0), np.zeros((stages, width), np.int32), held, rows)
     state = jax.device_put(state, RingState(everywhere, staged, staged, staged))
     given = jax.device_put((weights, Given(texts, biases)), (staged, Given(everywhere, staged)))
-    turns = jax.device_put(Turns(*np.int32([[0] * 3, steps, [0] * 3])), everywhere)
+    turns = make_turns(plan, [Turn(0, n) for n in steps], slots=3, branches=branches)
+    turns = jax.device_put(turns, everywhere)
     for ticks in (3, plan.ticks(steps) - 3, 5):
         state = run(*given, turns, state, np.int32(ticks))
     np.testing.assert_array_equal(truth(state).x, x)

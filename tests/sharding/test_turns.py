@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxwan.sharding.ring import Turns, slot_at
+from jaxwan.sharding.ring import make_turns, slot_at
 from jaxwan.sharding.turns import RingPlan, Turn, done_at, first_start, rebased, steps_done, ticks_until_step
 
-PLANS = [RingPlan(*sizes) for sizes in ((1, 1, 1), (1, 2, 2), (2, 1, 2), (3, 2, 1), (4, 1, 2), (4, 3, 2), (5, 2, 2))]
+SIZES = ((1, 1), (1, 2, 2), (2, 2), (3, 1, 1), (4, 2), (4, 2, 2, 2), (5, 2, 2), (3, 1, 2), (4, 2, 1, 1), (2, 1, 3, 2))
+PLANS = [RingPlan(stages, tuple(branches)) for stages, *branches in SIZES]
+SLOTS, BRANCHES = 4, 3  # room for all of them, in one program
 
 
 class Job:
@@ -28,14 +30,16 @@ class Simulation:
 
     def __init__(self, plan):
         self.plan, self.tick = plan, 0
-        self.jobs, self.turns = [None] * plan.slots, [Turn()] * plan.slots
+        self.slots = len(plan.branches)
+        self.order = [(slot, branch) for slot, count in enumerate(plan.branches) for branch in range(count)]
+        self.jobs, self.turns = [None] * self.slots, [Turn()] * self.slots
         self.stages = [None] * plan.stages  # (job, slot, branch, step)
 
     def run_tick(self):
         """One tick; returns what each stage worked on: (slot, branch, step), of jobs that are still there."""
         index, place = divmod(self.tick, self.plan.period)
         if place < self.plan.microbatches:
-            slot, branch = divmod(place, self.plan.branches)
+            slot, branch = self.order[place]
             job, turn = self.jobs[slot], self.turns[slot]
             step = index - turn.start + turn.done
             if job is not None and index >= turn.start and step < turn.num_steps:
@@ -45,16 +49,16 @@ class Simulation:
                 self.stages[0] = (job, slot, branch, step)
         worked = [held and held[1:] if held and self.jobs[held[1]] is held[0] else None for held in self.stages]
         back, self.stages = self.stages[-1], [None, *self.stages[:-1]]
-        if back is not None and self.jobs[back[1]] is back[0] and back[2] == self.plan.branches - 1:
+        if back is not None and self.jobs[back[1]] is back[0] and back[2] == self.plan.branches[back[1]] - 1:
             back[0].done += 1
         self.tick += 1
         return worked
 
 
 @partial(jax.jit, static_argnums=0)
-def told(plan, turns, tick):
+def told(stages, turns, tick):
     """What every device works out in a tick."""
-    return jax.vmap(lambda place: slot_at(plan, turns, tick - place))(jnp.arange(plan.stages))
+    return jax.vmap(lambda place: slot_at(turns, tick - place))(jnp.arange(stages))
 
 
 actions = st.one_of(
@@ -78,12 +82,13 @@ def test_whatever_comes_and_goes_is_where_the_arithmetic_says(plan, script):
 
     def run(ticks):
         for _ in range(ticks):
-            turns = Turns(*(np.array(column, np.int32) for column in zip(*ring.turns, strict=True)))
-            slots = jax.tree.map(np.asarray, told(plan, turns, np.int32(ring.tick)))
+            turns = make_turns(plan, ring.turns, slots=SLOTS, branches=BRANCHES)
+            slots = jax.tree.map(np.asarray, told(plan.stages, turns, np.int32(ring.tick)))
             for place, worked in enumerate(ring.run_tick()):
                 at = jax.tree.map(lambda x, i=place: x[i].item(), slots)
                 assert at.active == (worked is not None) and worked in (None, (at.request, at.branch, at.step))
-                assert 0 <= at.step and 0 <= at.request < plan.slots  # also where nothing is
+                assert at.last == (at.branch == plan.branches[at.request] - 1)
+                assert 0 <= at.step and 0 <= at.request < ring.slots  # also where nothing is
             check()
 
     for what, *values in [*script, ("next", 0), ("next", 0)]:
@@ -97,7 +102,7 @@ def test_whatever_comes_and_goes_is_where_the_arithmetic_says(plan, script):
                 ring.jobs[slot] = Job(steps + done, done)
                 ring.turns[slot] = Turn(first_start(plan, slot, ring.tick) + later, steps + done, done)
         elif what == "drop":
-            slot = values[0] % plan.slots
+            slot = values[0] % ring.slots
             ring.jobs[slot], ring.turns[slot] = None, Turn()
         elif what == "rebase":
             before = ring.tick
@@ -123,15 +128,16 @@ def test_whatever_comes_and_goes_is_where_the_arithmetic_says(plan, script):
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_no_earlier_start_would_do(plan):
     """In the round before, the slot's first branch would have had to enter already."""
-    for slot in range(plan.slots):
+    for slot in range(len(plan.branches)):
+        first = sum(plan.branches[:slot])
         for tick in range(3 * plan.period):
             start = first_start(plan, slot, tick)
-            assert start * plan.period + slot * plan.branches >= tick
-            assert start == 0 or (start - 1) * plan.period + slot * plan.branches < tick
+            assert start * plan.period + first >= tick
+            assert start == 0 or (start - 1) * plan.period + first < tick
 
 
 def test_worked_numbers():
-    plan = RingPlan(stages=4, slots=2, branches=2)  # period 5: ticks 0..3 for four micro-batches, one idle
+    plan = RingPlan(stages=4, branches=(2, 2))  # period 5: ticks 0..3 for four micro-batches, one idle
     assert plan.period == 5
     assert done_at(plan, 0, Turn(0, 40), 0) == 5 and done_at(plan, 1, Turn(0, 40), 0) == 7
     assert plan.ticks([40, 40]) == done_at(plan, 1, Turn(0, 40), 39) == 202

@@ -1,0 +1,37 @@
+"""Latents to frames."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxwan.geometry import Geometry
+from jaxwan.models.video_coder import VideoCoder
+from jaxwan.pipelines.axes import to_internal
+from jaxwan.pipelines.progress import Progress
+
+
+def decode_videos(
+    coder: VideoCoder, geometry: Geometry, latents: Float[np.ndarray, "b z t h w"], progress: Progress
+) -> Float[np.ndarray, "b f y x 3"]:
+    """Frames in [0, 1] of public latents, one video at a time, so that a device needs no more memory than for one."""
+    frames = np.empty((len(latents), *geometry.pixel_shape(*latents.shape[2:]), 3), np.float32)
+    with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
+        for video, rows in zip(to_internal(latents), frames, strict=True):
+            start = 0
+            for chunk in _one_behind(coder.decode_chunks(video[None])):
+                pixels = np.asarray(chunk)[0]
+                rows[start : start + len(pixels)] = pixels * 0.5 + 0.5
+                start += len(pixels)
+                update(1)
+    return frames
+
+
+def _one_behind(items: Iterator) -> Iterator:
+    """The items, each only after the next one is under way: devices compute while the host copies."""
+    held = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held

@@ -1,0 +1,171 @@
+"""What requests bring, encoded: texts, images, a video and noise become the entries of the denoising loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxwan.config import ImageInput
+from jaxwan.models.video_coder import VideoCoder
+from jaxwan.pipelines.axes import to_internal
+from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
+from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
+from jaxwan.pipelines.denoise import Entry, begin
+from jaxwan.pipelines.dit import RENOISINGS, Inputs
+from jaxwan.pipelines.media import clip_pixels, resize_image, resize_video
+from jaxwan.pipelines.parts import Parts
+from jaxwan.pipelines.progress import Progress
+from jaxwan.pipelines.prompt import encode_prompts
+from jaxwan.pipelines.request import Request
+from jaxwan.schedulers.table import SamplerState, add_noise
+
+
+def prepare(checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], progress: Progress) -> list[Entry]:
+    """The entry of each request; what several share, such as a text or an image, is encoded once."""
+    texts = dict.fromkeys(text for r in requests for rows, text in _branches(r) if rows is None)
+    made: dict[str, np.ndarray] = {}
+    with progress.phase("text", len(texts), "text") as update:
+        for text in texts:
+            assert parts.encode_text is not None and parts.tokenizer is not None
+            length = requests[0].max_sequence_length
+            made[text] = encode_prompts(parts.encode_text, parts.tokenizer, [text], length=length)[0]
+            update(1)
+    encoders, entries, seen = Encoders(checkpoint, parts), [], set()
+    with progress.phase("encode", len({i for r in requests for i in _sources(r)}), "input") as update:
+        for request in requests:
+            text = np.stack([made[text] if rows is None else rows for rows, text in _branches(request)])
+            entries.append(encoders.entry(request, text))
+            update(len(_sources(request) - seen))
+            seen |= _sources(request)
+    return entries
+
+
+def _branches(request: Request) -> list[tuple[np.ndarray | None, str]]:
+    """(given rows, text) of each branch; given rows come first."""
+    cond = request.prompt_embeds, request.prompt or ""
+    return [cond, (request.negative_prompt_embeds, request.negative_prompt or "")][: 1 + request.guided]
+
+
+def _sources(request: Request) -> set[int]:
+    """Which images and video a request has."""
+    return {id(x) for x in (request.image, request.last_image, request.video) if x is not None}
+
+
+class Encoders:
+    """The models before the loop but for texts; whatever comes as the same object again is encoded once."""
+
+    def __init__(self, checkpoint: Checkpoint, parts: Parts):
+        self.checkpoint, self.parts = checkpoint, parts
+        self._made: dict[tuple, Any] = {}
+
+    def entry(self, request: Request, text: Float[np.ndarray, "g l c"]) -> Entry:
+        """A video before its first step."""
+        x = self.latents(request)
+        images = self.images(request)
+        noise = renoise_noise(request.table, request.seed, request.index, x.shape)
+        return begin(x, Inputs(make_controls(request, images.get("has_first"), len(x)), text, **images, noise=noise))
+
+    def images(self, request: Request) -> dict[str, np.ndarray]:
+        """The fields of `Inputs` that the request's images make, for a model that takes any."""
+        kind, image, last = self.checkpoint.image_input, request.image, request.last_image
+        frames, *size = request.size
+        if kind is ImageInput.NONE:
+            return {}
+        if kind is ImageInput.FIRST_FRAME:
+            return {"first": self._once(self._first, image, *size), "has_first": np.array(image is not None)}
+        made = {"channels": self._once(self._channels, image, last, frames, *size)}
+        return made if self.parts.encode_image is None else made | {"image": self._once(self._clip_rows, image, last)}
+
+    def latents(self, request: Request) -> Float[np.ndarray, "t h w z"]:
+        """At the noise level of the request's first step."""
+        given, shape = request.latents, latent_shape(self.checkpoint, request)
+        noise = initial_noise(request.seed, request.index, shape) if given is None else to_internal(given)
+        if request.video is None:
+            return noise
+        clean = self._once(self._video, request.video, *request.size[1:])
+        return np.asarray(add_noise(clean, noise, float(request.table.sigmas[0])))
+
+    def _once(self, encode: Callable, *given: Any) -> Any:
+        key = encode.__name__, *(id(x) if not isinstance(x, int) else x for x in given)
+        if key not in self._made:
+            self._made[key] = encode(*given)
+        return self._made[key]
+
+    def _first(self, image: Any, height: int, width: int) -> Float[np.ndarray, "1 h w z"]:
+        """The clean first latent frame; zeros, not looked at, without an image."""
+        if image is None:
+            geometry = self.checkpoint.geometry
+            return np.zeros((*geometry.latent_shape(1, height, width), geometry.z_dim), np.float32)
+        return encode_video(self.parts.coder, 2 * resize_image(image, height, width)[None, None] - 1)[0]
+
+    def _channels(self, image: Any, last: Any, frames: int, *size: int) -> Float[np.ndarray, "t h w y"]:
+        first, last = (None if i is None else 2 * resize_image(i, *size) - 1 for i in (image, last))
+        assert first is not None
+        return image_channels(self.parts.coder, first, last, frames)
+
+    def _clip_rows(self, image: Any, last: Any) -> Float[np.ndarray, "i e"]:
+        """CLIP rows of the image, which it sees unresized, followed by the last image's."""
+        encode, processor = self.parts.encode_image, self.parts.image_processor
+        assert encode is not None
+        pixels = [clip_pixels(i, processor)[None] for i in (image, last) if i is not None]
+        return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
+
+    def _video(self, video: np.ndarray, height: int, width: int) -> Float[np.ndarray, "t h w z"]:
+        return encode_video(self.parts.coder, 2 * resize_video(video, height, width)[None] - 1)[0]
+
+
+def image_channels(
+    coder: VideoCoder, first: np.ndarray, last: np.ndarray | None, num_frames: int
+) -> Float[np.ndarray, "t h w y"]:
+    """Mask and latents of a video that is known in its first (and last) frame and grey between; pixels in [-1, 1].
+
+    The four mask channels of a latent frame stand for its four pixel frames; the first latent frame, which holds one
+    pixel frame only, has all four set.
+    Source: diffusers pipeline_wan_i2v.py:prepare_latents.
+    """
+    video = np.zeros((1, num_frames, *first.shape), np.float32)
+    video[0, 0] = first
+    if last is not None:
+        video[0, -1] = last
+    latents = encode_video(coder, video)[0]
+    mask = np.zeros((*latents.shape[:3], CHANNEL_MASK), np.float32)
+    mask[0] = 1
+    if last is not None:
+        mask[-1, ..., -1] = 1
+    return np.concatenate([mask, latents], axis=-1)
+
+
+def encode_video(coder: VideoCoder, pixels: Float[np.ndarray, "b f h w 3"]) -> Float[np.ndarray, "b t y x z"]:
+    """`VideoCoder.encode`, joined on the host, where that takes no program for each number of frames."""
+    return np.concatenate([np.asarray(latent) for latent in list(coder.encode_chunks(pixels))], axis=1)
+
+
+# What they will be, before anything is encoded
+
+
+def latent_shape(checkpoint: Checkpoint, request: Request) -> tuple[int, int, int, int]:
+    """(T, H, W, Z) of a request's latents."""
+    return *checkpoint.geometry.latent_shape(*request.size), checkpoint.geometry.z_dim
+
+
+def abstract_entry(checkpoint: Checkpoint, request: Request) -> Entry:
+    """Shapes of what `prepare` makes of a request; its controls are small, and real."""
+    shape, kind, encoder = latent_shape(checkpoint, request), checkpoint.image_input, checkpoint.image_encoder
+
+    def array(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, np.float32)
+
+    images: dict[str, Any] = {}
+    if kind is ImageInput.FIRST_FRAME:
+        images = {"first": array(1, *shape[1:]), "has_first": np.array(request.image is not None)}
+    elif kind is not ImageInput.NONE:
+        images = {"channels": array(*shape[:3], CHANNEL_MASK + shape[3])}
+        if encoder is not None:
+            images["image"] = array((1 + (request.last_image is not None)) * encoder.num_rows, encoder.hidden_size)
+    text = array(1 + request.guided, request.max_sequence_length, checkpoint.transformer.text_dim)
+    noise = array(RENOISINGS, *shape) if request.table.renoises else None
+    controls = make_controls(request, images.get("has_first"), shape[0])
+    x = array(*shape)
+    return Entry(SamplerState(x, x, x, x, x), np.zeros((), np.int32), Inputs(controls, text, **images, noise=noise))
