@@ -17,7 +17,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.rules import Rule, Shape, Slot, plan
+from jaxwan.convert.rules import Rule, Shape, Target, plan
 
 ON_HOST = 2**24  # bytes of a stacked parameter that is still stacked on the host
 
@@ -36,20 +36,20 @@ def load_module(
     """The module that `make` builds (under eval_shape), its parameters read from `files` onto one device."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
     shapes = flat_shapes(abstract)
-    slots = prove({path: s.shape for path, s in shapes.items()}, files, rules, what=what)
+    found = prove({path: s.shape for path, s in shapes.items()}, files, rules, what=what)
     place = SingleDeviceSharding(device or jax.devices()[0])
-    arrays = load_arrays({path: (s, place) for path, s in shapes.items()}, [((), files, slots)], progress)
+    arrays = load_arrays({path: (s, place) for path, s in shapes.items()}, [((), files, found)], progress)
     return nnx.merge(graph, fill(abstract, arrays))
 
 
-def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Slot]:
+def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Target]:
     """Where each tensor of `files` goes among parameters of these shapes; only headers are read.
 
     Raises CheckpointError naming every missing, extra and mis-shaped tensor, or those that hold no floats.
     """
-    slots = plan(files.shapes, targets, rules, what=what)
-    files.check_dtypes(slots)
-    return slots
+    found = plan(files.shapes, targets, rules, what=what)
+    files.check_dtypes(found)
+    return found
 
 
 def flat_shapes(abstract: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,36 +68,36 @@ def fill(abstract: nnx.State, arrays: Mapping[str, Array]) -> nnx.State:
 
 def load_arrays(
     targets: Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]],
-    sources: Sequence[tuple[tuple[int, ...], TensorFiles, Mapping[str, Slot]]],
+    sources: Sequence[tuple[tuple[int, ...], TensorFiles, Mapping[str, Target]]],
     progress: OnBytes | None = None,
 ) -> dict[str, Array]:
     """Global arrays of `targets` (path -> shape, dtype, sharding), filled from `sources`.
 
-    A source is (prefix, files, slots): its tensors go to rows `prefix + (layer,)` of the parameters, where prefix is
+    A source is (prefix, files, found): its tensors go to rows `prefix + (layer,)` of the parameters, where prefix is
     the expert. Shardings may split only those leading axes. Tensors are read in the order in which they lie on disk.
     """
-    rows = {slot.path for prefix, _, slots in sources for slot in slots.values() if prefix or slot.layer is not None}
+    rows = {into.path for prefix, _, found in sources for into in found.values() if prefix or into.layer is not None}
     small = {path for path in rows if _bytes(targets[path][0]) <= ON_HOST}
     stacks = {path: _HostStack(*targets[path]) for path in small}
     large = {path: targets[path] for path in sorted(rows - small)}
     stacks |= {path: _Stack(zeros) for path, zeros in (_zeros(large) if large else {}).items()}
     whole: dict[str, Array] = {}
 
-    def place(prefix: tuple[int, ...], slot: Slot, tensor: np.ndarray) -> int:
+    def place(prefix: tuple[int, ...], into: Target, tensor: np.ndarray) -> int:
         """Takes the tensor as an argument, so that no name keeps it while the next one is read."""
-        target, sharding = targets[slot.path]
-        row = prefix if slot.layer is None else (*prefix, slot.layer)
+        target, sharding = targets[into.path]
+        row = prefix if into.layer is None else (*prefix, into.layer)
         if not row:
-            value = np.ascontiguousarray(slot.transform.apply(tensor)).astype(target.dtype)
-            whole[slot.path] = jax.device_put(value, sharding)
+            value = np.ascontiguousarray(into.transform.apply(tensor)).astype(target.dtype)
+            whole[into.path] = jax.device_put(value, sharding)
         else:
-            stacks[slot.path].write(row, tensor, slot.transform.axes)
+            stacks[into.path].write(row, tensor, into.transform.axes)
         return tensor.nbytes
 
-    for prefix, files, slots in sources:
+    for prefix, files, found in sources:
         for key in files.shapes:
-            if key in slots:
-                placed = place(prefix, slots[key], files.read(key))
+            if key in found:
+                placed = place(prefix, found[key], files.read(key))
                 if progress is not None:
                     progress(placed)
     return whole | {path: stack.array() for path, stack in stacks.items()}

@@ -79,7 +79,7 @@ def _template_re(template: str) -> re.Pattern:
 
 
 @dataclass(frozen=True)
-class Slot:
+class Target:
     """Where one checkpoint tensor goes: parameter `path`, row `layer` of its stack (None: not stacked)."""
 
     path: str
@@ -88,21 +88,21 @@ class Slot:
 
 
 def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], rules: Sequence[Rule], *,
-         what: str = "checkpoint") -> dict[str, Slot]:  # fmt: skip
+         what: str = "checkpoint") -> dict[str, Target]:  # fmt: skip
     """Where every tensor of a checkpoint goes, proved complete.
 
     sources: key -> shape, from the files' headers. targets: path -> shape of the parameters, of which those under a
-    `{layer}` rule have a leading layer axis. Returns key -> Slot for every key that something reads.
+    `{layer}` rule have a leading layer axis. Returns key -> Target for every key that something reads.
     Raises CheckpointError that names all missing, extra and mis-shaped tensors at once.
     """
-    slots: dict[str, Slot] = {}
+    found: dict[str, Target] = {}
     extra: list[str] = []
     misshaped: list[str] = []
     expected = expected_sources(targets, rules)
     for key, shape in sources.items():
         if key in expected:
-            slot, want = expected[key]
-            slots[key] = slot
+            into, want = expected[key]
+            found[key] = into
             if tuple(shape) != want:
                 misshaped.append(f"{key} {tuple(shape)}, expected {want}")
         elif not any(rule.target is None and rule.match(key) is not None for rule in rules):
@@ -111,16 +111,16 @@ def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], rules: Sequ
     if missing or extra or misshaped:
         parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("of another shape", misshaped)]
         raise CheckpointError(f"{what} does not fit its configuration: " + "; ".join(p for p in parts if p))
-    return slots
+    return found
 
 
-def expected_sources(targets: Mapping[str, Shape], rules: Sequence[Rule]) -> dict[str, tuple[Slot, Shape]]:
-    """Checkpoint key -> (slot, checkpoint shape), for every parameter: the rule table run backwards.
+def expected_sources(targets: Mapping[str, Shape], rules: Sequence[Rule]) -> dict[str, tuple[Target, Shape]]:
+    """Checkpoint key -> (its target, checkpoint shape), for every parameter: the rule table run backwards.
 
     Raises ValueError, our own bug, when a parameter has no rule or more than one.
     """
     reverse = [(rule, _template_re(rule.target)) for rule in rules if rule.target is not None]
-    expected: dict[str, tuple[Slot, Shape]] = {}
+    expected: dict[str, tuple[Target, Shape]] = {}
     for path, shape in targets.items():
         found = [(rule, m.groupdict()) for rule, pattern in reverse if (m := pattern.fullmatch(path))]
         if len(found) != 1:
@@ -132,7 +132,7 @@ def expected_sources(targets: Mapping[str, Shape], rules: Sequence[Rule]) -> dic
             if key in expected:
                 raise ValueError(f"{key} is read by two rules")
             source = rule.transform.source_shape(shape[1:] if stacked else shape)
-            expected[key] = Slot(path, layer, rule.transform), source
+            expected[key] = Target(path, layer, rule.transform), source
     return expected
 
 

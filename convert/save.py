@@ -43,9 +43,9 @@ def checkpoint_tensors(arrays: Mapping[str, ArrayLike], rules: Sequence[Rule]) -
     """Checkpoint key -> tensor of everything in `arrays` (dotted path -> parameter)."""
     values = {path: np.asarray(value) for path, value in arrays.items()}
     tensors = {}
-    for key, (slot, _) in expected_sources({path: v.shape for path, v in values.items()}, rules).items():
-        value = values[slot.path] if slot.layer is None else values[slot.path][slot.layer]
-        tensors[key] = np.ascontiguousarray(slot.transform.invert(value))  # views would be written in the wrong order
+    for key, (into, _) in expected_sources({path: v.shape for path, v in values.items()}, rules).items():
+        value = values[into.path] if into.layer is None else values[into.path][into.layer]
+        tensors[key] = np.ascontiguousarray(into.transform.invert(value))  # views would be written in the wrong order
     return tensors
 
 

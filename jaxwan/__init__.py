@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxwan.pipelines.call import make_job
     from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
     from jaxwan.pipelines.dry_run import DryRun, dry_run
     from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
     from jaxwan.pipelines.output import Output, check_save
     from jaxwan.pipelines.pipeline import WanPipeline
     from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT
-    from jaxwan.pipelines.request import Job, make_job
+    from jaxwan.pipelines.request import Job
 
 _HOME = {
+    "call": ("make_job",),
     "checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
     "dry_run": ("DryRun", "dry_run"),
     "media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
     "output": ("Output", "check_save"),
     "pipeline": ("WanPipeline",),
     "prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
-    "request": ("Job", "make_job"),
+    "request": ("Job",),
 }
 
 __all__ = [

@@ -9,8 +9,8 @@ from jaxwan.bench.item import Item, dtype
 from jaxwan.bench.measure import compiled
 from jaxwan.bench.presets import Preset
 from jaxwan.bench.report import Row
+from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.parts import abstract_parts
-from jaxwan.pipelines.request import make_job
 from jaxwan.pipelines.warmup import Program, job_programs
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 

@@ -14,6 +14,7 @@ from jaxwan.bench.report import Row
 from jaxwan.flops import TEXT_ROWS, text_encoder_flops, vae_decode_flops, vae_encode_flops
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.vae import VAE
+from jaxwan.models.video_coder import VideoCoder
 
 DIRECTIONS = ("decode", "encode")
 
@@ -30,33 +31,25 @@ class Coding(NamedTuple):
 def make_codings(preset: Preset, vae_dtype: str, directions: tuple[str, ...] = DIRECTIONS) -> Iterator[Coding]:
     """The directions, one after the other, with the same random weights."""
     graph, weights = random_module(lambda: VAE(preset.vae, dtype=jnp.dtype(vae_dtype), rngs=nnx.Rngs(0)))
+    coder = VideoCoder(nnx.merge(graph, weights))
     t, h, w = preset.latent_shape
-    _, height, width = preset.size
+    shapes = {"decode": (t, h, w, preset.vae.z_dim), "encode": (*preset.size, 3)}
     counts = {"decode": vae_decode_flops, "encode": vae_encode_flops}
     for direction in directions:
-        if direction == "decode":
-            first = later = random_input(5, 1, 1, h, w, preset.vae.z_dim, dtype=jnp.float32)
-        else:
-            first, later = (jnp.tanh(random_input(6, 1, f, height, width, 3, dtype=jnp.float32)) for f in (1, 4))
-        code = chunk_program(graph, direction)
-        begin, took_first = compiled(code, weights, None, first)
-        cache, _ = begin(weights, None, first)
-        go, took_later = compiled(code, weights, cache, later)
+        _, *pixels = shapes[direction]
+        steps = (1, 1) if direction == "decode" else (1, 4)
+        first, later = (jnp.tanh(random_input(5, 1, step, *pixels, dtype=jnp.float32)) for step in steps)
+        programs = coder.programs(direction, (1, *shapes[direction]))
+        (go, took_later), (begin, took_first) = (compiled(function, *given) for _, function, given in programs)
 
         def video(begin=begin, go=go, first=first, later=later):
-            cache, out = begin(weights, None, first)
+            cache, out = begin(coder.state, None, first)
             for _ in range(t - 1):
-                cache, out = go(weights, cache, later)
+                cache, out = go(coder.state, cache, later)
             return out
 
         tflop = counts[direction](preset.vae, (t, h, w)) / TERA
         yield Coding(video, (begin, go), took_first + took_later, tflop)
-
-
-def chunk_program(graph: Any, direction: str) -> Any:
-    """A jitted direction of the VAE, as VideoCoder runs it."""
-    name = f"{direction}_chunk"
-    return jax.jit(lambda state, cache, x: getattr(nnx.merge(graph, state), name)(cache, x), donate_argnums=1)
 
 
 def measure_vae(item: Item) -> Iterator[Row]:

@@ -24,12 +24,13 @@ from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
 from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.vae import VAE
+from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
 from jaxwan.pipelines.dit import RENOISINGS, abstract_weights
-from jaxwan.pipelines.load import default_dtype, parse_dtype
+from jaxwan.pipelines.load import check_mesh, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import component_makers
-from jaxwan.pipelines.request import Job, check_mesh, make_job, with_prompt
+from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import MeshSpec, find_devices
 from jaxwan.sharding.turns import RingPlan
 

@@ -23,7 +23,7 @@ from jaxwan.pipelines.media import load_image_processor
 from jaxwan.pipelines.parts import Parts, abstract_parts, component_makers
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import load_tokenizer
-from jaxwan.pipelines.request import Job, check_mesh
+from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.warmup import compiling, job_programs
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
@@ -87,6 +87,22 @@ def place(checkpoint: Checkpoint, mesh: MeshSpec) -> Mesh:
     return make_mesh(mesh)
 
 
+def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a mesh that this checkpoint cannot be laid out on, or that is not built yet."""
+    others = [f"{axis}={size}" for axis, size in zip(("dp", "cfg", "sp", "tp"), _others(mesh), strict=True) if size > 1]
+    if others:
+        raise ValueError(
+            f"mesh {mesh}: {', '.join(others)} is not built yet, only pp may exceed 1 (such as pp={mesh.pp})"
+        )
+    layers = checkpoint.transformer.num_layers
+    if mesh.pp > layers:
+        raise ValueError(f"mesh {mesh} has {mesh.pp} stages for {layers} layers: the largest is pp={layers}")
+
+
+def _others(mesh: MeshSpec) -> tuple[int, int, int, int]:
+    return mesh.dp, mesh.cfg, mesh.sp, mesh.tp
+
+
 def prove_components(checkpoint: Checkpoint) -> tuple[dict[str, TensorFiles], int]:
     """The files of every component, each proved to hold exactly what its configuration asks for, and the bytes of all
     that will be read; headers only.
@@ -101,8 +117,8 @@ def prove_components(checkpoint: Checkpoint) -> tuple[dict[str, TensorFiles], in
     for name, targets in shapes.items():
         what = str(checkpoint.folder / name)
         try:
-            slots = prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=what)
-            num_bytes += files[name].count_bytes(slots)
+            found = prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=what)
+            num_bytes += files[name].count_bytes(found)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:

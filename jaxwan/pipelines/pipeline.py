@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxwan.pipelines.arguments import Number, refuse_unknown
 from jaxwan.pipelines.axes import to_internal, to_public
+from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float32
@@ -26,7 +27,7 @@ from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
-from jaxwan.pipelines.request import Job, Request, make_job, with_prompt
+from jaxwan.pipelines.request import Job, Request
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec

@@ -104,9 +104,9 @@ def test_sixteen_bit_tensors_become_float32_exactly(tmp_path, tensors):
     tensors = {k: v.astype(ml_dtypes.bfloat16 if i % 2 else np.float16) for i, (k, v) in enumerate(tensors.items())}
     save_file(tensors, tmp_path / FILE)
     loaded = flat_arrays(nnx.state(load(tmp_path)))
-    for key, (slot, _) in expected_sources({p: v.shape for p, v in loaded.items()}, TRANSFORMER).items():
-        value = loaded[slot.path] if slot.layer is None else loaded[slot.path][slot.layer]
-        np.testing.assert_array_equal(np.asarray(value), slot.transform.apply(tensors[key]).astype(np.float32))
+    for key, (into, _) in expected_sources({p: v.shape for p, v in loaded.items()}, TRANSFORMER).items():
+        value = loaded[into.path] if into.layer is None else loaded[into.path][into.layer]
+        np.testing.assert_array_equal(np.asarray(value), into.transform.apply(tensors[key]).astype(np.float32))
 
 
 def test_progress_counts_every_byte_once(experts, tensors):

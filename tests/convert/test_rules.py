@@ -36,10 +36,10 @@ SOURCES = {
 
 
 def test_a_complete_checkpoint_is_planned_tensor_by_tensor():
-    slots = plan(SOURCES, TARGETS, RULES)
-    assert slots.keys() == SOURCES.keys() - {"unused.old.thing"}
-    assert (slots["blocks.1.to_q.weight"].path, slots["blocks.1.to_q.weight"].layer) == ("blocks.q.kernel", 1)
-    assert (slots["up.norm.gamma"].path, slots["up.norm.gamma"].layer) == ("up.norm.gamma", None)
+    found = plan(SOURCES, TARGETS, RULES)
+    assert found.keys() == SOURCES.keys() - {"unused.old.thing"}
+    assert (found["blocks.1.to_q.weight"].path, found["blocks.1.to_q.weight"].layer) == ("blocks.q.kernel", 1)
+    assert (found["up.norm.gamma"].path, found["up.norm.gamma"].layer) == ("up.norm.gamma", None)
 
 
 def test_one_error_names_everything_missing_extra_and_misshaped():
@@ -137,10 +137,10 @@ def test_backwards_then_forwards_gives_every_parameter_back(name):
     left = theirs.keys() - tensors.keys()
     assert all(any(rule.target is None and rule.match(key) is not None for rule in rules) for key in left)
 
-    slots = plan({key: value.shape for key, value in tensors.items()}, shapes, rules)
+    found = plan({key: value.shape for key, value in tensors.items()}, shapes, rules)
     back = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for key, tensor in tensors.items():
-        slot = slots[key]
-        back[slot.path][... if slot.layer is None else slot.layer] = slot.transform.apply(tensor)
+        into = found[key]
+        back[into.path][... if into.layer is None else into.layer] = into.transform.apply(tensor)
     for path, value in arrays.items():
         np.testing.assert_array_equal(back[path], value, err_msg=path)

@@ -91,10 +91,10 @@ def test_rules_are_complete_for_the_published_size():
         reference = CLIPVisionModel(CLIPVisionConfig(**dataclasses.asdict(cfg)))
     sources = {f"vision_model.{key}": tuple(value.shape) for key, value in reference.state_dict().items()}
     model = nnx.eval_shape(lambda: CLIPVisionEncoder(cfg, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    slots = plan(sources, {path: s.shape for path, s in flat_shapes(nnx.state(model)).items()},
+    found = plan(sources, {path: s.shape for path, s in flat_shapes(nnx.state(model)).items()},
                  image_encoder_rules(sources, cfg.num_hidden_layers))  # fmt: skip
-    unread = set(sources) - set(slots)
-    assert len(slots) == 5 + 31 * 16
+    unread = set(sources) - set(found)
+    assert len(found) == 5 + 31 * 16
     assert all(".layers.31." in key or ".post_layernorm." in key for key in unread)
     assert len(unread) == 16 + 2
 

@@ -138,9 +138,9 @@ def test_the_modules_that_diffusers_keeps_in_float32_are_float32_in_a_bfloat16_m
     theirs = {k: v.dtype == torch.float32 for k, v in low.state_dict().items()}
     abstract = nnx.eval_shape(lambda: WanTransformer(CASES["2.1 i2v"], dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     ours = flat_shapes(nnx.split(abstract)[1])
-    slots = plan({k: tuple(v.shape) for k, v in low.state_dict().items()}, {p: s.shape for p, s in ours.items()},
+    found = plan({k: tuple(v.shape) for k, v in low.state_dict().items()}, {p: s.shape for p, s in ours.items()},
                  TRANSFORMER)  # fmt: skip
-    assert {k: ours[slot.path].dtype == jnp.float32 for k, slot in slots.items()} == {k: theirs[k] for k in slots}
+    assert {k: ours[into.path].dtype == jnp.float32 for k, into in found.items()} == {k: theirs[k] for k in found}
 
 
 def test_a_block_of_zeros_is_the_identity_bit_for_bit():
@@ -211,6 +211,6 @@ def test_the_rule_table_maps_the_full_size_key_set_completely(name):
     shapes = {k: tuple(v.shape) for k, v in reference.state_dict().items()}
     abstract = nnx.eval_shape(lambda: WanTransformer(cfg, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     ours = flat_shapes(nnx.split(abstract)[1])
-    slots = plan(shapes, {p: s.shape for p, s in ours.items()}, TRANSFORMER, what=name)
-    assert slots.keys() == shapes.keys()
+    found = plan(shapes, {p: s.shape for p, s in ours.items()}, TRANSFORMER, what=name)
+    assert found.keys() == shapes.keys()
     assert sum(np.prod(s.shape) for s in ours.values()) == sum(np.prod(s) for s in shapes.values())

@@ -201,8 +201,8 @@ def test_rules_map_every_key_of_the_official_checkpoints(kind):
     cfg = VAEConfig.from_json(OFFICIAL[kind])
     abstract = nnx.split(nnx.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0))))[1]
     targets = {path: leaf.shape for path, leaf in flat_shapes(abstract).items()}
-    slots = plan(sources, targets, RULES)
-    assert slots.keys() == sources.keys() and {slot.path for slot in slots.values()} == targets.keys()
+    found = plan(sources, targets, RULES)
+    assert found.keys() == sources.keys() and {into.path for into in found.values()} == targets.keys()
     assert all(sum(rule.match(key) is not None for rule in RULES) == 1 for key in sources)
 
 

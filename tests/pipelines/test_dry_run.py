@@ -18,6 +18,7 @@ from PIL import Image
 from published import write_configs
 
 from jaxwan.pipelines import pipeline as pipeline_module
+from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.denoise import Denoiser, Loop
 from jaxwan.pipelines.dit import Weights, abstract_weights
@@ -25,7 +26,6 @@ from jaxwan.pipelines.dry_run import dry_run, largest_buffer, make_report, param
 from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.load import DTYPES
 from jaxwan.pipelines.pipeline import WanPipeline
-from jaxwan.pipelines.request import make_job
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 GB = 10**9

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from published import write_configs
 
+from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.denoise import Bucket, Programs
 from jaxwan.pipelines.dit import placed_weights
 from jaxwan.pipelines.dry_run import make_report
 from jaxwan.pipelines.encoders import abstract_entry
-from jaxwan.pipelines.request import make_job
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 pytestmark = pytest.mark.usefixtures("optimised")

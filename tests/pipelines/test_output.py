@@ -12,10 +12,10 @@ from PIL import Image
 
 import jaxwan
 from jaxwan.pipelines import output as outputs
+from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.media import load_video, read_settings
 from jaxwan.pipelines.output import Output, check_save, numbered
-from jaxwan.pipelines.request import make_job
 
 PROMPT = 'a "red" star & <b>中文</b> 🎬\nsecond line'
 CALL = dict(height=32, width=48, num_frames=5, fps=8, num_inference_steps=4)

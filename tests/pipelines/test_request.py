@@ -10,13 +10,12 @@ import pytest
 from PIL import Image
 from published import PUBLISHED, edit, write_configs
 
-from jaxwan.pipelines import media
+from jaxwan.pipelines.call import ARGUMENTS, make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
-from jaxwan.pipelines.load import parse_dtype
-from jaxwan.pipelines.media import save_video
+from jaxwan.pipelines.load import check_mesh, parse_dtype
+from jaxwan.pipelines.media import reading, save_video
 from jaxwan.pipelines.pipeline import WanPipeline
-from jaxwan.pipelines.request import ARGUMENTS, check_mesh, make_job
 from jaxwan.sharding.mesh import MeshSpec
 
 T2V, I2V, TI2V = "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"
@@ -254,7 +253,7 @@ def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp
 
 
 def test_a_file_that_does_not_say_how_long_it_is_gives_the_models_own_length(job, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxwan.pipelines.request.count_frames", lambda video: None)  # as of Matroska and WebM
+    monkeypatch.setattr("jaxwan.pipelines.call.count_frames", lambda video: None)  # as of Matroska and WebM
     made = job(T2V_21, video=write_long(tmp_path / "long.mp4"), seed=1, height=64, width=96)
     note = "the first 81 frames of the video, this model's own length: give num_frames for more"
     assert (made.size[0], made.notes) == (81, (note,))
@@ -262,8 +261,8 @@ def test_a_file_that_does_not_say_how_long_it_is_gives_the_models_own_length(job
 
 def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
     path, decoded = write_long(tmp_path / "long.mp4"), []
-    upright = media._upright
-    monkeypatch.setattr(media, "_upright", lambda frame: (decoded.append(1), upright(frame))[1])
+    upright = reading._upright
+    monkeypatch.setattr(reading, "_upright", lambda frame: (decoded.append(1), upright(frame))[1])
     job(T2V_21, video=path)
     assert len(decoded) == 81
 

@@ -8,11 +8,11 @@ from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, VIDEO, compilations, pic
 
 from jaxwan.pipelines import pipeline as pipelines
 from jaxwan.pipelines import warmup
+from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.load import load_parts
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.progress import Progress
-from jaxwan.pipelines.request import make_job
 from jaxwan.pipelines.warmup import compiling
 from jaxwan.sharding.mesh import MeshSpec
 

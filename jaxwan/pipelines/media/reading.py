@@ -1,20 +1,17 @@
-"""Images and videos in and out: files, PIL images and arrays to float32 pixels in [0, 1], and frames to mp4 or png.
+"""Images and videos in: files, PIL images and arrays to float32 pixels in [0, 1], and the settings in files.
 
 8-bit input (files, PIL, uint8 arrays) is resized where a size is asked for; float arrays must have it already.
 """
 
 import json
 import math
-import os
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -23,9 +20,6 @@ from jaxtyping import Float, UInt8
 Image = Any  # PIL.Image.Image in RGB, or a float32 array (H, W, 3) in [0, 1]
 ImageSource = Any  # a path, a PIL image, or an array (H, W, 3): uint8, or float in [0, 1]
 VideoSource = Any  # a path, a sequence of PIL images, or an array (F, H, W, 3): uint8, or float in [0, 1]
-
-
-# Input
 
 
 def load_image(source: ImageSource, what: str = "image") -> Image:
@@ -148,6 +142,38 @@ def clip_pixels(image: Image, processor: Any) -> Float[np.ndarray, "h w 3"]:
     return processor(images=image, return_tensors="np", **layout)["pixel_values"][0].transpose(1, 2, 0)
 
 
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `Output.save` wrote into an mp4, gif or png: values as the file has them, not checked.
+
+    `pipe(**read_settings("kite.mp4")["call"])` makes it again, with the images or arrays that `["inputs"]` names.
+
+    Raises OSError for a file that cannot be read, ValueError for one without settings.
+    """
+    import av
+    import av.error
+    import PIL.Image
+
+    path = Path(path)
+    if path.suffix.lower() == ".mp4":
+        reading = _reading(path, "file", "mp4", av.error.InvalidDataError, av.error.FFmpegError)
+        with reading, path.open("rb") as file, av.open(file, "r") as container:
+            text = container.metadata.get("comment")
+    else:
+        reading = _reading(path, "file", "mp4, gif or png", PIL.UnidentifiedImageError, SyntaxError)
+        with reading, PIL.Image.open(path) as image:
+            text = image.info.get("Comment") or image.info.get("comment")
+    try:
+        settings = json.loads(text or "")
+    except ValueError:
+        settings = None
+    kinds = {"jaxwan": str, "call": dict, "inputs": list}
+    given = settings if isinstance(settings, dict) else {}
+    right = all(isinstance(given[name], kinds[name]) for name in kinds.keys() & given.keys())
+    if not right or not {"jaxwan", "call"} <= given.keys():
+        raise ValueError(f"{path} does not say how it was made: jaxwan wrote no settings into it")
+    return given
+
+
 def _read_image(path: Path, what: str) -> Image:
     import PIL.Image
 
@@ -226,11 +252,11 @@ def _checked(source: Any, axes: tuple, what: str) -> UInt8[np.ndarray, "..."] | 
         raise ValueError(f"{what} has shape {pixels.shape}, must be ({', '.join(map(str, axes))})")
     if pixels.dtype == np.uint8:
         return pixels
-    _check_range(pixels, what)
+    check_pixels(pixels, what)
     return pixels.astype(np.float32)
 
 
-def _check_range(pixels: np.ndarray, what: str) -> None:
+def check_pixels(pixels: np.ndarray, what: str) -> None:
     if not np.issubdtype(pixels.dtype, np.floating):
         raise ValueError(f"{what} has dtype {pixels.dtype}, must be uint8, or float in [0, 1]")
     low, high = pixels.min(), pixels.max()
@@ -244,204 +270,3 @@ def _check_size(size: tuple[int, ...], height: int, width: int, what: str) -> No
             f"{what} is a float array of {size[0]} x {size[1]} but {height} x {width} is asked for; "
             "only uint8 and PIL images are resized"
         )
-
-
-# Output
-
-
-def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
-    """Float pixels in [0, 1] as 8-bit ones, rounded to nearest; uint8 stays. ValueError outside the range, or NaN.
-
-    Source: diffusers image_processor.py:VaeImageProcessor.numpy_to_pil.
-    """
-    frames = np.asarray(frames)
-    if frames.dtype == np.uint8:
-        return frames
-    _check_range(frames, what)
-    return (frames * 255).round().astype(np.uint8)
-
-
-def check_output(path: str | Path, num_frames: int, overwrite: bool = True) -> Path:
-    """Prove that `num_frames` frames can be saved as `path`, before anything costly, leaving nothing behind.
-
-    Raises ValueError for a suffix that is not .mp4 or .gif (or .png, for one frame), OSError where nothing can be
-    written, or a file is that is not to be replaced.
-    """
-    path = Path(path)
-    allowed = [".mp4", ".gif"] + [".png"] * (num_frames == 1)
-    if path.suffix.lower() not in allowed:
-        raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
-    if path.suffix.lower() == ".mp4" and not can_encode_h264():
-        raise OSError("the installed av package cannot encode H.264: it was built without libx264")
-    return check_writable(path, overwrite)
-
-
-def can_encode_h264() -> bool:
-    """Whether the installed PyAV was built with libx264."""
-    import av
-
-    return "libx264" in av.codecs_available
-
-
-def check_writable(path: str | Path, overwrite: bool = True) -> Path:
-    """Prove that a file can be written as `path`, whose folder may have to be made first. Raises OSError."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"output {path} is a folder")
-    if not overwrite and path.exists():
-        raise FileExistsError(f"output {path} exists: choose another name, or say --overwrite (overwrite=True)")
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        (existing / path.name).exists()  # raises for a name that is too long
-        with tempfile.TemporaryFile(dir=existing):
-            return path
-    except OSError as error:
-        raise OSError(f"output folder {existing} cannot be written ({error.strerror})") from error
-
-
-def save_output(
-    frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write frames (F, H, W, 3) as what the suffix of `path` says (`check_output`), with texts such as a title."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".png":
-        save_image(frames[0], path, metadata)
-    elif suffix == ".gif":
-        save_gif(frames, path, fps, metadata)
-    else:
-        save_video(frames, path, fps, metadata)
-
-
-def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write one frame (H, W, 3), uint8 or float in [0, 1], as png; an existing file is replaced once all is written."""
-    import PIL.Image
-    from PIL.PngImagePlugin import PngInfo
-
-    texts = PngInfo()
-    for key, text in (metadata or {}).items():
-        texts.add_itxt(key.capitalize(), text)  # PNG's own keywords are Title, Comment, …
-    with _replacing(Path(path)) as temporary:
-        PIL.Image.fromarray(to_uint8(frame)).save(temporary, format="PNG", pnginfo=texts)
-
-
-def save_gif(
-    frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, and delays in
-    hundredths of a second. Of the metadata it takes the comment. An existing file is replaced once all is written."""
-    import PIL.Image
-
-    images = [PIL.Image.fromarray(frame).quantize(dither=PIL.Image.Dither.NONE) for frame in to_uint8(frames)]
-    with _replacing(Path(path)) as temporary:
-        images[0].save(
-            temporary, format="GIF", save_all=True, append_images=images[1:], duration=float(1000 / fps), loop=0,
-            comment=(metadata or {}).get("comment", "").encode(),
-        )  # fmt: skip
-
-
-def save_video(
-    frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write frames (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as H.264 mp4.
-
-    8 bit 4:2:0, limited range, BT.709, index in front: what browsers play while loading. An existing file is replaced,
-    once all is written. Raises ValueError for no frames, frames of several or odd sizes, or fps that is not positive.
-    """
-    import av
-
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be a positive number")
-    rate = Fraction(fps).limit_denominator(1001)  # 23.976 and 30000/1001 stay what they are
-    options = {"movflags": "+faststart"}
-    with _replacing(Path(path)) as temporary, av.open(f"file:{temporary}", "w", format="mp4", options=options) as file:
-        file.metadata.update(metadata or {})
-        stream = None
-        for i, frame in enumerate(_on_host(frames)):
-            pixels = to_uint8(frame, f"frame {i}")
-            if stream is None:
-                stream = _h264_stream(file, rate, pixels.shape)
-            if pixels.shape != (stream.height, stream.width, 3):
-                raise ValueError(f"frame {i} has shape {pixels.shape}, frame 0 is {stream.height} x {stream.width}")
-            file.mux(stream.encode(_yuv_frame(pixels, i, rate)))
-        if stream is None:
-            raise ValueError(f"there are no frames to save as {path}")
-        file.mux(stream.encode())
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `Output.save` wrote into an mp4, gif or png: values as the file has them, not checked.
-
-    `pipe(**read_settings("kite.mp4")["call"])` makes it again, with the images or arrays that `["inputs"]` names.
-
-    Raises OSError for a file that cannot be read, ValueError for one without settings.
-    """
-    import av
-    import av.error
-    import PIL.Image
-
-    path = Path(path)
-    if path.suffix.lower() == ".mp4":
-        reading = _reading(path, "file", "mp4", av.error.InvalidDataError, av.error.FFmpegError)
-        with reading, path.open("rb") as file, av.open(file, "r") as container:
-            text = container.metadata.get("comment")
-    else:
-        reading = _reading(path, "file", "mp4, gif or png", PIL.UnidentifiedImageError, SyntaxError)
-        with reading, PIL.Image.open(path) as image:
-            text = image.info.get("Comment") or image.info.get("comment")
-    try:
-        settings = json.loads(text or "")
-    except ValueError:
-        settings = None
-    kinds = {"jaxwan": str, "call": dict, "inputs": list}
-    given = settings if isinstance(settings, dict) else {}
-    right = all(isinstance(given[name], kinds[name]) for name in kinds.keys() & given.keys())
-    if not right or not {"jaxwan", "call"} <= given.keys():
-        raise ValueError(f"{path} does not say how it was made: jaxwan wrote no settings into it")
-    return given
-
-
-def save_npz(path: str | Path, **arrays: np.ndarray) -> None:
-    """Write named arrays as .npz; an existing file is replaced once all is written."""
-    with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def _on_host(frames: Iterable[Any]) -> Iterable[Any]:
-    """A device array is fetched once and not frame by frame."""
-    return np.asarray(frames) if hasattr(frames, "__array__") else frames
-
-
-def _h264_stream(file: Any, rate: Fraction, shape: tuple[int, ...]) -> Any:
-    from av.video.reformatter import ColorRange, Colorspace
-
-    if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
-        raise ValueError(f"frames have shape {shape}, an mp4 needs (H, W, 3) with even H and W")
-    # crf 18: the eye sees no loss. With mbtree, x264's assembly gives small frames other bits in one run of thirty.
-    stream = file.add_stream("libx264", rate=rate, options={"crf": "18", "mbtree": "0"})
-    stream.height, stream.width, stream.pix_fmt = shape[0], shape[1], "yuv420p"
-    context = stream.codec_context
-    context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
-    context.color_primaries = context.color_trc = 1  # ffmpeg's number of BT.709, for both
-    return stream
-
-
-def _yuv_frame(pixels: UInt8[np.ndarray, "h w 3"], index: int, rate: Fraction) -> Any:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-    frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-    frame.pts, frame.time_base = index, 1 / rate
-    return frame
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A new name in the folder of `path`; what is written there becomes `path` on success and vanishes on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid4().hex[:12]}.tmp")  # short: a name as long as the file system allows must do
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

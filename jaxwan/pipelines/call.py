@@ -1,0 +1,367 @@
+"""A call, checked and completed before anything heavy is loaded: arguments -> Job.
+
+Everything here needs the configuration files alone. What the caller left open is filled from the checkpoint; what was
+decided that way and may surprise is kept in `Job.notes`, for the caller to be told.
+"""
+
+import inspect
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxwan.config import ImageInput
+from jaxwan.pipelines.arguments import Number, check_kind, number, per_prompt, refuse_unknown, whole
+from jaxwan.pipelines.checkpoint import Checkpoint
+from jaxwan.pipelines.media import count_frames, fit_size, load_image, load_video, resize_image, resize_video
+from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
+from jaxwan.pipelines.request import Job, Request, Sampling
+from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
+
+SEEDS = 2**64
+MAX_INDEX = 2**32  # of a video within its prompt: a word of the noise's key
+FPS_RANGE = 0.01, 1000.0  # what a video file's fractions can say
+
+
+def make_job(
+    checkpoint: Checkpoint,
+    *,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
+    image: Any = None,
+    last_image: Any = None,
+    video: Any = None,
+    strength: Number | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    fps: Number | None = None,
+    num_inference_steps: int | Sequence[int | None] | None = None,
+    guidance_scale: Number | Sequence[Number | None] | None = None,
+    guidance_scale_2: Number | Sequence[Number | None] | None = None,
+    boundary_ratio: Number | None = None,
+    flow_shift: Number | Sequence[Number | None] | None = None,
+    sampler: str | Sequence[str | None] | None = None,
+    timesteps: Sequence[Number] | np.ndarray | None = None,
+    seed: int | Sequence[int | None] | None = None,
+    latents: Any = None,
+    prompt_embeds: Any = None,
+    negative_prompt_embeds: Any = None,
+    num_videos_per_prompt: int = 1,
+    video_index: int = 0,
+    **unknown: Any,
+) -> Job:
+    """Check and complete the arguments of a call; their meanings are WanPipeline's.
+
+    Raises ValueError (OSError for files, TypeError for an argument that there is not) in a sentence: what came, what is
+    allowed, the nearest valid value.
+    """
+    refuse_unknown(unknown, (*ARGUMENTS, "output_type", "callback_on_step_end"))
+    prompts, negatives, embeds, negative_embeds = _texts(
+        checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds
+    )
+    count = len(prompts)
+    tell_unknown_words(prompts, checkpoint.defaults)
+    num_videos = whole("num_videos_per_prompt", num_videos_per_prompt, 1)
+    video_index = whole("video_index", video_index, 0)
+    check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
+    num_frames = None if num_frames is None else whole("num_frames", num_frames, 1)
+    images, last_images = _images(checkpoint, count, image, last_image, video)
+    frames, video_fps = _video(checkpoint, video, num_frames, strength)
+    notes: list[str] = []
+    height, width = _size(checkpoint, height, width, images, frames, notes)
+    num_frames = _num_frames(checkpoint, num_frames, video, frames, notes)
+    checkpoint.geometry.check_size(num_frames, height, width)
+    _check_rope(checkpoint, num_frames, height, width)
+    _check_pixels(images, last_images, frames, (num_frames, height, width))
+    if frames is not None:
+        strength = number("strength", _first(strength, checkpoint.defaults.strength))
+    samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
+    boundary = _boundary(checkpoint, boundary_ratio)
+    guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
+    seeds = _seeds(count, seed, notes)
+    latents = _latents(checkpoint, latents, count * num_videos, (num_frames, height, width))
+    shared = dict(
+        num_frames=num_frames, height=height, width=width, fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
+        boundary_ratio=boundary, video=None if frames is None else frames[:num_frames], strength=strength,
+    )  # fmt: skip
+    requests = tuple(
+        Request(
+            prompt=prompts[i], negative_prompt=negatives[i], sampling=samplings[i], guidance_scale=guidance[i][0],
+            guidance_scale_2=guidance[i][1], seed=seeds[i], index=video_index + k, image=images[i],
+            last_image=last_images[i], latents=None if latents is None else latents[i * num_videos + k],
+            prompt_embeds=None if embeds is None else embeds[i],
+            negative_prompt_embeds=None if negative_embeds is None else negative_embeds[i], **shared,
+        )
+        for i in range(count) for k in range(num_videos)
+    )  # fmt: skip
+    return Job(requests, tuple(notes))
+
+
+def with_prompt(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, with an empty prompt if they have none: for calls that are only planned or compiled."""
+    silent = call.get("prompt") is None and call.get("prompt_embeds") is None
+    return {**call, "prompt": ""} if silent else dict(call)
+
+
+ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(make_job).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+# Texts
+
+
+def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds) -> tuple[list, list, Any, Any]:
+    """(prompts, negative prompts, prompt_embeds, negative_prompt_embeds); texts are None where embeddings are given."""
+    if prompt is not None and prompt_embeds is not None:
+        raise ValueError("prompt and prompt_embeds are both given: give one of them")
+    if negative is not None and negative_embeds is not None:
+        raise ValueError("negative_prompt and negative_prompt_embeds are both given: give one of them")
+    if prompt is None and prompt_embeds is None:
+        raise ValueError('a prompt is missing (an empty one, "", is allowed), or prompt_embeds')
+    if prompt_embeds is not None:
+        prompt_embeds = _embeds(checkpoint, "prompt_embeds", prompt_embeds, None)
+        prompts: list = [None] * len(prompt_embeds)
+    else:
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        for text in prompts:
+            check_kind("prompt", text, str)
+        if not prompts:
+            raise ValueError("prompt is an empty list: give a text, or a list of texts")
+    if negative_embeds is not None:
+        negative_embeds = _embeds(checkpoint, "negative_prompt_embeds", negative_embeds, len(prompts))
+        negatives: list = [None] * len(prompts)
+    else:
+        default = checkpoint.defaults.negative_prompt
+        negatives = per_prompt("negative_prompt", negative, len(prompts), str, default)
+    for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
+        for text in texts:
+            check_unicode(text or "", name)
+    return prompts, negatives, prompt_embeds, negative_embeds
+
+
+def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None) -> np.ndarray:
+    try:
+        value = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from error
+    wanted = (count if count is not None else "B", MAX_TOKENS, checkpoint.text_encoder.d_model)
+    if value.ndim != 3 or value.shape[1:] != wanted[1:] or len(value) == 0 or count not in (None, len(value)):
+        raise ValueError(f"{name} has shape {value.shape}, expected ({', '.join(map(str, wanted))})")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return value
+
+
+# Images, video, size
+
+
+def _images(checkpoint: Checkpoint, count: int, image: Any, last_image: Any, video: Any) -> tuple[list, list]:
+    """One image and one last image a prompt, loaded, or None."""
+    name, kind = checkpoint.variant.name, checkpoint.image_input
+    if image is not None and video is not None:
+        raise ValueError("image and video are both given: give one of them")
+    if video is not None and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
+        raise ValueError(f"this is an image-to-video model (built like {name}): it takes no video")
+    images = _media("image", image, count)
+    last_images = _media("last_image", last_image, count)
+    given = [i is not None for i in images]
+    if any(given) and kind is ImageInput.NONE:
+        raise ValueError(f"this is a text-to-video model (built like {name}): it takes no image")
+    if not all(given) and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
+        raise ValueError(f"this is an image-to-video model (built like {name}): it needs an image for every prompt")
+    lasts = [i is not None for i in last_images]
+    if any(lasts) and not checkpoint.variant.last_image:
+        why = " (it has no pos_embed_seq_len)" if kind is ImageInput.CHANNELS_AND_CLIP else ""
+        raise ValueError(f"this model (built like {name}) takes no last image{why}")
+    if any(last and not first for first, last in zip(given, lasts, strict=True)):
+        raise ValueError("last_image needs an image too, the first frame")
+    if checkpoint.transformer.pos_embed_seq_len is not None and not all(lasts):
+        raise ValueError(f"this is a first-last-frame model (built like {name}): it needs a last image too")
+    return _loaded("image", images), _loaded("last_image", last_images)
+
+
+def _loaded(name: str, sources: list) -> list:
+    """The images; a source that several prompts share is loaded once and stays one object."""
+    made = {id(source): None if source is None else load_image(source, name) for source in sources}
+    return [made[id(source)] for source in sources]
+
+
+def _media(name: str, value: Any, count: int) -> list:
+    if isinstance(value, (list, tuple)):
+        if len(value) != count:
+            raise ValueError(f"{name} is a list of {len(value)} for {count} prompts: give one, or one a prompt")
+        return list(value)
+    return [value] * count
+
+
+def _video(checkpoint: Checkpoint, video: Any, num_frames: int | None, strength: Any) -> tuple[Any, float | None]:
+    """(frames, their own fps) of a source video, at most the model's own length if none is asked for; or (None, None).
+
+    Arrays and lists are treated like files, of which no more is decoded: they may be as long.
+    """
+    if video is None:
+        if strength is not None:
+            raise ValueError(f"strength={strength} is for video to video: give a video, or leave it out")
+        return None, None
+    frames, fps = load_video(video, max_frames=_first(num_frames, checkpoint.defaults.num_frames))
+    return frames, None if fps is None else float(fps)
+
+
+def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, notes: list[str]) -> tuple[int, int]:
+    """Height and width: as given, else the image's or video's aspect ratio at the variant's area, else the default."""
+    if (height is None) != (width is None):
+        missing, given = ("width", f"height={height}") if width is None else ("height", f"width={width}")
+        raise ValueError(f"{given} without {missing}: give both, or neither")
+    if height is not None:
+        return whole("height", height, 1), whole("width", width, 1)
+    defaults = checkpoint.defaults
+    source = _first(*images) if frames is None else frames[0]
+    if source is None:
+        return defaults.height, defaults.width
+    h, w = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
+    fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride)
+    notes.append(f"size {fitted[1]}x{fitted[0]}, from the {'image' if frames is None else 'video'}'s {w}x{h}")
+    return fitted
+
+
+def _num_frames(checkpoint: Checkpoint, num_frames: int | None, video: Any, frames: Any, notes: list[str]) -> int:
+    own, geometry = checkpoint.defaults.num_frames, checkpoint.geometry
+    if frames is None:
+        return _first(num_frames, own)
+    most = geometry.most_frames(len(frames))
+    if num_frames is None:
+        total = len(frames) if len(frames) < own else count_frames(video)
+        if total == len(frames):
+            notes.append(f"{most} frames, the largest {geometry.temporal}k+1 in the video's {total}")
+        else:
+            source = "the video" if total is None else f"the video's {total}"
+            notes.append(f"the first {most} frames of {source}, this model's own length: give num_frames for more")
+        return most
+    if num_frames > len(frames):
+        raise ValueError(f"num_frames={num_frames} but the video has {len(frames)} frames: the largest is {most}")
+    return num_frames
+
+
+def _check_rope(checkpoint: Checkpoint, num_frames: int, height: int, width: int) -> None:
+    grid, most = checkpoint.geometry.token_grid(num_frames, height, width), checkpoint.transformer.rope_max_seq_len
+    if max(grid) > most:
+        raise ValueError(f"{num_frames}x{height}x{width} is {grid} tokens, and the model counts to {most} on each axis")
+
+
+def _check_pixels(images: list, lasts: list, frames: Any, size: tuple[int, int, int]) -> None:
+    """What could otherwise be told only when the pixels are encoded."""
+    num_frames, height, width = size
+    if num_frames == 1 and any(last is not None for last in lasts):
+        raise ValueError("num_frames=1 has no last frame beside the first: leave last_image out, or take 5 frames")
+    for name, values in (("image", images), ("last_image", lasts)):
+        for pixels in values:
+            if isinstance(pixels, np.ndarray):
+                resize_image(pixels, height, width, name)  # a float array is not resized: its size is checked
+    if frames is not None and frames.dtype != np.uint8:
+        resize_video(frames[:1], height, width)
+
+
+def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, int, int]) -> np.ndarray | None:
+    if latents is None:
+        return None
+    latents = np.asarray(latents)
+    wanted = (batch, checkpoint.geometry.z_dim, *checkpoint.geometry.latent_shape(*size))
+    if latents.shape != wanted or not jnp.issubdtype(latents.dtype, jnp.floating):
+        raise ValueError(f"latents are {latents.dtype} of shape {latents.shape}, expected floats of shape {wanted}")
+    if not np.isfinite(latents).all():
+        raise ValueError("latents hold values that are not finite")
+    return latents.astype(np.float32)
+
+
+# Sampling
+
+
+def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, strength) -> list[Sampling]:
+    defaults, own = checkpoint.defaults, checkpoint.sampler
+    samplers = per_prompt("sampler", sampler, count, str, _first(defaults.sampler, own.sampler))
+    shifts = per_prompt("flow_shift", shift, count, (int, float), _first(defaults.flow_shift, own.shift))
+    if sampler is None and steps is None:
+        timesteps = _first(timesteps, defaults.timesteps)
+    timesteps = _timesteps(timesteps)
+    silent = defaults.num_inference_steps if timesteps is None else len(timesteps)
+    counts = per_prompt("num_inference_steps", steps, count, int, silent)
+    made = []
+    for name, value, n in zip(samplers, shifts, counts, strict=True):
+        check_range("flow_shift", value, *SHIFT_RANGE)
+        if timesteps is None:
+            check_range("num_inference_steps", n, 1, MAX_STEPS)
+        elif n != len(timesteps):
+            raise ValueError(f"num_inference_steps={n} for {len(timesteps)} timesteps: leave it out")
+        first = 0 if strength is None else first_used_step(n, strength)
+        table = make_table(name, n, value, order=own.order, timesteps=timesteps, first_step=first)
+        name = f"unipc{own.order}" if name == "unipc" else name
+        if timesteps is None:
+            made.append(Sampling(name, n, float(value), None, table))
+        else:
+            made.append(Sampling(name, None, None, tuple(map(float, timesteps)), table))
+    return made
+
+
+def _timesteps(given: Any) -> list | None:
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple, np.ndarray)):
+        raise ValueError(f"timesteps={given!r} must be a list of numbers, such as 1000 750 500 250")
+    return per_prompt("timesteps", given, len(given), (int, float), float("nan"))
+
+
+def _guidance(
+    checkpoint: Checkpoint, count: int, high: Any, low: Any, boundary: float | None
+) -> list[tuple[float, float]]:
+    """(high-noise, low-noise) guidance a prompt: the defaults' pair only when neither is given."""
+    if low is not None and checkpoint.num_experts == 1:
+        raise ValueError(f"guidance_scale_2={low} is for a second expert, and this model has one: use guidance_scale")
+    if low is not None and boundary is None:
+        raise ValueError(f"guidance_scale_2={low} needs a boundary_ratio too, which this checkpoint does not set")
+    defaults = checkpoint.defaults
+    highs = per_prompt("guidance_scale", high, count, (int, float))
+    lows = per_prompt("guidance_scale_2", low, count, (int, float))
+    pairs = []
+    for first, second in zip(highs, lows, strict=True):
+        if first is None and second is None:
+            second = defaults.guidance_scale_2
+        first = _first(first, defaults.guidance_scale)
+        pairs.append((float(first), float(_first(second, first))))
+    return pairs
+
+
+def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
+    if given is None:
+        own = _first(checkpoint.defaults.boundary_ratio, checkpoint.boundary_ratio)
+        return own if checkpoint.num_experts == 2 else None
+    if checkpoint.num_experts == 1:
+        raise ValueError(f"boundary_ratio={given} is for a second expert, and this model has one")
+    check_range("boundary_ratio", number("boundary_ratio", given), 0, 1)
+    return float(given)
+
+
+def _seeds(count: int, seed: Any, notes: list[str]) -> list[int]:
+    seeds = per_prompt("seed", seed, count, int)
+    if None in seeds:
+        drawn = secrets.randbelow(2**32)
+        notes.append(f"seed {drawn}")
+        seeds = [drawn if value is None else value for value in seeds]
+    for value in seeds:
+        check_range("seed", value, 0, SEEDS - 1)
+    return seeds
+
+
+def _fps(value: Any) -> float:
+    check_range("fps", number("fps", value), *FPS_RANGE)
+    return float(value)
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((v for v in values if v is not None), None)
