@@ -77,6 +77,10 @@ class TensorFiles:
             where, only = self.paths[0].parent, ", ".join(_DTYPES)
             raise CheckpointError(f"{where}: {', '.join(wrong)}; readable are {only}")
 
+    def kinds(self) -> dict[str, tuple[Shape, str]]:
+        """Key -> shape and dtype, as the headers say."""
+        return {key: (self.shapes[key], handle.get_slice(key).get_dtype()) for key, handle in self._file_of.items()}
+
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its dtype on disk."""
         return self._file_of[key].get_tensor(key)

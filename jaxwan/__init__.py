@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxwan.pipelines.pipeline import WanPipeline
     from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT
     from jaxwan.pipelines.request import Job
+    from jaxwan.pipelines.steps import StepState
 
 _HOME = {
     "call": ("make_job",),
@@ -31,12 +32,13 @@ _HOME = {
     "pipeline": ("WanPipeline",),
     "prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
     "request": ("Job",),
+    "steps": ("StepState",),
 }
 
 __all__ = [
-    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "WanPipeline", "check_save",
-    "check_writable", "dry_run", "load_image", "load_video", "make_job", "open_checkpoint", "read_settings",
-    "save_video",
+    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "StepState", "WanPipeline",
+    "check_save", "check_writable", "dry_run", "load_image", "load_video", "make_job", "open_checkpoint",
+    "read_settings", "save_video",
 ]  # fmt: skip
 
 

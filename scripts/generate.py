@@ -46,7 +46,8 @@ PER_PROMPT = (  # flags that may be repeated
 ).split()
 CALL = (
     *PER_PROMPT,
-    *"video strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt video_index".split(),
+    *"video strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt video_index "
+    "max_sequence_length".split(),
 )
 
 
@@ -317,6 +318,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      help="pull towards the prompt, of the high-noise expert if two; 1: off [per prompt]")  # fmt: skip
     how.add_argument("--guidance-scale-2", **many, type=float, help="of the low-noise expert [per prompt]")
     how.add_argument("--boundary-ratio", type=float, help="where the low-noise expert takes over, such as 0.875")
+    how.add_argument("--max-sequence-length", type=int, metavar="ROWS",
+                     help="rows of each text that the model sees, 1 to 512; default 512, as in training")  # fmt: skip
     how.add_argument("--seed", **many, type=int, help="of the noise; drawn and told when not given [per prompt]")
     how.add_argument("--latents", metavar="FILE.npy", help="unit noise to start from, (B, C, T, h, w)")
 

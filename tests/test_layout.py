@@ -27,7 +27,7 @@ ALLOWED = {
     "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors"}),
     "pipelines": (
         {"models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
-        ARRAYS | {"flax", "transformers", "tokenizers", "huggingface_hub", "av", "PIL", "ftfy", "tqdm"},
+        ARRAYS | {"flax", "transformers", "tokenizers", "huggingface_hub", "safetensors", "av", "PIL", "ftfy", "tqdm"},
     ),
     "bench": (
         {"pipelines", "models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},

@@ -15,7 +15,6 @@ _WITHOUT_MEANING = {
     "return_dict": ((None, True), "a call returns an Output, whose videos are in .frames"),
     "attention_kwargs": ((None, {}), "there are no attention processors that would take them"),
     "callback_on_step_end_tensor_inputs": ((None, ["latents"]), "callback_on_step_end is given the latents"),
-    "max_sequence_length": ((None, 512), "every prompt has 512 rows"),
     "image_embeds": ((None,), "give the image itself, as image"),
 }
 

@@ -51,6 +51,7 @@ def make_job(
     negative_prompt_embeds: Any = None,
     num_videos_per_prompt: int = 1,
     video_index: int = 0,
+    max_sequence_length: int = MAX_TOKENS,
     **unknown: Any,
 ) -> Job:
     """Check and complete the arguments of a call; their meanings are WanPipeline's.
@@ -59,8 +60,9 @@ def make_job(
     allowed, the nearest valid value.
     """
     refuse_unknown(unknown, (*ARGUMENTS, "output_type", "callback_on_step_end"))
+    rows = _text_rows(checkpoint, max_sequence_length)
     prompts, negatives, embeds, negative_embeds = _texts(
-        checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds
+        checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, rows
     )
     count = len(prompts)
     tell_unknown_words(prompts, checkpoint.defaults)
@@ -86,6 +88,7 @@ def make_job(
     shared = dict(
         num_frames=num_frames, height=height, width=width, fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
         boundary_ratio=boundary, video=None if frames is None else frames[:num_frames], strength=strength,
+        max_sequence_length=rows,
     )  # fmt: skip
     requests = tuple(
         Request(
@@ -116,7 +119,17 @@ ARGUMENTS = tuple(
 # Texts
 
 
-def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds) -> tuple[list, list, Any, Any]:
+def _text_rows(checkpoint: Checkpoint, given: int) -> int:
+    rows = whole("max_sequence_length", given, 1)
+    check_range("max_sequence_length", rows, 1, MAX_TOKENS)
+    if rows != MAX_TOKENS and checkpoint.image_encoder is not None:
+        raise ValueError(f"max_sequence_length={rows}: with CLIP's rows behind the text's, a model takes {MAX_TOKENS}")
+    return rows
+
+
+def _texts(
+    checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds, rows: int
+) -> tuple[list, list, Any, Any]:
     """(prompts, negative prompts, prompt_embeds, negative_prompt_embeds); texts are None where embeddings are given."""
     if prompt is not None and prompt_embeds is not None:
         raise ValueError("prompt and prompt_embeds are both given: give one of them")
@@ -125,7 +138,7 @@ def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_emb
     if prompt is None and prompt_embeds is None:
         raise ValueError('a prompt is missing (an empty one, "", is allowed), or prompt_embeds')
     if prompt_embeds is not None:
-        prompt_embeds = _embeds(checkpoint, "prompt_embeds", prompt_embeds, None)
+        prompt_embeds = _embeds(checkpoint, "prompt_embeds", prompt_embeds, None, rows)
         prompts: list = [None] * len(prompt_embeds)
     else:
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
@@ -134,7 +147,7 @@ def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_emb
         if not prompts:
             raise ValueError("prompt is an empty list: give a text, or a list of texts")
     if negative_embeds is not None:
-        negative_embeds = _embeds(checkpoint, "negative_prompt_embeds", negative_embeds, len(prompts))
+        negative_embeds = _embeds(checkpoint, "negative_prompt_embeds", negative_embeds, len(prompts), rows)
         negatives: list = [None] * len(prompts)
     else:
         default = checkpoint.defaults.negative_prompt
@@ -145,12 +158,12 @@ def _texts(checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_emb
     return prompts, negatives, prompt_embeds, negative_embeds
 
 
-def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None) -> np.ndarray:
+def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None, rows: int) -> np.ndarray:
     try:
         value = np.asarray(value, np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}") from error
-    wanted = (count if count is not None else "B", MAX_TOKENS, checkpoint.text_encoder.d_model)
+    wanted = (count if count is not None else "B", rows, checkpoint.text_encoder.d_model)
     if value.ndim != 3 or value.shape[1:] != wanted[1:] or len(value) == 0 or count not in (None, len(value)):
         raise ValueError(f"{name} has shape {value.shape}, expected ({', '.join(map(str, wanted))})")
     if not np.isfinite(value).all():

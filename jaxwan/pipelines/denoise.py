@@ -270,6 +270,10 @@ class Loop:
         """x of all videos [B, T, H, W, Z], float32, on the host."""
         return np.stack([np.asarray(self.read(slot).sampler.x) for slot in range(len(self.entries))])
 
+    def velocities(self) -> np.ndarray:
+        """Of each video's latest step, guided [B, T, H, W, Z]; zeros before the first."""
+        return np.stack([np.asarray(self.read(slot).velocity) for slot in range(len(self.entries))])
+
     def entry(self, slot: int) -> Entry:
         """A video as it is now, on the host."""
         sampler = jax.tree.map(np.asarray, self.read(slot).sampler)

@@ -13,13 +13,13 @@ from jaxwan.pipelines.axes import to_internal
 from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
 from jaxwan.pipelines.denoise import Entry, begin
-from jaxwan.pipelines.dit import RENOISINGS, Inputs
+from jaxwan.pipelines.dit import RENOISINGS, Controls, Inputs
 from jaxwan.pipelines.media import clip_pixels, resize_image, resize_video
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.pipelines.request import Request
-from jaxwan.schedulers.table import SamplerState, add_noise
+from jaxwan.schedulers.table import MAX_STEPS, SamplerState, Table, add_noise
 
 
 def prepare(checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], progress: Progress) -> list[Entry]:
@@ -152,20 +152,39 @@ def latent_shape(checkpoint: Checkpoint, request: Request) -> tuple[int, int, in
 
 def abstract_entry(checkpoint: Checkpoint, request: Request) -> Entry:
     """Shapes of what `prepare` makes of a request; its controls are small, and real."""
-    shape, kind, encoder = latent_shape(checkpoint, request), checkpoint.image_input, checkpoint.image_encoder
+    shapes = entry_shapes(
+        checkpoint, request.size, branches=1 + request.guided, text_rows=request.max_sequence_length,
+        last_image=request.last_image is not None, renoises=request.table.renoises,
+    )  # fmt: skip
+    has_first = None if shapes.inputs.has_first is None else np.array(request.image is not None)
+    controls = make_controls(request, has_first, latent_shape(checkpoint, request)[0])
+    return shapes._replace(done=np.zeros((), np.int32), inputs=shapes.inputs._replace(controls=controls))
 
-    def array(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, np.float32)
 
-    images: dict[str, Any] = {}
+def entry_shapes(
+    checkpoint: Checkpoint, size: tuple[int, int, int], *, branches: int, text_rows: int, last_image: bool = False,
+    renoises: bool = False,
+) -> Entry:  # fmt: skip
+    """Shapes of a video of `size` (num_frames, height, width), with what else decides on them."""
+    shape, kind, encoder = checkpoint.geometry.latent_shape(*size), checkpoint.image_input, checkpoint.image_encoder
+    x = jax.ShapeDtypeStruct((*shape, checkpoint.geometry.z_dim), np.float32)
+
+    def array(*sizes: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    images, groups = {}, 1
     if kind is ImageInput.FIRST_FRAME:
-        images = {"first": array(1, *shape[1:]), "has_first": np.array(request.image is not None)}
+        images, groups = {"first": array(1, *x.shape[1:]), "has_first": array(dtype=np.bool_)}, shape[0]
     elif kind is not ImageInput.NONE:
-        images = {"channels": array(*shape[:3], CHANNEL_MASK + shape[3])}
+        images = {"channels": array(*shape, CHANNEL_MASK + x.shape[-1])}
         if encoder is not None:
-            images["image"] = array((1 + (request.last_image is not None)) * encoder.num_rows, encoder.hidden_size)
-    text = array(1 + request.guided, request.max_sequence_length, checkpoint.transformer.text_dim)
-    noise = array(RENOISINGS, *shape) if request.table.renoises else None
-    controls = make_controls(request, images.get("has_first"), shape[0])
-    x = array(*shape)
-    return Entry(SamplerState(x, x, x, x, x), np.zeros((), np.int32), Inputs(controls, text, **images, noise=noise))
+            images["image"] = array((1 + last_image) * encoder.num_rows, encoder.hidden_size)
+    table = Table(
+        array(MAX_STEPS + 1), array(MAX_STEPS), array(MAX_STEPS, 6), array(MAX_STEPS, 5), array(dtype=np.int32)
+    )
+    controls = Controls(
+        table, array(MAX_STEPS, groups), array(MAX_STEPS, dtype=np.int32), array(MAX_STEPS), array(dtype=np.bool_)
+    )
+    text = array(branches, text_rows, checkpoint.transformer.text_dim)
+    noise = array(RENOISINGS, *x.shape) if renoises else None
+    return Entry(SamplerState(x, x, x, x, x), array(dtype=np.int32), Inputs(controls, text, **images, noise=noise))

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,25 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxwan.pipelines.arguments import Number, refuse_unknown
+from jaxwan.pipelines.arguments import Number, refuse_unknown, whole
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float32
 from jaxwan.pipelines.decode import decode_videos
-from jaxwan.pipelines.denoise import Entry, Loop, begin
+from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, encode_video, prepare
 from jaxwan.pipelines.load import load_parts, parse_dtype, place
 from jaxwan.pipelines.media import load_video, to_unit_range
-from jaxwan.pipelines.output import Output
+from jaxwan.pipelines.output import Output, numbered
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
-from jaxwan.pipelines.prompt import encode_prompts
-from jaxwan.pipelines.request import Job, Request
+from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts
+from jaxwan.pipelines.request import Job
+from jaxwan.pipelines.snapshot import identity, load_entry, save_entry
+from jaxwan.pipelines.steps import StepState, checked_latents
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
@@ -119,6 +122,7 @@ class WanPipeline:
         negative_prompt_embeds: Any = None,
         num_videos_per_prompt: int = 1,
         video_index: int = 0,
+        max_sequence_length: int = MAX_TOKENS,
         output_type: str = "np",
         callback_on_step_end: Callback | None = None,
         **unknown: Any,
@@ -135,9 +139,12 @@ class WanPipeline:
         seed: of the noise; drawn when left out, and in the output's `seeds`. num_videos_per_prompt: their noise is that
             of (seed, index) with index from `video_index` on.
         latents: unit noise to start from, (B, C, T, h, w). prompt_embeds, negative_prompt_embeds: (B, 512, C).
+        max_sequence_length: rows of each text, 1 to 512, that the model attends to: 512 in training, fewer are quicker
+            in small models and another result; longer prompts lose their end.
         output_type: "np" (frames as float32), "pil" or "latent" (nothing is decoded).
-        callback_on_step_end: (pipe, step, timestep, {"latents": …}) looks on after every step; timestep is a list (one
-            a video, the last one for finished videos) where schedules differ.
+        callback_on_step_end: (pipe, step, timestep, {"latents": …}) is called after every step, and may return a dict
+            of other latents to go on with; timestep is a list (one a video, the last one for finished videos) where
+            schedules differ. `prepare_encode` and what follows it let you drive the steps yourself.
 
         Raises ValueError or OSError in a sentence, before anything is computed; TypeError for another argument.
         """
@@ -150,7 +157,8 @@ class WanPipeline:
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2,
             boundary_ratio=boundary_ratio, flow_shift=flow_shift, sampler=sampler, timesteps=timesteps, seed=seed,
             latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            num_videos_per_prompt=num_videos_per_prompt, video_index=video_index, **unknown,
+            num_videos_per_prompt=num_videos_per_prompt, video_index=video_index,
+            max_sequence_length=max_sequence_length, **unknown,
         )  # fmt: skip
         for note in job.notes:
             log.info(note)
@@ -160,12 +168,13 @@ class WanPipeline:
         """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
         check_output_type(output_type)
         progress = Progress(visible=self.progress)
-        entries = prepare(self.checkpoint, self.parts, job.requests, progress)
-        latents = self._denoise(job.requests, entries, progress, callback_on_step_end)
+        state = self._prepare(job, progress)
+        state = self._advance(state, int(state.num_steps.max()), progress, callback_on_step_end)
+        latents = state.results
         frames = latents if output_type == "latent" else self._decode(latents, progress)
         if output_type == "pil":
             frames = [_to_pil(video) for video in frames]
-        return Output(frames, latents, job.requests[0].fps, self._settings(job), progress.seconds)
+        return Output(frames, latents, job.requests[0].fps, state.settings, progress.seconds)
 
     def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
         """What made each video: the call's settings, the model and its numbers."""
@@ -245,6 +254,7 @@ class WanPipeline:
         embeds = np.asarray(prompt_embeds, np.float32)
         blank = make_job(
             self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
+            max_sequence_length=embeds.shape[1] if embeds.ndim == 3 else MAX_TOKENS,
             **dict(zip(("num_frames", "height", "width"), geometry.pixel_shape(*x.shape[1:4]), strict=True)),
         )  # fmt: skip
         encoders, table, entries = Encoders(self.checkpoint, self.parts), make_table("euler", 1, 1.0), []
@@ -261,28 +271,97 @@ class WanPipeline:
             entries.append(begin(latent, Inputs(controls, text[None], **images)))
         loop = Loop(self.parts.denoiser, entries)
         loop.advance()
-        return to_public(np.stack([np.asarray(loop.read(slot).velocity) for slot in range(count)]))
+        return to_public(loop.velocities())
 
-    def _denoise(
-        self, requests: Sequence[Request], entries: Sequence[Entry], progress: Progress, callback: Callback | None
-    ) -> np.ndarray:
-        """All steps; the public (B, C, T, h, w)."""
-        loop = Loop(self.parts.denoiser, entries)
-        with progress.phase("denoise", loop.rounds, "step") as update:
-            for _ in range(loop.rounds):
+    # Step by step
+
+    def prepare_encode(
+        self, prompt: str | Sequence[str] | None = None, negative_prompt: str | Sequence[str | None] | None = None,
+        **call: Any,
+    ) -> StepState:  # fmt: skip
+        """The videos of a call before their first step: arguments checked, texts, images and noise made.
+
+        Arguments and errors are a call's, but for what a call does at its end. `advance` then takes steps in the ring,
+        as a call does; `denoise_step` and `step_scheduler` are the halves of one step; `post_decode` makes frames.
+        """
+        job = make_job(self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, **call)
+        for note in job.notes:
+            log.info(note)
+        return self._prepare(job, Progress(visible=self.progress))
+
+    def advance(
+        self, state: StepState, num_steps: int | None = None, *, callback_on_step_end: Callback | None = None
+    ) -> StepState:
+        """Every video `num_steps` steps further, or to its end. However the steps are divided into calls of this, and
+        whatever videos are there, the latents have the same bits."""
+        most = int((state.num_steps - state.steps_done).max())
+        count = most if num_steps is None else min(whole("num_steps", num_steps, 0), most)
+        return self._advance(state, count, Progress(visible=self.progress), callback_on_step_end)
+
+    def denoise_step(self, state: StepState) -> np.ndarray:
+        """Velocity (B, C, T, h, w) of each video's next step, with guidance; zeros for videos that are done."""
+        loop = Loop(self.parts.denoiser, state.entries)
+        loop.advance()
+        return to_public(loop.velocities())
+
+    def step_scheduler(self, state: StepState, velocity: ArrayLike) -> StepState:
+        """After a step of each video's sampler along `velocity` (B, C, T, h, w), as `denoise_step` gives it; videos
+        that are done stay as they are. Within 2e-5 of `advance`, which computes both in one program."""
+        return state.stepped(velocity)
+
+    def post_decode(self, state: StepState) -> np.ndarray:
+        """Frames (B, F, H, W, 3) in [0, 1] of the latents as they are, given first frames put back in."""
+        return self._decode(state.results, Progress(visible=self.progress))
+
+    def save_state(self, state: StepState, path: str | Path) -> list[Path]:
+        """Write each video with all that its steps need to a safetensors file; several go beside `path`, as those of
+        `Output.save` do. `load_state` reads them, in other processes, on any mesh. Returns where they are."""
+        paths, model = numbered(path, state.settings), self._identity
+        for target, entry, settings in zip(paths, state.entries, state.settings, strict=True):
+            save_entry(target, entry, settings, self.checkpoint, model)
+        return paths
+
+    def load_state(self, *paths: str | Path) -> StepState:
+        """The videos that `save_state` wrote, to go on with. Raises OSError for a file that cannot be read, ValueError
+        for one of another model, and where the files' sizes differ."""
+        loaded = [load_entry(Path(path), self.checkpoint, self._identity) for path in paths]
+        return StepState.join(*(StepState((entry,), (settings,)) for entry, settings in loaded))
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.checkpoint, self.parts.denoiser.dtype)
+
+    def _prepare(self, job: Job, progress: Progress) -> StepState:
+        return StepState(tuple(prepare(self.checkpoint, self.parts, job.requests, progress)), self._settings(job))
+
+    def _advance(self, state: StepState, count: int, progress: Progress, callback: Callback | None) -> StepState:
+        with progress.phase("denoise", count, "step") as update:
+            loop = Loop(self.parts.denoiser, state.entries)
+            for _ in range(count):
                 loop.advance()
                 update(1)
                 if callback is not None:
-                    self._look_on(callback, loop, requests)
-        return to_public(np.stack([loop.entry(slot).latents for slot in range(len(entries))]))
+                    state = self._call_back(callback, loop, state)
+            return state.after([loop.entry(slot) for slot in range(len(state))])
 
-    def _look_on(self, callback: Callback, loop: Loop, requests: Sequence[Request]) -> None:
-        shown = [float(r.table.timesteps[done - 1]) for r, done in zip(requests, loop.done, strict=True)]
-        alike = all((r.table.timesteps == requests[0].table.timesteps).all() for r in requests)
-        given = {"latents": to_public(loop.latents())}
-        returned = callback(self, max(loop.done) - 1, shown[0] if alike else shown, given)
-        if returned and any(returned[key] is not given.get(key) for key in returned):
-            raise ValueError("callback_on_step_end may look on but not change: it returned other latents")
+    def _call_back(self, callback: Callback, loop: Loop, state: StepState) -> StepState:
+        """The loop goes on with the latents that the callback returns, if those are others."""
+        schedules = [entry.inputs.controls.table.timesteps for entry in state.entries]
+        shown = [float(row[done - 1]) for row, done in zip(schedules, loop.done, strict=True)]
+        alike = all(np.array_equal(row, schedules[0]) for row in schedules) and len(set(loop.done)) == 1
+        latents = to_public(loop.latents())
+        given = {"latents": latents.copy()}
+        returned = callback(self, max(loop.done) - 1, shown[0] if alike else shown, given) or {}
+        others = sorted(str(key) for key in returned if key != "latents")
+        if others:
+            raise ValueError(f"callback_on_step_end returned {', '.join(others)}: it can change nothing but latents")
+        if "latents" not in returned:
+            return state
+        new = checked_latents(returned["latents"], latents.shape, "latents that callback_on_step_end returned")
+        changed = [not np.array_equal(a, b) for a, b in zip(new, latents, strict=True)]
+        if any(changed):
+            loop.replace({slot: to_internal(new[slot]) for slot in range(len(new)) if changed[slot]})
+        return state.after(state.entries, changed)
 
 
 # Small pure functions

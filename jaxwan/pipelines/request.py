@@ -64,7 +64,8 @@ class Request:
 
 
 _PLAIN = (
-    "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed strength"
+    "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed strength "
+    "max_sequence_length"
 ).split()
 _SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
 _ARRAYS = ("image", "last_image", "video", "latents", "prompt_embeds", "negative_prompt_embeds")

@@ -307,7 +307,6 @@ def test_strength_of_renoise_counts_its_timesteps(job):
         ({"generator": object()}, "has no meaning here: noise comes from seed, a whole number"),
         ({"return_dict": False}, "return_dict=False has no meaning here: a call returns an Output"),
         ({"attention_kwargs": {"scale": 1}}, "there are no attention processors"),
-        ({"max_sequence_length": 226}, "every prompt has 512 rows"),
         ({"image_embeds": np.zeros(3)}, "give the image itself, as image"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callback_on_step_end is given the latents"),
     ],
@@ -346,6 +345,18 @@ def test_loading_refuses_what_it_cannot_do_before_it_reads_a_tensor(monkeypatch,
     assert_one_sentence(str(caught.value))
 
 
+def test_texts_have_as_many_rows_as_are_asked_for(job):
+    assert job().requests[0].max_sequence_length == 512
+    (request,) = job(max_sequence_length=226).requests
+    assert request.max_sequence_length == 226 == request.settings()["call"]["max_sequence_length"]
+    job(prompt=None, prompt_embeds=np.zeros((1, 7, 24)), max_sequence_length=7)
+    with pytest.raises(ValueError, match=r"prompt_embeds has shape \(1, 512, 24\), expected \(B, 7, 24\)"):
+        job(prompt=None, prompt_embeds=np.zeros((1, 512, 24)), max_sequence_length=7)
+    for wrong, nearest in ((0, 1), (513, 512)):
+        with pytest.raises(ValueError, match=f"max_sequence_length={wrong} .*nearest is {nearest}|must be .*1"):
+            job(max_sequence_length=wrong)
+
+
 @pytest.mark.parametrize("given", [jnp.bfloat16, "bfloat16", np.dtype(jnp.bfloat16), "torch.bfloat16"])
 def test_dtypes_are_taken_as_people_write_them(given):
     assert parse_dtype("dtype", given) == "bfloat16"
@@ -353,7 +364,7 @@ def test_dtypes_are_taken_as_people_write_them(given):
 
 
 def test_arguments_of_diffusers_that_change_nothing_are_taken(job):
-    job(generator=None, return_dict=True, attention_kwargs=None, max_sequence_length=512,
+    job(generator=None, return_dict=True, attention_kwargs=None,
         callback_on_step_end_tensor_inputs=["latents"])  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """The model that comes with jaxwan: its files, what diffusers makes of them, and that its clips show their prompts."""
 
+import re
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("optimised")
 
 torch.set_num_threads(1)  # models so small gain nothing from threads, and wait for them where cores are shared
 
+ROOT = Path(__file__).parents[2]
 FORWARD = 2e-5  # as for every text encoder and DiT: float32 in another order
 LOOP = 1e-4  # of a whole loop in float32
 PROMPT = "a red circle moving right on a blue background"
@@ -148,3 +152,14 @@ def test_stages_and_neighbours_leave_clips_bit_for_bit_as_they_are(ours):
     np.testing.assert_array_equal(on_four(**settings).frames, clips)
     alone = ours(prompts[1], seed=1, num_inference_steps=8).frames  # nor do the others beside it
     np.testing.assert_array_equal(alone[0], clips[1])
+
+
+def test_the_examples_of_driving_the_steps_run(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steps.md").read_text(), flags=re.S)
+    assert len(blocks) == 8
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/steps.md", "exec"), names)
+    assert len(names["latents"]) == len(names["velocities"]) == 8
+    assert names["both"].steps_done.tolist() == [2, 3] and names["frames"].shape == (1, 17, 64, 96, 3)
