@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with warnings.catch_warnings():
         tell_on_stderr(quiet=args.quiet)
+        take_memory()
         log.info("jaxwan %s, mesh %s", jaxwan.__version__, args.mesh)
         try:
             return plan(args) if args.dry_run else generate(args)
@@ -70,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+
+
+def take_memory() -> None:
+    """JAX is to take 92 % of a card, not its 75 %, unless the environment says otherwise; before it starts."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.92"
 
 
 def plan(args: argparse.Namespace) -> int:

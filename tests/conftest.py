@@ -30,9 +30,9 @@ LONGEST = ("test_ring_runs.py", "test_bundled_model.py")  # files to begin with,
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A process a core, and no more than four of up to 2 GB each; single files, and what is slow or needs the GPU, run
-    in this one."""
-    if config.option.markexpr.startswith(("slow", "gpu")) or all(".py" in argument for argument in config.args):
+    """A process a core, and no more than four of up to 2 GB each; single files, and what is slow or compiles for GPUs,
+    run in this one."""
+    if config.option.markexpr.startswith(("slow", "gpu", "aot")) or all(".py" in argument for argument in config.args):
         return 0
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 

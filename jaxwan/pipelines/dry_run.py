@@ -1,12 +1,14 @@
 """What a call would take: tokens, stages, ticks, work and memory, from the configuration files alone.
 
-Parameter bytes are exact: the shapes that loading would allocate. Activation bytes are sums of named buffers, each
-described where it is counted; a compiler keeps a few more or fewer alive, so leave some room.
+Parameter bytes are exact: the shapes that loading would allocate. Activation bytes are sums of named buffers that live
+at once, within a tenth of what XLA takes when it compiles for an H100 (`tests/aot`); what cuDNN and cuBLAS ask for as
+workspace comes on top.
 """
 
 import html
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -64,6 +66,7 @@ class DryRun:
     activation_bytes: dict[str, dict[str, int]]  # phase -> named buffers; all phases but denoise on device 0 alone
     needed_bytes: list[int]
     device_memory: int | None
+    memory_fraction: float  # of it that JAX takes; 1 where device_memory is what JAX says that it took
     fits: bool | None
     would_fit: tuple[str, ...] = ()  # changes, in words
 
@@ -130,10 +133,13 @@ class DryRun:
         most = _size(max(self.needed_bytes))
         if self.device_memory is None:
             return f"each device must have {most} (say how much one has, such as 80GB, to compare)"
+        room = _size(int(self.device_memory * self.memory_fraction))
+        if self.memory_fraction < 1:
+            room += f", the {self.memory_fraction:.0%} of {_size(self.device_memory)} that JAX takes,"
         if self.fits:
-            return f"fits: {most} of {_size(self.device_memory)} a device"
+            return f"fits: {most} of {room} a device".removesuffix(",")
         would = "; ".join(self.would_fit) or "nothing tried does: other sizes, lengths, numbers of devices, dtypes"
-        return f"DOES NOT FIT: {most} of {_size(self.device_memory)} a device. What would fit: {would}"
+        return f"DOES NOT FIT: {most} of {room} a device. What would fit: {would}"
 
 
 def dry_run(
@@ -148,8 +154,9 @@ def dry_run(
     """What a call would take on a mesh that need not exist here; reads no weights. Print it, or ask its fields.
 
     call: arguments of a WanPipeline call; prompt and images may be left out. dtype None: bfloat16 when device_memory
-    names an accelerator's, else what the devices here would use. device_memory: of one device, "80GB" or bytes; None:
-    the present accelerator's, where there is one. Raises as `WanPipeline.from_pretrained` and a call do.
+    names an accelerator's, else what the devices here would use. device_memory: of one device, "80GB" or bytes, of
+    which JAX takes 75 % (XLA_CLIENT_MEM_FRACTION; scripts/generate.py says 0.92); None: what JAX took of the present
+    accelerator's, where there is one. Raises as `WanPipeline.from_pretrained` and a call do.
 
         print(dry_run("Wan-AI/Wan2.2-T2V-A14B-Diffusers", mesh="pp=4", device_memory="80GB", num_frames=81))
     """
@@ -182,21 +189,23 @@ def make_report(
     device_memory: int | None = None,
 ) -> DryRun:
     """The report for a checked job; arguments as `dry_run`'s."""
+    fraction = memory_fraction()
     if device_memory is None:
         device = find_devices(mesh.num_devices)[0]  # as many as a later pipeline is to find
-        dtype, device_memory = dtype or default_dtype(device), present_memory(device)
-    report = _report(checkpoint, mesh, job, dtype or "bfloat16", vae_dtype, device_memory)
+        dtype, device_memory, fraction = dtype or default_dtype(device), present_memory(device), 1.0
+    report = _report(checkpoint, mesh, job, dtype or "bfloat16", vae_dtype, device_memory, fraction)
     return report if report.fits is not False else replace(report, would_fit=tuple(_would_fit(report, checkpoint, job)))
 
 
 def _report(
-    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, device_memory: int | None
-) -> DryRun:
+    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, device_memory: int | None,
+    fraction: float,
+) -> DryRun:  # fmt: skip
     cfg, size = checkpoint.transformer, job.size
     plan = RingPlan(mesh.pp, tuple(1 + r.guided for r in job.requests))
     steps = [int(r.table.num_steps) for r in job.requests]
     parameters = parameter_bytes(checkpoint, mesh.pp, dtype, vae_dtype)
-    activations = activation_bytes(checkpoint, job, mesh.pp, dtype, vae_dtype)
+    activations = activation_bytes(checkpoint, job, dtype, vae_dtype)
     peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
     needed = [p + (max(peaks.values()) if i == 0 else peaks["denoise"]) for i, p in enumerate(parameters)]
     full = -(-cfg.num_layers // mesh.pp)
@@ -210,8 +219,8 @@ def _report(
         forward_tflop=_forward_tflop(checkpoint, job),
         decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
         parameter_bytes=parameters, activation_bytes=activations,
-        needed_bytes=needed, device_memory=device_memory,
-        fits=None if device_memory is None else max(needed) <= device_memory,
+        needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
+        fits=None if device_memory is None else max(needed) <= fraction * device_memory,
     )  # fmt: skip
 
 
@@ -224,7 +233,7 @@ def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str
     smaller = [Job(tuple(replace(r, **size) for r in job.requests)) for size in _smaller(checkpoint, job)]
 
     def fits(mesh: MeshSpec = mesh, job: Job = job, dtype: str = report.dtype, vae_dtype: str = report.vae_dtype):
-        return _report(checkpoint, mesh, job, dtype, vae_dtype, report.device_memory).fits
+        return _report(checkpoint, mesh, job, dtype, vae_dtype, report.device_memory, report.memory_fraction).fits
 
     told = [
         *(f"mesh {m}" for m in _first(meshes, lambda m: fits(mesh=m))),
@@ -296,54 +305,65 @@ def _first_device_bytes(checkpoint: Checkpoint, dtype: np.dtype, vae_dtype: np.d
 
 
 def activation_bytes(
-    checkpoint: Checkpoint, job: Job, stages: int, dtype: DTypeLike, vae_dtype: DTypeLike
+    checkpoint: Checkpoint, job: Job, dtype: DTypeLike, vae_dtype: DTypeLike
 ) -> dict[str, dict[str, int]]:
-    """Named buffers of each phase; phases follow one another, so a device needs the largest."""
+    """Named buffers of each phase that live at once; phases follow one another, so a device needs the largest.
+
+    Encoding texts (0.1 GiB of UMT5's) and images comes before them, and takes less than decoding.
+    """
     return {
-        "denoise": _denoise_bytes(checkpoint, job, jnp.dtype(dtype).itemsize),
-        "decode": _decode_bytes(checkpoint, job, vae_dtype),
+        "denoise": _denoise_bytes(checkpoint, job, jnp.dtype(dtype)),
+        "decode": _decode_bytes(checkpoint, job, jnp.dtype(vae_dtype)),
     }
 
 
-def _denoise_bytes(checkpoint: Checkpoint, job: Job, item: int) -> dict[str, int]:
+def _denoise_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[str, int]:
+    """What a tick keeps, and the larger of a layer's two moments: in attention, or in the MLP."""
     cfg, geometry, slots = checkpoint.transformer, checkpoint.geometry, room(len(job.requests))
     renoises = any(r.table.renoises for r in job.requests)
     latent = 4 * math.prod(geometry.latent_shape(*job.size)) * geometry.z_dim
     tokens = geometry.num_tokens(*job.size)
-    hidden = tokens * cfg.dim * item
-    blocks, ends = _weight_bytes(cfg, 1, 1, jnp.dtype(jnp.bfloat16 if item == 2 else jnp.float32))
-    chunk = query_chunk(1, tokens, tokens, cfg.num_attention_heads)
+    hidden, inner = tokens * cfg.dim * dtype.itemsize, tokens * cfg.ffn_dim * dtype.itemsize
+    blocks, _ = _weight_bytes(cfg, 1, 1, dtype)
     image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
+    moments = {
+        "one layer, in attention: q, k, v and the result": 4 * hidden,
+        "one layer, in the MLP: its input and inner state": hidden + inner,
+    }
+    if dtype.itemsize == 4:  # 16-bit attention is cuDNN's, which holds no logits
+        logits = 4 * cfg.num_attention_heads * query_chunk(1, tokens, tokens, cfg.num_attention_heads) * tokens
+        moments = {
+            "one layer, in attention: q, k, v, the result and chunks of logits": 5 * hidden + logits,
+            "one layer, in the MLP: its input twice and inner state": 2 * hidden + inner,
+        }
+    moment = max(moments, key=lambda name: moments[name])
     return {
         "latents, x0 history and velocity of all videos (6 x float32)": 6 * slots * latent,
         "noise of renoise (8 x float32)": RENOISINGS * slots * latent * renoises,
         "text rows, all branches": 4 * slots * (1 + job.guided) * job.requests[0].max_sequence_length * cfg.text_dim,
         "image rows and channels": slots * (image + latent * extra // geometry.z_dim),
-        "hidden state, held and received": 2 * hidden,
-        "one layer: residual, its norm, q, k, v, attention's output": 6 * hidden,
-        "one layer: float32 of the hidden state": tokens * cfg.dim * 4,
-        "one layer: MLP": tokens * cfg.ffn_dim * item,
-        "attention: one chunk of logits (XLA's form)": 4 * cfg.num_attention_heads * chunk * tokens,
-        "one layer's weights": blocks // cfg.num_layers,
-        "one expert's ends": ends,
+        "hidden state": hidden,
+        moment: moments[moment],
+        "half of a layer's weights, cut out of their stack": blocks // cfg.num_layers // 2,
     }
 
 
-def _decode_bytes(checkpoint: Checkpoint, job: Job, vae_dtype: DTypeLike) -> dict[str, int]:
-    """One step of four frames: the convolutions' halos, exactly, and three arrays of the largest size in the step."""
+def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[str, int]:
+    """One step of four frames: the convolutions' halos, exactly, and an operation's input and result where the step's
+    arrays are largest, one of them in float32 as norms compute."""
     frames, height, width = checkpoint.geometry.latent_shape(*job.size)
-    halos, largest = _decode_step_bytes(checkpoint.vae, height, width, jnp.dtype(vae_dtype))
+    halos, largest = _decode_step_sizes(checkpoint.vae, height, width, dtype)
     return {
         "halos of the causal convolutions": halos,
-        "three arrays of the step's largest size": 3 * largest,
+        "two arrays of the step's largest size": (dtype.itemsize + 4) * largest,
         "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
     }
 
 
 @cache
-def _decode_step_bytes(cfg: VAEConfig, height: int, width: int, dtype: np.dtype) -> tuple[int, int]:
-    """Bytes of the halos that stay from step to step, and of the largest array in one."""
+def _decode_step_sizes(cfg: VAEConfig, height: int, width: int, dtype: np.dtype) -> tuple[int, int]:
+    """Bytes of the halos that stay from step to step, and elements of the largest array in one."""
     graph, state = nnx.split(nnx.eval_shape(lambda: VAE(cfg, dtype=dtype, rngs=nnx.Rngs(0))))
     latent = jax.ShapeDtypeStruct((1, 1, height, width, cfg.z_dim), jnp.float32)
 
@@ -351,16 +371,16 @@ def _decode_step_bytes(cfg: VAEConfig, height: int, width: int, dtype: np.dtype)
         return nnx.merge(graph, state).decode_chunk(cache, latent, formulation="direct")  # as on accelerators
 
     halos, _ = jax.eval_shape(lambda s, x: step(s, None, x), state, latent)
-    return tree_bytes(halos), largest_buffer(step, state, halos, latent)
+    return tree_bytes(halos), largest_array(step, state, halos, latent)
 
 
-def largest_buffer(function: Callable, *arguments: Any) -> int:
-    """Bytes of the largest array that a function computes, from its jaxpr."""
+def largest_array(function: Callable, *arguments: Any) -> int:
+    """Elements of the largest array that a function computes, from its jaxpr."""
     sizes = [0]
 
     def visit(jaxpr: Any) -> None:
         for equation in jaxpr.eqns:
-            sizes.extend(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "dtype"))
+            sizes.extend(v.aval.size for v in equation.outvars if hasattr(v.aval, "dtype"))
             for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
                 if hasattr(value, "jaxpr"):
                     visit(value.jaxpr)
@@ -374,8 +394,20 @@ def tree_bytes(tree: Any) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def memory_fraction() -> float:
+    """Share of a card's memory that JAX takes: what the environment says, else its default."""
+    given = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    try:
+        fraction = float(given)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise ValueError(f"XLA_CLIENT_MEM_FRACTION={given} is no share of a device's memory, such as 0.92")
+    return fraction
+
+
 def present_memory(device: jax.Device) -> int | None:
-    """Memory of a device when it is an accelerator that says so."""
+    """Memory of a device, as much as JAX takes of it, when it is an accelerator that says so."""
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 

@@ -22,7 +22,7 @@ from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.denoise import Denoiser, Loop
 from jaxwan.pipelines.dit import Weights, abstract_weights
-from jaxwan.pipelines.dry_run import dry_run, largest_buffer, make_report, parameter_bytes, parse_memory, tree_bytes
+from jaxwan.pipelines.dry_run import dry_run, largest_array, make_report, parameter_bytes, parse_memory, tree_bytes
 from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.load import DTYPES
 from jaxwan.pipelines.pipeline import WanPipeline
@@ -35,6 +35,13 @@ GB = 10**9
 def published(tmp_path_factory):
     """name -> checkpoint of full-size configurations."""
     return cache(lambda name: read_checkpoint(write_configs(tmp_path_factory.mktemp("published"), name)))
+
+
+@pytest.fixture(autouse=True)
+def all_memory(monkeypatch):
+    """JAX takes all of a device, but where a test says less."""
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "1.0")
+    return monkeypatch
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +130,14 @@ def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, stages, arguments)
     assert (expected.microbatches, expected.period) == (loop.plan.microbatches, loop.plan.period)
 
 
-def test_the_largest_buffer_is_found_inside_loops():
+def test_the_largest_array_is_found_inside_loops():
     def function(x):
         def body(carry, _):
             return carry + jnp.outer(x, x).sum(), None
 
         return jax.lax.scan(body, 0.0, None, length=3)[0]
 
-    assert largest_buffer(function, jax.ShapeDtypeStruct((50,), jnp.float32)) == 4 * 50 * 50
+    assert largest_array(function, jax.ShapeDtypeStruct((50,), jnp.float32)) == 50 * 50
 
 
 # The published sizes
@@ -171,8 +178,9 @@ def test_a14b_on_four_stages(told):
         sum(buffers.values()) for buffers in told.activation_bytes.values()
     )
     assert told.needed_bytes[2] == told.parameter_bytes[2] + sum(told.activation_bytes["denoise"].values())
-    hidden = told.activation_bytes["denoise"]["hidden state, held and received"]
-    assert hidden == 2 * 75_600 * 5120 * 2
+    denoise, hidden = told.activation_bytes["denoise"], 75_600 * 5120 * 2
+    assert denoise["hidden state"] == hidden
+    assert denoise["one layer, in attention: q, k, v and the result"] == 4 * hidden
 
 
 @pytest.mark.parametrize(
@@ -229,12 +237,31 @@ def test_the_report_says_whether_it_fits(published, told):
     assert "fits: " in str(told("Wan2.2-T2V-A14B"))
     small = report(published("Wan2.2-T2V-A14B"), MeshSpec(), device_memory=80 * GB)
     assert small.fits is False
-    assert small.would_fit == ("mesh pp=2", "848x480, 81 frames")
+    assert small.would_fit == ("mesh pp=2", "vae_dtype bfloat16", "848x480, 81 frames")
     assert str(small).endswith(
-        "DOES NOT FIT: 80.44 GiB of 74.51 GiB a device. What would fit: mesh pp=2; 848x480, 81 frames"
+        "DOES NOT FIT: 77.80 GiB of 74.51 GiB a device. What would fit: mesh pp=2; vae_dtype bfloat16; "
+        "848x480, 81 frames"
     )
     unknown = report(published("Wan2.2-T2V-A14B"), device_memory=None)  # no accelerator here
     assert unknown.fits is None and "each device must have " in str(unknown)
+
+
+def test_jax_takes_a_share_of_a_card(published, all_memory):
+    """As much as the environment says, else 75 %; the report tells it."""
+    checkpoint = published("Wan2.2-T2V-A14B")
+    most = max(report(checkpoint).needed_bytes)
+    for name, share, fits in (
+        ("XLA_CLIENT_MEM_FRACTION", "0.92", True), ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92", True), ("X", "", False)
+    ):  # fmt: skip
+        all_memory.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+        all_memory.setenv(name, share)
+        told = report(checkpoint, device_memory=int(most / 0.9))
+        assert told.memory_fraction == float(share or 0.75) and told.fits is fits
+        assert f"the {share and '92' or '75'}% of" in str(told) and "that JAX takes" in str(told)
+        all_memory.delenv(name)
+    all_memory.setenv("XLA_CLIENT_MEM_FRACTION", "92%")
+    with pytest.raises(ValueError, match="XLA_CLIENT_MEM_FRACTION=92% is no share"):
+        report(checkpoint)
 
 
 def test_what_would_fit_does(published, tmp_path):
@@ -242,14 +269,14 @@ def test_what_would_fit_does(published, tmp_path):
     checkpoint = published("Wan2.2-TI2V-5B")
     needed = dry_run(checkpoint, vae_dtype="bfloat16", device_memory="80GB").needed_bytes
     told = dry_run(checkpoint, device_memory=max(needed))
-    assert told.fits is False and told.would_fit[:2] == ("mesh pp=8", "vae_dtype bfloat16")
+    assert told.fits is False and told.would_fit[:2] == ("mesh pp=4", "vae_dtype bfloat16")
     size = re.fullmatch(r"(\d+)x(\d+), (\d+) frames", told.would_fit[2])
     width, height, num_frames = map(int, size.groups())
     assert dry_run(checkpoint, device_memory=max(needed), width=width, height=height, num_frames=num_frames).fits
     together = dry_run(checkpoint, device_memory="24GB")
-    assert together.would_fit == ("mesh pp=8, dtype and vae_dtype bfloat16, 1280x704, 121 frames, all together",)
-    assert dry_run(checkpoint, mesh="pp=8", vae_dtype="bfloat16", device_memory="24GB").fits
-    assert not dry_run(checkpoint, mesh="pp=4", vae_dtype="bfloat16", device_memory="24GB").fits
+    assert together.would_fit == ("mesh pp=4, dtype and vae_dtype bfloat16, 1280x704, 121 frames, all together",)
+    assert dry_run(checkpoint, mesh="pp=4", vae_dtype="bfloat16", device_memory="24GB").fits
+    assert not dry_run(checkpoint, mesh="pp=2", vae_dtype="bfloat16", device_memory="24GB").fits
     assert "What would fit: nothing tried does" in str(dry_run(checkpoint, device_memory="2GB"))
 
 

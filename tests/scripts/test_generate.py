@@ -65,6 +65,7 @@ def run(main, tmp_path, monkeypatch, cache):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.92")  # else the script would say it, and it would stay
     return call
 
 
@@ -293,6 +294,7 @@ def test_a_dry_run_needs_neither_weights_nor_devices(tmp_path, cache):
     report = json.loads(done.stdout)
     assert (report["tokens"], report["layers_per_stage"], report["ticks"]) == (75_600, [1] * 40, 1640)
     assert report["fits"] is True and report["dtype"] == "bfloat16"
+    assert report["memory_fraction"] == 0.92  # of a card, for which the script asks where nothing is said
     assert done.stderr.splitlines()[-1] == "devices: False"
     assert os.listdir(here) == []
 
@@ -307,9 +309,10 @@ def test_a_dry_run_reads_as_text_too(run):
 def test_a_dry_run_that_does_not_fit_says_what_would_and_exits_with_3(run):
     status, out, _ = run("--dry-run", "--device-memory", "30MB")
     assert status == 3
-    assert re.search(r"^DOES NOT FIT: .* of 28.61 MiB a device. What would fit: .*mesh pp=8", out, re.MULTILINE)
+    taken = "the 92% of 28.61 MiB that JAX takes, a device"
+    assert re.search(rf"^DOES NOT FIT: .* of 26.32 MiB, {taken}. What would fit: .*mesh pp=4", out, re.MULTILINE)
     status, out, _ = run("--dry-run", "--device-memory", "30MB", "--json")
-    assert status == 3 and "mesh pp=8" in json.loads(out)["would_fit"]
+    assert status == 3 and "mesh pp=4" in json.loads(out)["would_fit"]
 
 
 # For scripts

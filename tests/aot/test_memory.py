@@ -1,0 +1,130 @@
+"""What XLA takes when it compiles for an H100, without one, against what the dry run tells.
+
+It needs packages of its own, beside the environment and 2.7 GB large:
+
+    pip install --no-deps --target DIR jax-cuda12-pjrt==JAX jax-cuda12-plugin==JAX nvidia-cuda-nvcc-cu12 \\
+        nvidia-cudnn-cu12 nvidia-cublas-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-nvrtc-cu12     # JAX: jax's version
+    export PYTHONPATH=DIR JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 LD_LIBRARY_PATH=$(echo DIR/nvidia/*/lib | tr ' ' :)
+    pytest -q -m aot -s
+
+Without a card nothing is tried out: which algorithms products and convolutions take, and the workspace they need, is
+left open, so times cannot be had this way.
+"""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+from published import write_configs
+
+from jaxwan.kernels import attention
+from jaxwan.models import causal_conv
+from jaxwan.pipelines.call import make_job
+from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.dry_run import make_report, tree_bytes
+from jaxwan.pipelines.parts import abstract_parts
+from jaxwan.pipelines.warmup import job_programs
+from jaxwan.sharding.mesh import AXES, MeshSpec
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="see the file's docstring"),
+    pytest.mark.usefixtures("optimised"),
+]
+
+GIB = 2**30
+WITHIN = 0.1  # of the activations, in either direction
+PICTURE = np.zeros((64, 64, 3), np.uint8)
+A14B, TI2V, SMALL = "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B", "Wan2.1-T2V-1.3B"
+P480 = dict(num_frames=81, height=480, width=832)
+RENOISE = dict(sampler="renoise", timesteps=[900, 500], guidance_scale=1)
+CASES = [
+    # model, stages, dtype, arguments of the call
+    (A14B, 4, "bfloat16", {}),
+    (A14B, 4, "bfloat16", P480),
+    (A14B, 4, "bfloat16", P480 | dict(num_frames=17)),
+    (A14B, 4, "bfloat16", P480 | dict(num_frames=1)),
+    (A14B, 8, "bfloat16", P480 | dict(num_videos_per_prompt=8)),
+    (A14B, 4, "bfloat16", P480 | RENOISE | dict(num_videos_per_prompt=2)),
+    (A14B, 4, "float32", {}),
+    ("Wan2.2-I2V-A14B", 4, "bfloat16", dict(image=PICTURE, height=720, width=1280)),
+    ("Wan2.1-FLF2V-14B", 4, "bfloat16", dict(image=PICTURE, last_image=PICTURE, height=720, width=1280)),
+    (TI2V, 1, "bfloat16", {}),
+    (TI2V, 4, "bfloat16", dict(num_videos_per_prompt=4)),
+    (TI2V, 2, "float32", {}),
+    (SMALL, 1, "bfloat16", {}),
+    (SMALL, 1, "float32", {}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_the_card():
+    """What the code chooses where a GPU is, it must choose here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_cudnn_fits", lambda q: q.dtype == jnp.bfloat16 and q.shape[-1] <= 128)
+        patch.setattr(causal_conv, "default_formulation", lambda: "direct")
+        yield
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return cache(lambda name: read_checkpoint(write_configs(tmp_path_factory.mktemp("configs"), name)))
+
+
+def h100s(stages: int) -> Mesh:
+    target = Path(__file__).with_name("h100.txtpb").read_text()
+    described = topologies.get_topology_desc("h100", "cuda", target_config=target, topology=f"1x1x{stages}")
+    return Mesh(np.array(described.devices).reshape(1, 1, stages, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)
+
+
+def beside_parameters(program, parameters: int) -> float:
+    """GiB that a program takes at its peak, without its parameters."""
+    _, function, arguments = program
+    compiled = function.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    return (compiled.memory_analysis().peak_memory_in_bytes - parameters) / GIB
+
+
+@pytest.mark.parametrize(("name", "stages", "dtype", "call"), CASES)
+def test_denoising_takes_what_the_dry_run_tells(published, name, stages, dtype, call):
+    checkpoint = published(name)
+    job = make_job(checkpoint, prompt="a", seed=0, **call)
+    parts = abstract_parts(checkpoint, h100s(stages), dtype, "float32")
+    weights = parts.denoiser.weights
+    ring = next(job_programs(checkpoint, parts, job))
+    assert ring[0] == "ring"
+    taken = beside_parameters(ring, tree_bytes(weights.blocks) // stages + tree_bytes(weights.ends))
+    told = make_report(checkpoint, MeshSpec(pp=stages), job, dtype, "float32", 10**12)
+    told = sum(told.activation_bytes["denoise"].values()) / GIB
+    videos = f", {len(job.requests)} videos" * (len(job.requests) > 1)
+    print(f"\n| {name}, {'x'.join(map(str, job.size))}{videos}, pp={stages}, {dtype} | {taken:.2f} | {told:.2f} |")
+    assert told == pytest.approx(taken, rel=WITHIN)
+
+
+@pytest.mark.parametrize("vae_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [A14B, TI2V])
+def test_decoding_takes_what_the_dry_run_tells(published, name, vae_dtype):
+    checkpoint = published(name)
+    job = make_job(checkpoint, prompt="a", seed=0)
+    parts = abstract_parts(checkpoint, h100s(1), "bfloat16", vae_dtype)
+    later = next(p for p in job_programs(checkpoint, parts, job) if p[0] == "VAE decode, later frames")
+    told = make_report(checkpoint, MeshSpec(), job, "bfloat16", vae_dtype, 10**12)
+    told = sum(told.activation_bytes["decode"].values()) / GIB
+    taken = beside_parameters(later, tree_bytes(parts.coder.state))
+    print(f"\n| {name}, VAE decoding {'x'.join(map(str, job.size))}, {vae_dtype} | {taken:.2f} | {told:.2f} |")
+    assert told == pytest.approx(taken, rel=WITHIN)
+
+
+def test_attention_is_cudnns_and_stages_pass_on_nothing_but_the_hidden_state(published):
+    checkpoint = published(A14B)
+    parts = abstract_parts(checkpoint, h100s(4), "bfloat16", "float32")
+    _, ring, arguments = next(job_programs(checkpoint, parts, make_job(checkpoint, prompt="a", seed=0)))
+    text = ring.trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+    assert text.count("__cudnn$fmha") >= 2 and "collective-permute" in text
+    assert not any(f"{word}(" in text for word in ("all-gather", "all-reduce", "all-to-all"))
+    assert jax.default_backend() == "cpu"
