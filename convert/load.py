@@ -35,11 +35,24 @@ def load_module(
 ):
     """The module that `make` builds (under eval_shape), its parameters read from `files` onto one device."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, load_state(abstract, files, rules, device=device, what=what, progress=progress))
+
+
+def load_state(
+    abstract: nnx.State,
+    files: TensorFiles,
+    rules: Sequence[Rule],
+    *,
+    device: jax.Device | None = None,
+    what: str = "checkpoint",
+    progress: OnBytes | None = None,
+) -> nnx.State:
+    """Parameters of these shapes, read from `files` onto one device."""
     shapes = flat_shapes(abstract)
     found = prove({path: s.shape for path, s in shapes.items()}, files, rules, what=what)
     place = SingleDeviceSharding(device or jax.devices()[0])
     arrays = load_arrays({path: (s, place) for path, s in shapes.items()}, [((), files, found)], progress)
-    return nnx.merge(graph, fill(abstract, arrays))
+    return fill(abstract, arrays)
 
 
 def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Target]:

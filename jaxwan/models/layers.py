@@ -5,9 +5,13 @@ Parameters are created by `nnx.Rngs` (random models for tests and training) or a
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -75,6 +79,15 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def abstract(model: Callable[..., nnx.Module], cfg: Any, dtype: np.dtype) -> tuple[Any, nnx.State]:
+    """Structure of a model of a configuration, and shapes and dtypes of its parameters.
+
+    Kept, because several ask for the same, and even without numbers a model takes a tenth of a second to build.
+    """
+    return nnx.split(nnx.eval_shape(lambda: model(cfg, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def stack(make, num_layers: int, rngs: nnx.Rngs):

@@ -19,6 +19,7 @@ from jaxwan.config import TransformerConfig
 from jaxwan.convert.diffusers import TRANSFORMER
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import OnBytes, fill, flat_shapes, load_arrays, prove
+from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.schedulers.table import SamplerState, Table, step, table_row
 from jaxwan.sharding.mesh import sharding
@@ -74,8 +75,8 @@ def abstract_weights(cfg: TransformerConfig, num_experts: int, stages: int, dtyp
 
     Layers are padded to `stages * ceil(layers / stages)`; the padding is all zeros, which is an identity layer.
     """
-    abstract = nnx.eval_shape(lambda: WanTransformer(cfg, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, blocks, ends = nnx.split(abstract, nnx.PathContains("blocks"), ...)
+    model = nnx.merge(*abstract(WanTransformer, cfg, jnp.dtype(dtype)))
+    graph, blocks, ends = nnx.split(model, nnx.PathContains("blocks"), ...)
     layers = stages * -(-cfg.num_layers // stages)
 
     def stacked(leaf, *lead):
@@ -88,8 +89,8 @@ def abstract_weights(cfg: TransformerConfig, num_experts: int, stages: int, dtyp
 
 def placed_weights(cfg: TransformerConfig, num_experts: int, mesh: Mesh, dtype: DTypeLike) -> Weights:
     """Shapes, dtypes and shardings of what `load_weights` makes."""
-    _, abstract = abstract_weights(cfg, num_experts, mesh.shape["pp"], dtype)
-    return Weights(*(shapes_at(sharding(mesh, *axes), part) for part, axes in zip(abstract, WEIGHT_AXES, strict=True)))
+    _, shapes = abstract_weights(cfg, num_experts, mesh.shape["pp"], dtype)
+    return Weights(*(shapes_at(sharding(mesh, *axes), part) for part, axes in zip(shapes, WEIGHT_AXES, strict=True)))
 
 
 def load_weights(
@@ -100,18 +101,18 @@ def load_weights(
 
     Raises CheckpointError when a tensor is missing, extra or of another shape.
     """
-    _, abstract = abstract_weights(cfg, len(experts), mesh.shape["pp"], dtype)
+    _, shapes = abstract_weights(cfg, len(experts), mesh.shape["pp"], dtype)
     targets = {}
-    for part, axes in zip(abstract, WEIGHT_AXES, strict=True):
+    for part, axes in zip(shapes, WEIGHT_AXES, strict=True):
         targets |= {path: (leaf, sharding(mesh, *axes)) for path, leaf in flat_shapes(part).items()}
-    one = {path: (cfg.num_layers, *leaf.shape[2:]) for path, leaf in flat_shapes(abstract.blocks).items()}
-    one |= {path: leaf.shape[1:] for path, leaf in flat_shapes(abstract.ends).items()}
+    one = {path: (cfg.num_layers, *leaf.shape[2:]) for path, leaf in flat_shapes(shapes.blocks).items()}
+    one |= {path: leaf.shape[1:] for path, leaf in flat_shapes(shapes.ends).items()}
     sources = [
         ((i,), files, prove(one, files, TRANSFORMER, what=str(files.paths[0].parent)))
         for i, files in enumerate(experts)
     ]
     arrays = load_arrays(targets, sources, progress)
-    return Weights(*(fill(part, arrays) for part in abstract))
+    return Weights(*(fill(part, arrays) for part in shapes))
 
 
 def shapes_at(place: Sharding | None, tree: Any) -> Any:

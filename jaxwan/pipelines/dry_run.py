@@ -25,13 +25,14 @@ from jax.typing import DTypeLike
 from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
 from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
+from jaxwan.models.layers import abstract
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
 from jaxwan.pipelines.dit import RENOISINGS, abstract_weights
 from jaxwan.pipelines.load import check_mesh, default_dtype, parse_dtype
-from jaxwan.pipelines.parts import component_makers
+from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import MeshSpec, find_devices
 from jaxwan.sharding.turns import RingPlan
@@ -300,8 +301,7 @@ def _weight_bytes(cfg: TransformerConfig, num_experts: int, stages: int, dtype: 
 
 @cache
 def _first_device_bytes(checkpoint: Checkpoint, dtype: np.dtype, vae_dtype: np.dtype) -> int:
-    makers = component_makers(checkpoint, dtype, vae_dtype).values()
-    return sum(tree_bytes(nnx.split(nnx.eval_shape(make))[1]) for make in makers)
+    return sum(tree_bytes(state) for _, state in abstract_components(checkpoint, dtype, vae_dtype).values())
 
 
 def activation_bytes(
@@ -364,7 +364,7 @@ def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[str
 @cache
 def _decode_step_sizes(cfg: VAEConfig, height: int, width: int, dtype: np.dtype) -> tuple[int, int]:
     """Bytes of the halos that stay from step to step, and elements of the largest array in one."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: VAE(cfg, dtype=dtype, rngs=nnx.Rngs(0))))
+    graph, state = abstract(VAE, cfg, dtype)
     latent = jax.ShapeDtypeStruct((1, 1, height, width, cfg.z_dim), jnp.float32)
 
     def step(state, cache, latent):

@@ -3,7 +3,6 @@
 import difflib
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,13 +13,14 @@ from jax.sharding import Mesh
 from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER, image_encoder_rules
 from jaxwan.convert.diffusers import VAE as VAE_RULES
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.load import OnBytes, flat_shapes, load_module, prove
-from jaxwan.convert.rules import CheckpointError, Rule, Shape
+from jaxwan.convert.load import OnBytes, flat_shapes, load_state, prove
+from jaxwan.convert.rules import CheckpointError, Rule
+from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.dit import Weights, load_weights
 from jaxwan.pipelines.media import load_image_processor
-from jaxwan.pipelines.parts import Parts, abstract_parts, component_makers
+from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.pipelines.request import Job
@@ -48,11 +48,11 @@ def load_parts(
     tokenizer = load_tokenizer(folder / "tokenizer")
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(folder / "image_processor") if clip else None
-    files, num_bytes = prove_components(checkpoint)
     first = devices.devices.flat[0]
+    dtype = dtype or default_dtype(first)
+    files, num_bytes = prove_components(checkpoint, dtype, vae_dtype)
     if first.platform == "cpu":
         log.info("no accelerator: %d virtual CPU device%s", devices.size, "s" * (devices.size > 1))
-    dtype = dtype or default_dtype(first)
     parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor)
     phases = Progress(visible=progress)
     programs = [] if job is None else list(job_programs(checkpoint, parts, job))
@@ -71,11 +71,11 @@ def load_tensors(
 ) -> tuple[dict[str, nnx.State], Weights]:
     """Parameters by component folder, and the DiT's, from files that were proved to hold them."""
     states = {
-        name: nnx.split(load_module(
-            make, files[name], component_rules(name, checkpoint, files[name]), device=mesh.devices.flat[0],
+        name: load_state(
+            state, files[name], component_rules(name, checkpoint, files[name]), device=mesh.devices.flat[0],
             what=str(checkpoint.folder / name), progress=progress,
-        ))[1]
-        for name, make in component_makers(checkpoint, dtype, vae_dtype).items()
+        )
+        for name, (_, state) in abstract_components(checkpoint, dtype, vae_dtype).items()
     }  # fmt: skip
     experts = [files[name] for name in checkpoint.experts]
     return states, load_weights(checkpoint.transformer, experts, mesh, dtype, progress)
@@ -103,15 +103,18 @@ def _others(mesh: MeshSpec) -> tuple[int, int, int, int]:
     return mesh.dp, mesh.cfg, mesh.sp, mesh.tp
 
 
-def prove_components(checkpoint: Checkpoint) -> tuple[dict[str, TensorFiles], int]:
+def prove_components(
+    checkpoint: Checkpoint, dtype: str = "float32", vae_dtype: str = "float32"
+) -> tuple[dict[str, TensorFiles], int]:
     """The files of every component, each proved to hold exactly what its configuration asks for, and the bytes of all
     that will be read; headers only.
 
     Raises one CheckpointError for the complaints of all components.
     """
-    shapes = {name: _shapes(make) for name, make in component_makers(checkpoint, jnp.float32, jnp.float32).items()}
-    expert = _shapes(lambda: WanTransformer(checkpoint.transformer, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    shapes |= dict.fromkeys(checkpoint.experts, expert)
+    states = {name: state for name, (_, state) in abstract_components(checkpoint, dtype, vae_dtype).items()}
+    _, expert = abstract(WanTransformer, checkpoint.transformer, jnp.dtype(dtype))
+    states |= dict.fromkeys(checkpoint.experts, expert)
+    shapes = {name: {path: leaf.shape for path, leaf in flat_shapes(state).items()} for name, state in states.items()}
     files = {name: TensorFiles.find(checkpoint.folder / name) for name in shapes}
     problems, num_bytes = [], 0
     for name, targets in shapes.items():
@@ -124,11 +127,6 @@ def prove_components(checkpoint: Checkpoint) -> tuple[dict[str, TensorFiles], in
     if problems:
         raise CheckpointError("; ".join(problems))
     return files, num_bytes
-
-
-def _shapes(make: Callable[[], nnx.Module]) -> dict[str, Shape]:
-    abstract = nnx.state(nnx.eval_shape(make), nnx.Param)
-    return {path: leaf.shape for path, leaf in flat_shapes(abstract).items()}
 
 
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxwan.models.image_encoder import CLIPVisionEncoder
+from jaxwan.models.layers import abstract
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.vae import VAE
 from jaxwan.models.video_coder import VideoCoder
@@ -58,9 +59,8 @@ def abstract_parts(
 ) -> Parts:  # fmt: skip
     """The parts on a mesh, with shapes of parameters, each where it will be."""
     first = SingleDeviceSharding(mesh.devices.flat[0])
-    modules = {name: nnx.split(nnx.eval_shape(make)) for name, make in component_makers(
-        checkpoint, dtype, vae_dtype).items()}  # fmt: skip
-    placed = {name: (graph, shapes_at(first, state)) for name, (graph, state) in modules.items()}
+    models = abstract_components(checkpoint, dtype, vae_dtype)
+    placed = {name: (graph, shapes_at(first, state)) for name, (graph, state) in models.items()}
     weights = placed_weights(checkpoint.transformer, checkpoint.num_experts, mesh, dtype)
     return Parts(
         denoiser=Denoiser(checkpoint.transformer, weights, mesh, jnp.dtype(dtype)),
@@ -73,19 +73,18 @@ def abstract_parts(
     )
 
 
-def component_makers(
+def abstract_components(
     checkpoint: Checkpoint, dtype: DTypeLike, vae_dtype: DTypeLike
-) -> dict[str, Callable[[], nnx.Module]]:
-    """Component folder -> maker of its module, of all that runs on the mesh's first device."""
-    makers: dict[str, Callable[[], nnx.Module]] = {
-        "vae": lambda: VAE(checkpoint.vae, dtype=vae_dtype, rngs=nnx.Rngs(0)),
-        "text_encoder": lambda: UMT5Encoder(checkpoint.text_encoder, dtype=dtype, rngs=nnx.Rngs(0)),
+) -> dict[str, tuple[Any, nnx.State]]:
+    """Component folder -> structure and shapes of its model, of all that runs on the mesh's first device."""
+    models = {
+        "vae": abstract(VAE, checkpoint.vae, jnp.dtype(vae_dtype)),
+        "text_encoder": abstract(UMT5Encoder, checkpoint.text_encoder, jnp.dtype(dtype)),
     }
-    image_encoder = checkpoint.image_encoder
-    if image_encoder is not None:
+    if checkpoint.image_encoder is not None:
         # float32 in a bfloat16 pipeline too, as Wan's examples load it
-        makers["image_encoder"] = lambda: CLIPVisionEncoder(image_encoder, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    return makers
+        models["image_encoder"] = abstract(CLIPVisionEncoder, checkpoint.image_encoder, jnp.dtype(jnp.float32))
+    return models
 
 
 def _jitted(graph: Any, state: Any) -> Jitted:
