@@ -7,10 +7,12 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 VARIABLE = "JAXWAN_COMPILATION_CACHE"
+KEPT_FROM = 0.2  # JAX's 1.0 leaves out the programs of small models, which together take a second
+_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 def keep_compiled_programs() -> Path | None:
-    """Let JAX keep what takes a second or longer to compile; the folder, or None where nothing is kept.
+    """Let JAX keep what takes KEPT_FROM seconds or longer to compile; the folder, or None where nothing is kept.
 
     The folder is `jaxwan/compiled` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`), unless JAX was told
     one already (`jax_compilation_cache_dir` or `$JAX_COMPILATION_CACHE_DIR`). With `JAXWAN_COMPILATION_CACHE=0` in the
@@ -26,6 +28,8 @@ def keep_compiled_programs() -> Path | None:
     except OSError:  # no home
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if _SECONDS.upper() not in os.environ:
+        jax.config.update(_SECONDS, KEPT_FROM)
     reset_cache()  # JAX asks for the folder once, when it first compiles, which may have been before
     return folder
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxwan import BUNDLED_MODEL
 from jaxwan.pipelines import pipeline
-from jaxwan.pipelines.compilation_cache import cache_folder, keep_compiled_programs
+from jaxwan.pipelines.compilation_cache import KEPT_FROM, cache_folder, keep_compiled_programs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 COUNT = """
@@ -89,15 +89,18 @@ def test_the_command_keeps_them_unless_told_not_to(monkeypatch, tmp_path, flags,
         folders.append(keep_compiled_programs())
         raise ValueError("far enough")
 
-    before = jax.config.jax_compilation_cache_dir
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("JAXWAN_COMPILATION_CACHE", "1")
     monkeypatch.setattr(pipeline, "load_parts", stop)
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         assert script.main([*SMALLEST, *flags]) == 1
+        assert not kept or getattr(jax.config, names[1]) == KEPT_FROM
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
     assert folders == [tmp_path / "jaxwan/compiled" if kept else None]
 
 
