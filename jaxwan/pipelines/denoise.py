@@ -48,9 +48,14 @@ class Entry(NamedTuple):
         return int(self.inputs.controls.table.num_steps)
 
     @property
+    def texts(self) -> int:
+        """Texts that it has: 2 with a negative one, else 1."""
+        return self.inputs.text.shape[0]
+
+    @property
     def branches(self) -> int:
         """Micro-batches of a step: 2 with guidance, else 1."""
-        return self.inputs.text.shape[0]
+        return 2 if self.inputs.controls.guided else 1
 
     @property
     def latents(self) -> np.ndarray:
@@ -84,7 +89,7 @@ class Bucket:
         with a ValueError.
         """
         shapes = [shapes_at(None, entry) for entry in entries]
-        widest = max(shapes, key=lambda entry: entry.branches)
+        widest = max(shapes, key=lambda entry: entry.texts)
         noise = next((s.inputs.noise for s in shapes if s.inputs.noise is not None), None)
         bucket = cls(slots or room(len(entries)), _with(widest, widest.inputs.text, noise))
         for shape in shapes:
@@ -102,7 +107,7 @@ class Bucket:
     def fitted(self, entry: Entry) -> Entry:
         """The entry with all arrays that the bucket's programs read: zeros where nothing of its own is looked at."""
         text, noise = entry.inputs.text, entry.inputs.noise
-        if entry.branches < self.entry.branches:
+        if entry.texts < self.entry.texts:
             text = np.concatenate([text, np.zeros_like(text)])
         if noise is None and self.entry.inputs.noise is not None:
             noise = np.zeros(self.entry.inputs.noise.shape, np.float32)
@@ -166,7 +171,7 @@ class Programs:
 
     def empty(self, plan: RingPlan) -> Running:
         """The ring before its first tick; the plan's slots have no videos yet."""
-        return self._empty(make_turns(plan, slots=self.bucket.slots, branches=self.bucket.entry.branches))
+        return self._empty(make_turns(plan, slots=self.bucket.slots, branches=self.bucket.entry.texts))
 
     def insert(self, running: Running, slot: int, start: int, entry: Entry) -> Running:
         """Put a video into a slot, to enter in round `start` (`turns.first_start`), whatever was there before."""
@@ -185,7 +190,7 @@ class Programs:
     def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
         number = jax.ShapeDtypeStruct((), np.int32)
-        room = {"slots": self.bucket.slots, "branches": self.bucket.entry.branches}
+        room = {"slots": self.bucket.slots, "branches": self.bucket.entry.texts}
         turns = shapes_at(None, make_turns(RingPlan(1, (1,)), **room))
         running = jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty, turns))
         yield "ring", self._ring, (weights, running.inputs, running.turns, running.state, number)

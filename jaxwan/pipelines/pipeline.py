@@ -23,7 +23,7 @@ from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, encode_video, prepare
 from jaxwan.pipelines.load import load_parts, parse_dtype, place
-from jaxwan.pipelines.media import load_video, to_unit_range
+from jaxwan.pipelines.media import check_writable, load_video, to_unit_range
 from jaxwan.pipelines.output import Output, numbered
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
@@ -284,6 +284,9 @@ class WanPipeline:
         Arguments and errors are a call's, but for what a call does at its end. `advance` then takes steps in the ring,
         as a call does; `denoise_step` and `step_scheduler` are the halves of one step; `post_decode` makes frames.
         """
+        for name in ("output_type", "callback_on_step_end"):
+            if name in call:
+                raise TypeError(f"{name} is an argument of a call, and none of prepare_encode: it makes no output")
         job = make_job(self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, **call)
         for note in job.notes:
             log.info(note)
@@ -313,18 +316,28 @@ class WanPipeline:
         """Frames (B, F, H, W, 3) in [0, 1] of the latents as they are, given first frames put back in."""
         return self._decode(state.results, Progress(visible=self.progress))
 
-    def save_state(self, state: StepState, path: str | Path) -> list[Path]:
-        """Write each video with all that its steps need to a safetensors file; several go beside `path`, as those of
-        `Output.save` do. `load_state` reads them, in other processes, on any mesh. Returns where they are."""
-        paths, model = numbered(path, state.settings), self._identity
+    def save_state(self, state: StepState, path: str | Path, *, overwrite: bool = True) -> list[Path]:
+        """Write each video with all that its steps need to a .safetensors file; several go beside `path`, as those of
+        `Output.save` do. `load_state` reads them, in other processes, on any mesh. Returns where they are.
+
+        Raises ValueError for another suffix, OSError where nothing can be written, or, with `overwrite=False`, where a
+        file is already.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"a state is saved as .safetensors, not as {path}")
+        paths, model = [check_writable(p, overwrite) for p in numbered(path, state.settings)], self._identity
         for target, entry, settings in zip(paths, state.entries, state.settings, strict=True):
             save_entry(target, entry, settings, self.checkpoint, model)
         return paths
 
-    def load_state(self, *paths: str | Path) -> StepState:
-        """The videos that `save_state` wrote, to go on with. Raises OSError for a file that cannot be read, ValueError
-        for one of another model, and where the files' sizes differ."""
-        loaded = [load_entry(Path(path), self.checkpoint, self._identity) for path in paths]
+    def load_state(self, *paths: str | Path | Sequence[str | Path]) -> StepState:
+        """The videos that `save_state` wrote, by their paths or lists of them, to go on with.
+
+        Raises OSError for a file that cannot be read, ValueError for one of another model, and where the files' sizes
+        differ.
+        """
+        files = [file for path in paths for file in ([path] if isinstance(path, str | Path) else path)]
+        loaded = [load_entry(Path(file), self.checkpoint, self._identity) for file in files]
         return StepState.join(*(StepState((entry,), (settings,)) for entry, settings in loaded))
 
     @cached_property
@@ -351,7 +364,10 @@ class WanPipeline:
         alike = all(np.array_equal(row, schedules[0]) for row in schedules) and len(set(loop.done)) == 1
         latents = to_public(loop.latents())
         given = {"latents": latents.copy()}
-        returned = callback(self, max(loop.done) - 1, shown[0] if alike else shown, given) or {}
+        returned = callback(self, max(loop.done) - 1, shown[0] if alike else shown, given)
+        returned = {} if returned is None else returned
+        if not isinstance(returned, dict):
+            raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}: it may return a dict or None")
         others = sorted(str(key) for key in returned if key != "latents")
         if others:
             raise ValueError(f"callback_on_step_end returned {', '.join(others)}: it can change nothing but latents")

@@ -33,13 +33,14 @@ def save_entry(
     path: Path, entry: Entry, settings: dict[str, Any], checkpoint: Checkpoint, model: dict[str, Any]
 ) -> None:
     """Write a video; an existing file is replaced once all is written. model: `identity` of the pipeline's."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     size = checkpoint.geometry.pixel_shape(*entry.sampler.x.shape[:3])
     about = {"format": FORMAT, "version": __version__, "model": model, "size": size, "settings": settings}
     arrays = {name: to_public(array) if _has_axes(name) else np.asarray(array) for name, array in _flat(entry)}
+    data = save({name: np.array(array, order="C") for name, array in arrays.items()}, {KEY: json.dumps(about)})
     with replacing(path) as temporary:
-        save_file({k: np.array(v, order="C") for k, v in arrays.items()}, temporary, {KEY: json.dumps(about)})
+        temporary.write_bytes(data)
 
 
 def load_entry(path: Path, checkpoint: Checkpoint, model: dict[str, Any]) -> tuple[Entry, dict[str, Any]]:

@@ -109,6 +109,8 @@ class StepState:
         finite, and for guidance above 1 of a video that was prepared without: it has no negative text.
         """
         entries = list(self.entries)
+        if latents is None and guidance_scale is None and guidance_scale_2 is None:
+            return self
         if latents is not None:
             new = checked_latents(latents, self.latents.shape)
             entries = [entry.with_latents(x) for entry, x in zip(entries, to_internal(new), strict=True)]
@@ -162,7 +164,7 @@ def _guided(entry: Entry, high: float | None, low: float | None) -> Entry:
         if scale is not None:
             new[done:][controls.expert[done:] == expert] = scale
     guided = controls.guided if high is None else np.array(high > 1)
-    if guided and entry.branches == 1:
+    if guided and entry.texts == 1:
         raise ValueError(f"guidance_scale={high} needs a negative text, and this video was prepared without guidance")
     return entry._replace(inputs=entry.inputs._replace(controls=controls._replace(guidance=new, guided=guided)))
 

@@ -84,7 +84,7 @@ def test_every_kind_of_input_comes_back_as_it_was(folder, tmp_path, family, call
     two = StepState.join(state, pipe.prepare_encode("y", seed=2, **call))
     paths = pipe.save_state(two, tmp_path / "a.safetensors")
     assert [path.name for path in paths] == ["a-0-seed1.safetensors", "a-1-seed2.safetensors"]
-    loaded = pipe.load_state(*paths)
+    loaded = pipe.load_state(paths)
     assert loaded.settings == tuple(json.loads(json.dumps(made)) for made in two.settings)
     for ours, theirs in zip(loaded.entries, two.entries, strict=True):
         for (name, a), (_, b) in zip(named(ours), named(theirs), strict=True):
@@ -172,6 +172,15 @@ def test_a_model_of_other_tensors_is_another_model(saved, tmp_path):
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(pipe, saved, tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(OSError):
-        pipe.save_state(saved[0], tmp_path / "folder.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["folder.safetensors"]
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "there.safetensors").write_text("mine")
+    for name, error, words in (
+        ("folder.safetensors", OSError, "is a folder"), ("pipe.safetensors", OSError, "is no regular file"),
+        ("there.safetensors", FileExistsError, "exists"), ("x.mp4", ValueError, "is saved as .safetensors, not as"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            pipe.save_state(saved[0], tmp_path / name, overwrite=False)
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "there.safetensors").read_text() == "mine"
+    pipe.save_state(saved[0], tmp_path / "there.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "there.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

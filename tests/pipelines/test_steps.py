@@ -6,6 +6,7 @@ from diffusers import WanPipeline as Reference
 from oracle import relative_error
 from runs import IMAGE, NEGATIVES, PROMPTS, compilations, run_ours, unit_noise
 
+from jaxwan.pipelines.denoise import Loop
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.steps import StepState
 
@@ -115,6 +116,8 @@ def test_states_that_cannot_go_together_are_refused(pipe):
         StepState.join()
     with pytest.raises(IndexError, match="no video 1 among 1"):
         state[1]
+    with pytest.raises(TypeError, match="output_type is an argument of a call, and none of prepare_encode"):
+        pipe.prepare_encode("x", output_type="latent")
 
 
 def test_editing_latents_and_guidance_between_steps(pipe):
@@ -135,6 +138,9 @@ def test_editing_latents_and_guidance_between_steps(pipe):
     off = start.replace(guidance_scale=1.0)  # from now on the cond velocity alone
     rows = pipe.encode_prompt("x")
     assert relative_error(pipe.denoise_step(off), pipe.predict(off.latents, off.timesteps, rows)) < APART
+    assert [Loop(pipe.parts.denoiser, s.entries).plan.period for s in (start, off)] == [2, 1]  # half of the work
+    on = off.replace(guidance_scale=4.0)  # its negative text is still there
+    np.testing.assert_array_equal(pipe.advance(on).latents, plain.latents)
     np.testing.assert_array_equal(start.latents, state.latents)  # states never change
 
 
@@ -196,6 +202,7 @@ def test_a_callback_that_returns_nothing_new_changes_nothing(pipe, called):
     np.testing.assert_array_equal(output.latents, called.latents)
     assert all("inputs" not in made for made in output.settings)
     for returned, words in (
+        (True, "returned a bool: it may return a dict or None"),
         ({"prompt_embeds": 1}, "returned prompt_embeds: it can change nothing but latents"),
         ({"latents": np.zeros(3)}, "latents that callback_on_step_end returned has shape"),
     ):

@@ -55,6 +55,8 @@ def check_writable(path: str | Path, overwrite: bool = True) -> Path:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"output {path} is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"output {path} is no regular file, and would be replaced by one")
     if not overwrite and path.exists():
         raise FileExistsError(f"output {path} exists: choose another name, or say --overwrite (overwrite=True)")
     existing = next(folder for folder in path.absolute().parents if folder.exists())
