@@ -82,8 +82,8 @@ class Bucket:
     entry: Entry
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], slots: int | None = None) -> "Bucket":
-        """The bucket of some videos, with slots for all (`room`) unless told. Of their arrays the shapes suffice.
+    def of(cls, entries: Sequence[Entry]) -> "Bucket":
+        """The bucket of some videos, with slots for all (`room`). Of their arrays the shapes suffice.
 
         Videos without guidance and those that do not renoise fit beside others; what else differs in shape is refused
         with a ValueError.
@@ -91,7 +91,7 @@ class Bucket:
         shapes = [shapes_at(None, entry) for entry in entries]
         widest = max(shapes, key=lambda entry: entry.texts)
         noise = next((s.inputs.noise for s in shapes if s.inputs.noise is not None), None)
-        bucket = cls(slots or room(len(entries)), _with(widest, widest.inputs.text, noise))
+        bucket = cls(room(len(entries)), _with(widest, widest.inputs.text, noise))
         for shape in shapes:
             text = widest.inputs.text
             text = text if shape.inputs.text.shape[1:] == text.shape[1:] else shape.inputs.text

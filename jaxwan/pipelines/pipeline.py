@@ -185,8 +185,8 @@ class WanPipeline:
     def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **call: Any) -> Warmup:
         """Compile all that a call with these arguments runs, several programs at a time, and compute nothing.
 
-        What counts is what a program depends on: size, number of videos, whether any is guided, whether images or a
-        video come. A server gives stand-ins for the rest:
+        What counts is what a program depends on: size, number of videos and of text rows, whether any is guided or
+        renoises, whether images or a video come. A server gives stand-ins for the rest:
 
             pipe.warmup(height=480, width=832, num_frames=81, guidance_scale=5.0)
             pipe.warmup([""] * 4, image=np.zeros((480, 832, 3), np.uint8))

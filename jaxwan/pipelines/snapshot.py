@@ -61,6 +61,7 @@ def load_entry(path: Path, checkpoint: Checkpoint, model: dict[str, Any]) -> tup
     entry = _entry({name: to_internal(x) if _has_axes(name) else x for name, x in arrays.items()})
     steps, experts = entry.num_steps, set(entry.inputs.controls.expert)
     right = 1 <= steps <= MAX_STEPS and 0 <= entry.done <= steps and experts <= {0, model["experts"] - 1}
+    right = right and entry.branches <= entry.texts  # guidance needs a negative text
     if not right or not all(np.isfinite(x).all() for x in arrays.values()):
         raise ValueError(f"{path} holds numbers that no video on its way has")
     return entry, about["settings"]

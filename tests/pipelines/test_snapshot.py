@@ -134,6 +134,7 @@ def rewrite(saved, tmp_path):
         (lambda t: t.update(more=np.zeros(3)), None, r"more is \(\(3,\), 'F64'\), not missing"),
         (lambda t: t.update({"inputs.text": np.zeros((3, 512, 24), np.float32)}), None, "no texts of 1 to 512 rows"),
         (lambda t: t.update({"inputs.text": np.zeros((), np.float32)}), None, "no texts of 1 to 512 rows"),
+        (lambda t: t.update({"inputs.text": t["inputs.text"][:1]}), None, "numbers that no video on its way has"),
         (lambda t: t.update({"done": np.array(6, np.int32)}), None, "numbers that no video on its way has"),
         (lambda t: t.update({"sampler.x": t["sampler.x"] * np.nan}), None, "numbers that no video on its way has"),
         (lambda t: t.update({"inputs.controls.expert": t["inputs.controls.expert"] + 7}), None, "holds numbers"),
