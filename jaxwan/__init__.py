@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
     from jaxwan.pipelines.dry_run import DryRun, dry_run
     from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
-    from jaxwan.pipelines.output import Output, check_save
+    from jaxwan.pipelines.output import Output, check_save, seed_label
     from jaxwan.pipelines.pipeline import WanPipeline
     from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT
     from jaxwan.pipelines.request import Job
@@ -28,7 +28,7 @@ _HOME = {
     "checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
     "dry_run": ("DryRun", "dry_run"),
     "media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
-    "output": ("Output", "check_save"),
+    "output": ("Output", "check_save", "seed_label"),
     "pipeline": ("WanPipeline",),
     "prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
     "request": ("Job",),
@@ -38,7 +38,7 @@ _HOME = {
 __all__ = [
     "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "StepState", "WanPipeline",
     "check_save", "check_writable", "dry_run", "load_image", "load_video", "make_job", "open_checkpoint",
-    "read_settings", "save_video",
+    "read_settings", "save_video", "seed_label",
 ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ PER_PROMPT = (  # flags that may be repeated
 ).split()
 CALL = (
     *PER_PROMPT,
-    *"video strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt video_index "
+    *"video strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
     "max_sequence_length".split(),
 )
 
@@ -132,7 +132,7 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
         call["negative_prompt"] = jaxwan.OFFICIAL_NEGATIVE_PROMPT
     if args.latents is not None:
         call["latents"] = load_latents(args.latents)
-    gone = {"sampler": ["timesteps"], "seed": ["video_index"], "timesteps": ["num_inference_steps"],
+    gone = {"sampler": ["timesteps"], "seed": ["index"], "timesteps": ["num_inference_steps"],
             "num_inference_steps": ["timesteps"]}  # what another value of a flag makes meaningless  # fmt: skip
     stale = {name for given in call for name in gone.get(given, [])}
     before = made.get("call", {})
@@ -196,7 +196,8 @@ def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
     """Where the video goes; several go beside it."""
     if args.output is not None:
         return Path(args.output)
-    seed = f"-seed{job.requests[0].seed}" if len(job.requests) == 1 else ""  # several say their own
+    alone = len(job.requests) == 1  # several say their own seeds
+    seed = jaxwan.seed_label(job.settings()[0]["call"], in_file_name=True) if alone else ""
     return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}{'.png' if job.size[0] == 1 else '.mp4'}")
 
 
@@ -223,8 +224,7 @@ def described(call: dict[str, Any]) -> str:
     """One video in a line, by the call that makes it again."""
     size, fps, prompt = f"{call['width']}x{call['height']}", call["fps"], shorten(call["prompt"], 80, placeholder="…")
     frames = f"{call['num_frames']} frames at {fps:g} fps" if call["num_frames"] > 1 else "1 frame"
-    index = f" index {call['video_index']}" if call["video_index"] else ""
-    return f"{size}, {frames}, seed {call['seed']}{index}: {prompt!r}"
+    return ", ".join(filter(None, (size, frames, jaxwan.seed_label(call)))) + f": {prompt!r}"
 
 
 def tell_end(
@@ -313,8 +313,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--num-frames", type=int, help="4k+1, such as 81; 1 makes a picture")
     size.add_argument("--fps", type=float, help="frames a second of the written video")
     size.add_argument("--num-videos-per-prompt", type=int, help="default 1")
-    size.add_argument("--video-index", type=int, metavar="N",
-                      help="of a prompt's first video, whose noise is that of seed and index; default 0")  # fmt: skip
+    size.add_argument("--index", type=int, metavar="N",
+                      help="of the first video of each seed: --index 2 makes the third alone; default 0")  # fmt: skip
 
     how = parser.add_argument_group("sampling (defaults: the checkpoint's)")
     how.add_argument("--num-inference-steps", **many, type=int, help="denoising steps, 1 to 128 [per prompt]")

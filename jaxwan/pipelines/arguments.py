@@ -39,6 +39,27 @@ _ELSEWHERE = {
 }
 
 
+# Attributes of Diffusers' pipelines, and how the same is had here
+_AT_HOME = {
+    "scheduler": "choose a sampler in each call, such as pipe(…, sampler='unipc', flow_shift=3)",
+    **dict.fromkeys(("_guidance_scale", "guidance_scale", "_guidance_scale_2"), "give guidance_scale to each call"),
+    **dict.fromkeys(("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer"),
+                    "a pipeline's models are in pipe.parts; use pipe.predict, encode, decode or encode_prompt"),
+    **dict.fromkeys(("to", "cuda", "device", "enable_model_cpu_offload", "enable_sequential_cpu_offload"),
+                    "say the devices when loading, from_pretrained(…, mesh='pp=4')"),
+    **dict.fromkeys(("enable_vae_tiling", "enable_vae_slicing"), "the VAE decodes a few frames at a time as it is"),
+    **dict.fromkeys(("load_lora_weights", "set_adapters", "fuse_lora"), "LoRA files are not read yet"),
+    "set_progress_bar_config": "from_pretrained(…, progress=False) is silent",
+    "save_pretrained": "a pipeline is not written again",
+}  # fmt: skip
+
+
+def no_attribute(name: str) -> AttributeError:
+    """What to raise for an attribute that a pipeline does not have."""
+    hint = f": {_AT_HOME[name]}" if name in _AT_HOME else ""
+    return AttributeError(f"WanPipeline has no attribute {name}{hint}")
+
+
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises TypeError, naming the right argument, for one that is unknown or has no meaning here."""
     for name, value in given.items():

@@ -6,7 +6,7 @@ decided that way and may surprise is kept in `Job.notes`, for the caller to be t
 
 import inspect
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ import numpy as np
 from jaxwan.config import ImageInput
 from jaxwan.pipelines.arguments import Number, check_kind, number, per_prompt, refuse_unknown, whole
 from jaxwan.pipelines.checkpoint import Checkpoint
+from jaxwan.pipelines.condition import choose_expert
 from jaxwan.pipelines.media import count_frames, fit_size, load_image, load_video, resize_image, resize_video
-from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
+from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, lost_text, tell_unknown_words
 from jaxwan.pipelines.request import Job, Request, Sampling
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
 
@@ -50,7 +51,7 @@ def make_job(
     prompt_embeds: Any = None,
     negative_prompt_embeds: Any = None,
     num_videos_per_prompt: int = 1,
-    video_index: int = 0,
+    index: int = 0,
     max_sequence_length: int = MAX_TOKENS,
     **unknown: Any,
 ) -> Job:
@@ -67,8 +68,8 @@ def make_job(
     count = len(prompts)
     tell_unknown_words(prompts, checkpoint.defaults)
     num_videos = whole("num_videos_per_prompt", num_videos_per_prompt, 1)
-    video_index = whole("video_index", video_index, 0)
-    check_range("video_index", video_index, 0, MAX_INDEX - num_videos)
+    index = whole("index", index, 0)
+    check_range("index", index, 0, MAX_INDEX - num_videos)
     num_frames = None if num_frames is None else whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
     frames, video_fps = _video(checkpoint, video, num_frames, strength)
@@ -83,7 +84,8 @@ def make_job(
     samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
     boundary = _boundary(checkpoint, boundary_ratio)
     guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
-    seeds = _seeds(count, seed, notes)
+    draws = [latents is None or sampling.table.renoises for sampling in samplings]
+    seeds = _seeds(seed, draws, notes)
     latents = _latents(checkpoint, latents, count * num_videos, (num_frames, height, width))
     shared = dict(
         num_frames=num_frames, height=height, width=width, fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
@@ -93,13 +95,20 @@ def make_job(
     requests = tuple(
         Request(
             prompt=prompts[i], negative_prompt=negatives[i], sampling=samplings[i], guidance_scale=guidance[i][0],
-            guidance_scale_2=guidance[i][1], seed=seeds[i], index=video_index + k, image=images[i],
+            guidance_scale_2=guidance[i][1], seed=seeds[i], index=index + k, image=images[i],
             last_image=last_images[i], latents=None if latents is None else latents[i * num_videos + k],
             prompt_embeds=None if embeds is None else embeds[i],
             negative_prompt_embeds=None if negative_embeds is None else negative_embeds[i], **shared,
         )
         for i in range(count) for k in range(num_videos)
     )  # fmt: skip
+    firsts = requests[::num_videos]
+    notes += _cut_texts(checkpoint, firsts)
+    notes += _without_effect(
+        firsts, draws, negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
+        guidance_scale_2=guidance_scale_2, flow_shift=flow_shift, seed=seed, index=index or None,
+    )  # fmt: skip
+    notes += _equal_videos(requests)
     return Job(requests, tuple(notes))
 
 
@@ -359,15 +368,17 @@ def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
     return float(given)
 
 
-def _seeds(count: int, seed: Any, notes: list[str]) -> list[int]:
-    seeds = per_prompt("seed", seed, count, int)
-    if None in seeds:
-        drawn = secrets.randbelow(2**32)
-        notes.append(f"seed {drawn}")
-        seeds = [drawn if value is None else value for value in seeds]
+def _seeds(seed: Any, draws: list[bool], notes: list[str]) -> list[int | None]:
+    """A seed a prompt, drawn where there is none; None where no noise is `draws`n and none was given."""
+    seeds = per_prompt("seed", seed, len(draws), int)
     for value in seeds:
-        check_range("seed", value, 0, SEEDS - 1)
-    return seeds
+        if value is not None:
+            check_range("seed", value, 0, SEEDS - 1)
+    missing = [value is None and needed for value, needed in zip(seeds, draws, strict=True)]
+    drawn = [secrets.randbelow(2**32) if absent else value for value, absent in zip(seeds, missing, strict=True)]
+    if any(missing):
+        notes.append(f"seed{'s' * (len(drawn) > 1)} {', '.join(map(str, drawn))}")
+    return drawn
 
 
 def _fps(value: Any) -> float:
@@ -378,3 +389,56 @@ def _fps(value: Any) -> float:
 def _first(*values: Any) -> Any:
     """The first that is not None."""
     return next((v for v in values if v is not None), None)
+
+
+# Notes on what a caller would else find out late, or never
+
+
+def _cut_texts(checkpoint: Checkpoint, requests: Sequence[Request]) -> Iterator[str]:
+    """On texts that are longer than what the model reads, if the checkpoint has its tokenizer."""
+    if checkpoint.tokenizer is None:
+        return
+    rows = requests[0].max_sequence_length
+    texts = [("prompt", r.prompt) for r in requests]
+    texts += [("negative prompt", r.negative_prompt) for r in requests if r.guided]
+    for name, text in dict.fromkeys(texts):
+        if lost := text and lost_text(checkpoint.tokenizer, text, rows):
+            yield f"the {name} is longer than {rows} tokens, its end is not read: {lost!r}"
+
+
+def _without_effect(requests: Sequence[Request], draws: Sequence[bool], **given: Any) -> Iterator[str]:
+    """On arguments that change no prompt's video; of those that are given one a prompt, on each that does not."""
+    for name, value in given.items():
+        several = isinstance(value, (list, tuple))
+        values = value if several else [value] * len(requests)
+        silent = [v is None or (isinstance(v, str) and not v) for v in values]
+        whys = [None if s else _why_idle(name, *of) for s, *of in zip(silent, requests, draws, strict=True)]
+        idle = [i for i, why in enumerate(whys) if why]
+        if len(idle) == len(requests):
+            yield f"{name} has no effect: {whys[0]}"
+        elif several:
+            yield from (f"{name} of prompt {i} has no effect: {whys[i]}" for i in idle)
+
+
+def _why_idle(name: str, request: Request, draws: bool) -> str | None:
+    """Why an argument that is given changes nothing of a video, or None."""
+    if name in ("seed", "index"):
+        return None if draws else "the noise is given, as latents"
+    if name == "flow_shift":
+        return None if request.sampling.timesteps is None else "timesteps are used as they are"
+    if not request.guided:
+        return f"guidance_scale={request.guidance_scale:g} turns guidance off (of both experts, if there are two)"
+    timesteps = request.table.timesteps[: request.table.num_steps]
+    if name == "guidance_scale_2" and not choose_expert(timesteps, request.boundary_ratio).any():
+        return "no step is the low-noise expert's"
+    return None
+
+
+def _equal_videos(requests: Sequence[Request]) -> Iterator[str]:
+    """On videos that will be equal, because all that makes them is."""
+    first: dict[tuple, int] = {}
+    for i, request in enumerate(requests):
+        settings = request.settings()
+        made_of = repr(settings["call"]), *(id(getattr(request, name)) for name in settings.get("inputs", ()))
+        if first.setdefault(made_of, i) != i:
+            yield f"videos {first[made_of]} and {i} will be the same: prompt, seed and all else are equal"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxwan.config import (
 )
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind
+from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
@@ -59,6 +61,12 @@ class Checkpoint:
     def name(self) -> str:
         """What people call it, and files it made: the hub id, or the folder's own name."""
         return self.hub_id or (_BUNDLED_NAME if self.folder == BUNDLED_MODEL else self.folder.resolve().name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, read once; None in a folder of configurations alone. Raises as `load_tokenizer` does."""
+        folder = self.folder / "tokenizer"
+        return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
     @property
     def image_input(self) -> ImageInput:

@@ -52,10 +52,11 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(_normal(_words(seed), np.uint32(index), np.uint32(INITIAL), shape))
 
 
-def renoise_noise(table: Table, seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray | None:
+def renoise_noise(table: Table, seed: int | None, index: int, shape: tuple[int, ...]) -> np.ndarray | None:
     """The noise of every step that adds some, `[8, …]`: a function of (seed, index, step); None where none does."""
     if not table.renoises:
         return None
+    assert seed is not None
     noise = np.zeros((RENOISINGS, *shape), np.float32)
     for step in np.flatnonzero(table.predictor[:, 4]):
         noise[step] = _normal(_words(seed), np.uint32(index), np.uint32(RENOISE + step), shape)

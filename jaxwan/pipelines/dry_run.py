@@ -70,6 +70,7 @@ class DryRun:
     memory_fraction: float  # of it that JAX takes; 1 where device_memory is what JAX says that it took
     fits: bool | None
     would_fit: tuple[str, ...] = ()  # changes, in words
+    notes: tuple[str, ...] = ()  # what the call leaves open, or gives in vain
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -92,6 +93,7 @@ class DryRun:
             "",
             *self._buffers(),
             "",
+            *self.notes,
             self._verdict(),
         ]
         return "\n".join(lines)
@@ -170,7 +172,7 @@ def dry_run(
 
 def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
     """The call with a prompt and the images that its model cannot do without, where it has none."""
-    call = with_prompt(call)
+    call = {"seed": 0} | with_prompt(call)
     needs = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
     if not needs or call.get("video") is not None:
         return call
@@ -221,7 +223,7 @@ def _report(
         decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
         parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
-        fits=None if device_memory is None else max(needed) <= fraction * device_memory,
+        fits=None if device_memory is None else max(needed) <= fraction * device_memory, notes=job.notes,
     )  # fmt: skip
 
 

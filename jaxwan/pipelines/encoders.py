@@ -81,7 +81,11 @@ class Encoders:
     def latents(self, request: Request) -> Float[np.ndarray, "t h w z"]:
         """At the noise level of the request's first step."""
         given, shape = request.latents, latent_shape(self.checkpoint, request)
-        noise = initial_noise(request.seed, request.index, shape) if given is None else to_internal(given)
+        if given is None:
+            assert request.seed is not None
+            noise = initial_noise(request.seed, request.index, shape)
+        else:
+            noise = to_internal(given)
         if request.video is None:
             return noise
         clean = self._once(self._video, request.video, *request.size[1:])

@@ -45,7 +45,7 @@ def load_parts(
     start = time.perf_counter()
     devices = place(checkpoint, mesh)
     folder = checkpoint.folder
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = checkpoint.tokenizer or load_tokenizer(folder / "tokenizer")
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(folder / "image_processor") if clip else None
     first = devices.devices.flat[0]

@@ -37,9 +37,9 @@ class Output:
     seconds: dict[str, float]
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Each video's seed."""
-        return tuple(video["call"]["seed"] for video in self.settings)
+    def seeds(self) -> tuple[int | None, ...]:
+        """Each video's seed; None where its noise was given."""
+        return tuple(video["call"].get("seed") for video in self.settings)
 
     def __len__(self) -> int:
         return len(self.settings)
@@ -89,12 +89,10 @@ class Output:
         if not len(self):
             return f"Output({count})"
         if self.frames is self.latents:
-            return f"Output({count}, latents {self.latents.shape}, {_seeds(self.seeds)})"
+            return f"Output({count}, latents {self.latents.shape}{_seeds(self.seeds)})"
         call = self.settings[0]["call"]
         frames = f"{call['num_frames']} frame{'s' * (call['num_frames'] != 1)}"
-        return (
-            f"Output({count} of {call['width']}x{call['height']}, {frames} at {self.fps:g} fps, {_seeds(self.seeds)})"
-        )
+        return f"Output({count} of {call['width']}x{call['height']}, {frames} at {self.fps:g} fps{_seeds(self.seeds)})"
 
     def _repr_html_(self) -> str | None:
         """The videos, for notebooks; made smaller where they would take more than SHOWN_BYTES."""
@@ -119,9 +117,17 @@ def numbered(path: str | Path, settings: Sequence[Mapping[str, Any]]) -> list[Pa
     path = Path(path)
     if len(settings) == 1:
         return [path]
-    calls = [made["call"] for made in settings]
-    ends = [f"-{i}-seed{c['seed']}" + f"-{c['video_index']}" * (c["video_index"] > 0) for i, c in enumerate(calls)]
-    return [path.with_stem(path.stem + end) for end in ends]
+    return [
+        path.with_stem(f"{path.stem}-{i}{seed_label(made['call'], in_file_name=True)}")
+        for i, made in enumerate(settings)
+    ]
+
+
+def seed_label(call: Mapping[str, Any], *, in_file_name: bool = False) -> str:
+    """What a video's noise is called: "seed 7", "seed 7, index 2", or nothing where it was given; at the end of a
+    file's name "-seed7-index2"."""
+    parts = ["seed"] * ("seed" in call) + ["index"] * bool(call.get("index"))
+    return "".join(f"-{p}{call[p]}" for p in parts) if in_file_name else ", ".join(f"{p} {call[p]}" for p in parts)
 
 
 def check_save(job: Job, path: str | Path, *, overwrite: bool = True) -> list[Path]:
@@ -173,11 +179,10 @@ def _one(index: int, length: int) -> slice:
 
 
 def _caption(call: Mapping[str, Any]) -> str:
-    index = f", index {call['video_index']}" if call["video_index"] else ""
-    return html.escape(f"seed {call['seed']}{index}: {call.get('prompt', '')}")
+    return html.escape(": ".join(filter(None, (seed_label(call), call.get("prompt", "")))))
 
 
-def _seeds(seeds: tuple[int, ...]) -> str:
-    different = list(dict.fromkeys(seeds))
+def _seeds(seeds: tuple[int | None, ...]) -> str:
+    different = [seed for seed in dict.fromkeys(seeds) if seed is not None]
     shown = ", ".join(map(str, different[:4])) + (", …" if len(different) > 4 else "")
-    return f"seed{'s' * (len(different) != 1)} {shown}"
+    return f", seed{'s' * (len(different) != 1)} {shown}" if different else ""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxwan.pipelines.arguments import Number, refuse_unknown, whole
+from jaxwan.pipelines.arguments import Number, no_attribute, refuse_unknown, whole
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
@@ -27,7 +27,7 @@ from jaxwan.pipelines.media import check_writable, load_video, to_unit_range
 from jaxwan.pipelines.output import Output, numbered
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
-from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts
+from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
 from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.snapshot import identity, load_entry, save_entry
 from jaxwan.pipelines.steps import StepState, checked_latents
@@ -85,6 +85,14 @@ class WanPipeline:
         parts = load_parts(checkpoint, spec, dtype, vae_dtype or "float32", job, progress=progress)
         return cls(checkpoint, parts, progress=progress)
 
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("checkpoint", "parts", "progress"):
+            raise no_attribute(name)
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         denoiser = self.parts.denoiser
         mesh = MeshSpec(**denoiser.mesh.shape)
@@ -121,7 +129,7 @@ class WanPipeline:
         prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
         num_videos_per_prompt: int = 1,
-        video_index: int = 0,
+        index: int = 0,
         max_sequence_length: int = MAX_TOKENS,
         output_type: str = "np",
         callback_on_step_end: Callback | None = None,
@@ -137,7 +145,7 @@ class WanPipeline:
         guidance_scale: of the high-noise expert (or the only one). guidance_scale_2: of the low-noise expert.
         boundary_ratio: where the low-noise expert takes over, in timesteps / 1000.
         seed: of the noise; drawn when left out, and in the output's `seeds`. num_videos_per_prompt: their noise is that
-            of (seed, index) with index from `video_index` on.
+            of (seed, index) with index from `index` on.
         latents: unit noise to start from, (B, C, T, h, w). prompt_embeds, negative_prompt_embeds: (B, 512, C).
         max_sequence_length: rows of each text, 1 to 512, that the model attends to: 512 in training, fewer are quicker
             in small models and another result; longer prompts lose their end.
@@ -157,7 +165,7 @@ class WanPipeline:
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2,
             boundary_ratio=boundary_ratio, flow_shift=flow_shift, sampler=sampler, timesteps=timesteps, seed=seed,
             latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            num_videos_per_prompt=num_videos_per_prompt, video_index=video_index,
+            num_videos_per_prompt=num_videos_per_prompt, index=index,
             max_sequence_length=max_sequence_length, **unknown,
         )  # fmt: skip
         for note in job.notes:
@@ -207,9 +215,15 @@ class WanPipeline:
     # The parts on their own
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """Context rows (B, 512, C), float32, of one prompt or several: cleaned, zero behind each prompt's end."""
+        """Context rows (B, 512, C), float32, of one prompt or several: cleaned, zero behind each prompt's end.
+
+        Of one that is longer than 512 tokens the end is lost, and logged.
+        """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         assert self.parts.encode_text is not None and self.parts.tokenizer is not None
+        for text in texts:
+            if lost := lost_text(self.parts.tokenizer, text):
+                log.warning(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")
         return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:

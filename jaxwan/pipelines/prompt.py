@@ -91,24 +91,23 @@ def tell_unknown_words(prompts: Sequence[str | None], defaults: Defaults) -> Non
         warnings.warn(f"the model does not know the word{'s' * (len(unknown) > 1)} {shown}{example}", stacklevel=2)
 
 
+def lost_text(tokenizer: Tokenizer, text: str, length: int = MAX_TOKENS) -> str:
+    """The end of a text that `tokenize` leaves out, shortened; empty where the text fits."""
+    body, room = _encoded(tokenizer, clean_prompt(text), length)
+    lost = tokenizer.backend.decode(body.ids[room:])
+    return lost if len(lost) <= 100 else f"{lost[:60]} … {lost[-30:]}"
+
+
 def tokenize(
     tokenizer: Tokenizer, text: str, length: int = MAX_TOKENS
 ) -> tuple[Int[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
     """Token ids of a cleaned text, padded to `length`, and the mask that is true for what is no padding.
 
-    A longer text loses its end but keeps the closing token; a UserWarning then quotes what was lost. Raises ValueError
-    like `check_unicode`.
+    A longer text loses its end (`lost_text`) but keeps the closing token. Raises ValueError like `check_unicode`.
     """
-    backend = tokenizer.backend
-    check_unicode(text)
-    body = backend.encode(text, add_special_tokens=False)
-    room = length - backend.num_special_tokens_to_add(is_pair=False)
-    if len(body.ids) > room:
-        lost = backend.decode(body.ids[room:])
-        lost = lost if len(lost) <= 100 else f"{lost[:60]} … {lost[-30:]}"
-        warnings.warn(f"the prompt is longer than {length} tokens, its end is not read: {lost!r}", stacklevel=2)
-        body.truncate(room)
-    ids = backend.post_process(body).ids
+    body, room = _encoded(tokenizer, text, length)
+    body.truncate(room)
+    ids = tokenizer.backend.post_process(body).ids
     padded = np.full(length, tokenizer.pad_id, np.int32)
     padded[: len(ids)] = ids
     return padded, np.arange(length) < len(ids)
@@ -132,6 +131,13 @@ def encode_prompts(
         tokens, mask = (a[None] for a in tokenize(tokenizer, text, length))
         rows[text] = np.where(mask[..., None], np.asarray(encode(tokens, mask), np.float32), np.float32(0))
     return np.concatenate([rows[text] for text in texts])
+
+
+def _encoded(tokenizer: Tokenizer, text: str, length: int) -> tuple[Any, int]:
+    """The tokens of a cleaned text before its closing one, and how many of them have room in `length`."""
+    check_unicode(text)
+    room = length - tokenizer.backend.num_special_tokens_to_add(is_pair=False)
+    return tokenizer.backend.encode(text, add_special_tokens=False), room
 
 
 def abstract_prompt(length: int = MAX_TOKENS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

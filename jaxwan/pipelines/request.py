@@ -24,7 +24,7 @@ class Request:
     guidance_scale: float  # high-noise expert
     guidance_scale_2: float  # low-noise expert
     boundary_ratio: float | None
-    seed: int
+    seed: int | None  # None where no noise is drawn: latents were given
     index: int  # within its prompt: with the seed it makes the noise
     image: Any = None  # PIL image or float array
     last_image: Any = None
@@ -56,16 +56,16 @@ class Request:
         own = {name: getattr(self, name) for name in _PLAIN} | {
             name: getattr(self.sampling, name) for name in _SAMPLING
         }
-        if self.boundary_ratio is None:
-            del own["guidance_scale_2"]
-        call = {name: value for name, value in own.items() if value is not None} | {"video_index": self.index}
+        unused = ["guidance_scale_2"] * (self.boundary_ratio is None or not self.guided)
+        unused += ["negative_prompt"] * (not self.guided) + ["index"] * (self.seed is None)
+        call = {name: value for name, value in own.items() if value is not None and name not in unused}
         inputs = [name for name in _ARRAYS if getattr(self, name) is not None]
         return {"call": call} | ({"inputs": inputs} if inputs else {})
 
 
 _PLAIN = (
-    "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed strength "
-    "max_sequence_length"
+    "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed index "
+    "strength max_sequence_length"
 ).split()
 _SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
 _ARRAYS = ("image", "last_image", "video", "latents", "prompt_embeds", "negative_prompt_embeds")

@@ -85,8 +85,8 @@ def test_one_video_goes_where_it_is_told_and_several_beside_it(three, tmp_path):
 
 
 def test_names_say_the_index_within_the_prompt_too(made):
-    job, output = made(prompt=["a red star", "a red star"], num_videos_per_prompt=2, video_index=1)
-    expected = ["a-0-seed7-1.mp4", "a-1-seed7-2.mp4", "a-2-seed7-1.mp4", "a-3-seed7-2.mp4"]
+    job, output = made(prompt=["a red star", "a red star"], num_videos_per_prompt=2, index=1)
+    expected = ["a-0-seed7-index1.mp4", "a-1-seed7-index2.mp4", "a-2-seed7-index1.mp4", "a-3-seed7-index2.mp4"]
     assert [p.name for p in numbered("a.mp4", output.settings)] == expected
     assert [p.name for p in check_save(job, "a.mp4")] == expected
 
@@ -203,7 +203,7 @@ def embedded(html):
 
 
 def test_a_notebook_shows_every_video_with_its_seed_and_prompt(made, tmp_path):
-    _, output = made(prompt=["a red star", PROMPT], seed=[7, 8], video_index=1)
+    _, output = made(prompt=["a red star", PROMPT], seed=[7, 8], index=1)
     html = output._repr_html_()
     assert "seed 7, index 1: a red star" in html and "&lt;b&gt;" in html and "<b>" not in html
     shown = embedded(html)

@@ -3,12 +3,14 @@
 import inspect
 import json
 import warnings
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from published import PUBLISHED, edit, write_configs
+from tokenizer_files import write_tokenizer
 
 from jaxwan.pipelines.call import ARGUMENTS, make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
@@ -124,8 +126,8 @@ def test_none_in_a_list_is_that_prompts_default(job):
     assert scales(made) == [(6.0, 6.0), (4.0, 2.5), (4.0, 3.0)]
     assert [int(r.table.num_steps) for r in made.requests] == [40, 40, 3]
     assert [r.table.timesteps[0] for r in made.requests] == [999, 1000, 999]
-    first, _, last = [r.seed for r in made.requests]
-    assert first == last and made.notes == (f"seed {first}",)
+    first, given, last = [r.seed for r in made.requests]
+    assert given == 7 and first != last and made.notes == (f"seeds {first}, 7, {last}",)
 
 
 def test_several_videos_of_a_prompt_make_the_batch(job):
@@ -135,11 +137,66 @@ def test_several_videos_of_a_prompt_make_the_batch(job):
 
 
 def test_a_seed_left_out_is_drawn_and_said(job):
-    first, second = job(prompt=["a", "b"]), job()
-    (seed,) = {r.seed for r in first.requests}
-    assert first.notes == (f"seed {seed}",)
-    assert seed != second.requests[0].seed
+    first, second = job(prompt=["a", "a"], num_videos_per_prompt=2), job()
+    seeds = [r.seed for r in first.requests]
+    assert len(set(seeds)) == 2 and seeds[0] == seeds[1] and seeds[2] == seeds[3]
+    assert first.notes == (f"seeds {seeds[0]}, {seeds[2]}",)
+    assert second.notes == (f"seed {second.requests[0].seed}",) and second.requests[0].seed not in seeds
     assert job(seed=0).notes == ()
+
+
+def test_videos_that_will_be_equal_are_told(job):
+    two = dict(prompt=["a", "a"], seed=7)
+    assert job(**two).notes == ("videos 0 and 1 will be the same: prompt, seed and all else are equal",)
+    assert job(**two, guidance_scale=[2, 3]).notes == () and job(**two, num_videos_per_prompt=2).notes != ()
+    image = np.zeros((32, 32, 3), np.uint8)
+    assert not any("the same" in note for note in job(TI2V, **two, image=[image, image.copy()]).notes)
+
+
+UNGUIDED, IN_VAIN = dict(guidance_scale=1), "has no effect: guidance_scale=1 turns guidance off"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (UNGUIDED | dict(guidance_scale_2=4), [f"guidance_scale_2 {IN_VAIN}"]),
+        (UNGUIDED | dict(negative_prompt="x"), [f"negative_prompt {IN_VAIN}"]),
+        (UNGUIDED | dict(negative_prompt_embeds=np.ones((1, 512, 24))), [f"negative_prompt_embeds {IN_VAIN}"]),
+        (UNGUIDED | dict(negative_prompt=""), []),
+        (dict(negative_prompt="x", guidance_scale_2=4), []),
+        (dict(prompt=["a", "b"], negative_prompt="x", guidance_scale=[1, 2]), []),
+        (
+            dict(prompt=["a", "b"], negative_prompt=["x", "y"], guidance_scale=[1, 2]),
+            ["negative_prompt of prompt 0 has no effect: guidance_scale=1 turns"],
+        ),
+        (dict(guidance_scale_2=4, boundary_ratio=0), ["guidance_scale_2 has no effect: no step is"]),
+        (dict(sampler="renoise", timesteps=[1000, 500], flow_shift=3), ["flow_shift has no effect: timesteps"]),
+        (dict(latents=np.zeros((1, 16, 21, 90, 160))), ["seed has no effect: the noise is given, as latents"]),
+    ],
+)
+def test_arguments_without_effect_are_told(job, call, told):
+    notes = job(**({"seed": 7} | call)).notes
+    assert len(notes) == len(told) and all(note.startswith(start) for note, start in zip(notes, told, strict=True))
+
+
+def test_a_text_that_will_be_cut_is_told_with_what_is_lost(checkpoints, tmp_path):
+    assert checkpoints[T2V].tokenizer is None  # of configurations alone
+    write_tokenizer(tmp_path / "tokenizer")
+    checkpoint, text = replace(checkpoints[T2V], folder=tmp_path), "a {} runs on the moon"
+    call = dict(seed=7, max_sequence_length=4, prompt=text.format("cat"), negative_prompt=text.format("dog"))
+    lost = "longer than 4 tokens, its end is not read: 'on the moon'"
+    assert make_job(checkpoint, **call).notes == (f"the prompt is {lost}", f"the negative prompt is {lost}")
+    assert make_job(checkpoint, **call | dict(guidance_scale=1)).notes[0] == f"the prompt is {lost}"
+    assert not any("negative prompt is" in note for note in make_job(checkpoint, **call | UNGUIDED).notes)
+    assert make_job(checkpoint, **call | dict(max_sequence_length=7)).notes == ()  # six words and the closing token
+
+
+def test_no_seed_is_drawn_or_told_where_the_noise_is_given(job):
+    latents = np.zeros((1, 16, 21, 90, 160))
+    (request,) = (made := job(latents=latents)).requests
+    assert request.seed is None and made.notes == () and not {"seed", "index"} & made.settings()[0]["call"].keys()
+    renoised = job(latents=latents, sampler="renoise", timesteps=[1000, 500])
+    assert renoised.notes == (f"seed {renoised.requests[0].seed}",)
 
 
 def test_embeddings_stand_in_for_texts(job):
@@ -385,6 +442,27 @@ def test_a_call_of_a_pipeline_shows_its_whole_signature():
     assert list(call)[1:3] == ["prompt", "negative_prompt"] and set(ARGUMENTS) < set(call)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("scheduler", "choose a sampler in each call"),
+        ("_guidance_scale", "give guidance_scale to each call"),
+        ("transformer", "models are in pipe.parts"),
+        ("to", "say the devices when loading"),
+        ("shedule", "has no attribute shedule$"),
+    ],
+)
+def test_attributes_of_other_pipelines_are_neither_read_nor_set_silently(name, told):
+    pipe = WanPipeline.__new__(WanPipeline)
+    with pytest.raises(AttributeError, match=told):
+        getattr(pipe, name)
+    with pytest.raises(AttributeError, match=told):
+        setattr(pipe, name, None)
+    assert not hasattr(pipe, name)
+    pipe.progress = False
+    assert pipe.progress is False
+
+
 def test_words_that_a_model_of_few_words_does_not_know_are_told():
     checkpoint = read_checkpoint(BUNDLED_MODEL)
     with pytest.warns(UserWarning) as caught:
@@ -403,18 +481,18 @@ def test_words_that_a_model_of_few_words_does_not_know_are_told():
 def test_settings_are_a_call_that_makes_each_video_again(job):
     made = job(
         prompt=["a", "b"], guidance_scale=[2, 3.5], seed=[1, 2], num_inference_steps=[3, 4], num_videos_per_prompt=2,
-        video_index=5, sampler=["euler", "unipc"], **SIZE,
+        index=5, sampler=["euler", "unipc"], **SIZE,
     )  # fmt: skip
     json.dumps(made.settings())
     settings = [s["call"] for s in made.settings()]
-    assert [(s["prompt"], s["seed"], s["video_index"]) for s in settings] == [
+    assert [(s["prompt"], s["seed"], s["index"]) for s in settings] == [
         ("a", 1, 5), ("a", 1, 6), ("b", 2, 5), ("b", 2, 6)
     ]  # fmt: skip
     assert [s["sampler"] for s in settings] == ["euler", "euler", "unipc2", "unipc2"]
     for own in settings:
         again = job(**own)
         (request,) = again.requests
-        assert again.settings() == ({"call": own},) and request.index == own["video_index"]
+        assert again.settings() == ({"call": own},) and request.index == own["index"]
         original = made.requests[2 * "ab".index(request.prompt)]
         for a, b in zip(request.table, original.table, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -441,8 +519,8 @@ BAD = [
     ({"height": 64, "width": 160_000}, "counts to 1024"),
     ({"fps": 0}, "fps=0 is outside 0.01 to 1000"),
     ({"fps": float("nan")}, "fps=nan is not finite"),
-    ({"video_index": -1}, "video_index=-1 must be a whole number from 0"),
-    ({"video_index": 2**32}, "video_index=4294967296 is outside 0 to 4294967295: nearest is 4294967295"),
+    ({"index": -1}, "index=-1 must be a whole number from 0"),
+    ({"index": 2**32}, "index=4294967296 is outside 0 to 4294967295: nearest is 4294967295"),
     ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0 must be a whole number from 1"),
     # texts
     ({"prompt": None}, 'a prompt is missing (an empty one, "", is allowed)'),

@@ -210,14 +210,14 @@ def test_each_video_of_a_batch_is_a_file(run, made):
     )  # fmt: skip
     assert status == 0, err
     (output,) = made.outputs
-    names = ["clip-0-seed7.mp4", "clip-1-seed7-1.mp4", "clip-2-seed8.mp4", "clip-3-seed8-1.mp4"]
+    names = ["clip-0-seed7.mp4", "clip-1-seed7-index1.mp4", "clip-2-seed8.mp4", "clip-3-seed8-index1.mp4"]
     assert sorted(os.listdir("made/here")) == names
     lines = out.splitlines()
     for i, (name, prompt) in enumerate(zip(names, "aabb", strict=True)):
         clip, fps = load_video(f"made/here/{name}")
         assert fps == 12 and clip.shape == (5, 32, 48, 3)
         assert np.argmin([np.abs(clip / 255 - frames).mean() for frames in output.frames]) == i
-        index = " index 1" if i % 2 else ""
+        index = ", index 1" if i % 2 else ""
         assert lines[i] == f"made/here/{name}  48x32, 5 frames at 12 fps, seed {7 + i // 2}{index}: '{prompt}'"
 
 
@@ -248,7 +248,7 @@ def test_every_flag_reaches_the_job(run, made, files):
         "--num-inference-steps", 4, "--num-inference-steps", 6, "--guidance-scale", 2, "--guidance-scale", 3,
         "--guidance-scale-2", 1.5, "--boundary-ratio", 0.5, "--flow-shift", 8,
         "--sampler", "euler", "--sampler", "unipc1", "--seed", 3,
-        "--num-videos-per-prompt", 2, "--video-index", 3, "-o", "clip.mp4",
+        "--num-videos-per-prompt", 2, "--index", 3, "-o", "clip.mp4",
     )  # fmt: skip
     assert status == 0, err
     (job,) = made.jobs
@@ -261,7 +261,7 @@ def test_every_flag_reaches_the_job(run, made, files):
     assert a.table.timesteps[0] % 1 and not b.table.timesteps[0] % 1  # Euler's are no whole numbers
     assert [(r.guidance_scale, r.guidance_scale_2, r.seed) for r in (a, b)] == [(2.0, 1.5, 3), (3.0, 1.5, 3)]
     assert b.boundary_ratio == 0.5
-    assert sorted(os.listdir()) == [f"clip-{i}-seed3-{3 + i % 2}.mp4" for i in range(4)]
+    assert sorted(os.listdir()) == [f"clip-{i}-seed3-index{3 + i % 2}.mp4" for i in range(4)]
 
 
 # What the command says of itself
@@ -273,7 +273,7 @@ def test_every_flag_is_in_the_help(run):
     for flag in (
         "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength "
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
-        "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --video-index --mesh --dtype "
+        "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
         "--vae-dtype -o --overwrite --no-metadata --save-npz --json -q --version --like --no-compilation-cache "
         "--dry-run --device-memory"
     ).split():
@@ -382,13 +382,13 @@ def test_files_are_kept_unless_told_otherwise(run, made):
 
 def test_a_file_is_made_again_by_its_settings(run, made):
     first = (
-        "--prompt a --prompt b --negative-prompt c --seed 5 --num-videos-per-prompt 2 --video-index 1 --height 32 "
+        "--prompt a --prompt b --negative-prompt c --seed 5 --num-videos-per-prompt 2 --index 1 --height 32 "
         "--width 48 --num-frames 5 --fps 12 --sampler euler --num-inference-steps 3 --flow-shift 4 --guidance-scale 2 "
         "--boundary-ratio 0.5"
     ).split()
     assert run(*first, "-o", "clip.mp4")[0] == 0
     for i, settings in enumerate(made.outputs[0].settings):
-        name = f"clip-{i}-seed5-{settings['call']['video_index']}.mp4"
+        name = f"clip-{i}-seed5-index{settings['call']['index']}.mp4"
         status, _, err = run("--like", name, "-o", f"again-{i}.gif")
         assert status == 0, err
         assert made.outputs[-1].settings == (settings,)
@@ -398,7 +398,7 @@ def test_a_file_is_made_again_by_its_settings(run, made):
     ("flags", "changed"),
     [
         (["--prompt", "a blue star"], {"prompt": "a blue star"}),
-        (["--seed", 6], {"seed": 6, "video_index": 0}),
+        (["--seed", 6], {"seed": 6, "index": 0}),
         (["--sampler", "euler", "--num-inference-steps", 5], {
             "sampler": "euler", "num_inference_steps": 5, "flow_shift": 3.0, "timesteps": None}),
         (["--timesteps", 900, 700, 500], {"timesteps": (900.0, 700.0, 500.0)}),
@@ -407,7 +407,7 @@ def test_a_file_is_made_again_by_its_settings(run, made):
 )  # fmt: skip
 def test_flags_say_what_is_other_than_in_the_file(run, made, flags, changed):
     timesteps = ["--sampler", "renoise", "--timesteps", 1000, 500]
-    assert run("--prompt", "a red star", "--seed", 5, "--video-index", 2, *timesteps, "-o", "clip.gif")[0] == 0
+    assert run("--prompt", "a red star", "--seed", 5, "--index", 2, *timesteps, "-o", "clip.gif")[0] == 0
     status, _, err = run("--like", "clip.gif", *flags, "-o", "other.gif")
     assert status == 0, err
     expected = made.outputs[0].settings[0]["call"] | changed
