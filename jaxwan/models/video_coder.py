@@ -6,6 +6,8 @@ what coding the whole video would.
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +30,7 @@ class VideoCoder:
     def __init__(self, vae: VAE, *, formulation: Formulation | None = None):
         self.cfg = vae.cfg
         graph, self.state = nnx.split(vae)
-
-        def encode(state, cache, pixels):
-            return nnx.merge(graph, state).encode_chunk(cache, pixels, formulation=formulation)
-
-        def decode(state, cache, latents):
-            return nnx.merge(graph, state).decode_chunk(cache, latents, formulation=formulation)
-
-        self._encode = jax.jit(encode, donate_argnums=1)
-        self._decode = jax.jit(decode, donate_argnums=1)
+        self._encode, self._decode = _programs(graph, formulation)
 
     def holding(self, state: nnx.State) -> "VideoCoder":
         """The same programs with other parameters."""
@@ -99,6 +93,19 @@ class VideoCoder:
             cache = jax.tree.map(lambda leaf: leaf.update(sharding=place), cache)
             yield f"VAE {direction}, later frames", function, (self.state, cache, later)
         yield f"VAE {direction}, first frame", function, (self.state, None, first)
+
+
+@lru_cache(maxsize=8)
+def _programs(graph: Any, formulation: Formulation | None) -> tuple[Callable, Callable]:
+    """The jitted chunks of a VAE of this structure, encode and decode: the same for all coders of it."""
+
+    def encode(state, cache, pixels):
+        return nnx.merge(graph, state).encode_chunk(cache, pixels, formulation=formulation)
+
+    def decode(state, cache, latents):
+        return nnx.merge(graph, state).decode_chunk(cache, latents, formulation=formulation)
+
+    return jax.jit(encode, donate_argnums=1), jax.jit(decode, donate_argnums=1)
 
 
 def _frames(x: Array | np.ndarray, start: int, count: int) -> Array | np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -88,4 +89,10 @@ def abstract_components(
 
 
 def _jitted(graph: Any, state: Any) -> Jitted:
-    return Jitted(jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments)), state)
+    return Jitted(_program(graph), state)
+
+
+@lru_cache(maxsize=8)
+def _program(graph: Any) -> Callable:
+    """The jitted call of a model of this structure, the same for all pipelines that have one."""
+    return jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments))

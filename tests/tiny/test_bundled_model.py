@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compilation import compiling_quickly
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from flax import nnx
 from oracle import relative_error
@@ -154,6 +155,7 @@ def test_stages_and_neighbours_leave_clips_bit_for_bit_as_they_are(ours):
     np.testing.assert_array_equal(alone[0], clips[1])
 
 
+@compiling_quickly()
 def test_the_examples_of_driving_the_steps_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/steps.md").read_text(), flags=re.S)
     assert len(blocks) == 8
