@@ -16,7 +16,7 @@ from jaxwan.pipelines.call import ARGUMENTS, make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
 from jaxwan.pipelines.load import check_mesh, parse_dtype
-from jaxwan.pipelines.media import reading, save_video
+from jaxwan.pipelines.media import save_video, videos
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.sharding.mesh import MeshSpec
 
@@ -318,8 +318,8 @@ def test_a_file_that_does_not_say_how_long_it_is_gives_the_models_own_length(job
 
 def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
     path, decoded = write_long(tmp_path / "long.mp4"), []
-    upright = reading._upright
-    monkeypatch.setattr(reading, "_upright", lambda frame: (decoded.append(1), upright(frame))[1])
+    upright = videos._upright
+    monkeypatch.setattr(videos, "_upright", lambda frame: (decoded.append(1), upright(frame))[1])
     job(T2V_21, video=path)
     assert len(decoded) == 81
 

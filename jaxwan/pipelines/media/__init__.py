@@ -1,21 +1,18 @@
-"""Images and videos: what is read (`reading`) and what is written (`writing`)."""
+"""Images (`reading`) and videos (`videos`) that are read, and what is written (`writing`)."""
 
 from jaxwan.pipelines.media.reading import (
     Image,
     ImageSource,
-    VideoSource,
     check_pixels,
     clip_pixels,
-    count_frames,
     fit_size,
     load_image,
     load_image_processor,
-    load_video,
     read_settings,
     resize_image,
-    resize_video,
     to_unit_range,
 )
+from jaxwan.pipelines.media.videos import VideoSource, count_frames, load_video, resize_video
 from jaxwan.pipelines.media.writing import (
     can_encode_h264,
     check_output,
