@@ -7,6 +7,7 @@ decided that way and may surprise is kept in `Job.notes`, for the caller to be t
 import inspect
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxwan.config import ImageInput
 from jaxwan.pipelines.arguments import Number, check_kind, number, per_prompt, refuse_unknown, whole
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import choose_expert
-from jaxwan.pipelines.media import count_frames, fit_size, load_image, load_video, resize_image, resize_video
+from jaxwan.pipelines.media import Video, fit_size, load_image, open_video, resize_image
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, lost_text, tell_unknown_words
 from jaxwan.pipelines.request import Job, Request, Sampling
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
@@ -28,6 +29,8 @@ FPS_RANGE = 0.01, 1000.0  # what a video file's fractions can say
 
 def make_job(
     checkpoint: Checkpoint,
+    read: bool = True,
+    /,
     *,
     prompt: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str | None] | None = None,
@@ -57,6 +60,8 @@ def make_job(
 ) -> Job:
     """Check and complete the arguments of a call; their meanings are WanPipeline's.
 
+    A source video is read last, once all else is right; with read=False, for a call that is not to be run, it is black.
+
     Raises ValueError (OSError for files, TypeError for an argument that there is not) in a sentence: what came, what is
     allowed, the nearest valid value.
     """
@@ -72,31 +77,36 @@ def make_job(
     check_range("index", index, 0, MAX_INDEX - num_videos)
     num_frames = None if num_frames is None else whole("num_frames", num_frames, 1)
     images, last_images = _images(checkpoint, count, image, last_image, video)
-    frames, video_fps = _video(checkpoint, video, num_frames, strength)
+    videos = _videos(checkpoint, count, video, num_frames, strength)
     notes: list[str] = []
-    height, width = _size(checkpoint, height, width, images, frames, notes)
-    num_frames = _num_frames(checkpoint, num_frames, video, frames, notes)
-    checkpoint.geometry.check_size(num_frames, height, width)
-    _check_rope(checkpoint, num_frames, height, width)
-    _check_pixels(images, last_images, frames, (num_frames, height, width))
-    if frames is not None:
+    height, width = _size(checkpoint, height, width, images, videos, notes)
+    size = _num_frames(checkpoint, num_frames, videos), height, width
+    checkpoint.geometry.check_size(*size)
+    _check_rope(checkpoint, *size)
+    _check_pixels(images, last_images, videos, size)
+    if videos:
         strength = number("strength", _first(strength, checkpoint.defaults.strength))
     samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
     boundary = _boundary(checkpoint, boundary_ratio)
     guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
     draws = [latents is None or sampling.table.renoises for sampling in samplings]
     seeds = _seeds(seed, draws, notes)
-    latents = _latents(checkpoint, latents, count * num_videos, (num_frames, height, width))
+    fps = _fps(_video_fps(checkpoint, videos, notes) if fps is None else fps)
+    latents = _latents(checkpoint, latents, count * num_videos, size)
+    pixels = [None] * count
+    if videos:
+        pixels, size = _pixels(checkpoint, videos, num_frames, size, notes, read)
+        latents = _latents(checkpoint, latents, count * num_videos, size)  # a damaged video can be shorter than it says
     shared = dict(
-        num_frames=num_frames, height=height, width=width, fps=_fps(_first(fps, video_fps, checkpoint.defaults.fps)),
-        boundary_ratio=boundary, video=None if frames is None else frames[:num_frames], strength=strength,
+        num_frames=size[0], height=height, width=width, fps=fps, boundary_ratio=boundary, strength=strength,
         max_sequence_length=rows,
     )  # fmt: skip
     requests = tuple(
         Request(
             prompt=prompts[i], negative_prompt=negatives[i], sampling=samplings[i], guidance_scale=guidance[i][0],
             guidance_scale_2=guidance[i][1], seed=seeds[i], index=index + k, image=images[i],
-            last_image=last_images[i], latents=None if latents is None else latents[i * num_videos + k],
+            last_image=last_images[i], video=pixels[i],
+            latents=None if latents is None else latents[i * num_videos + k],
             prompt_embeds=None if embeds is None else embeds[i],
             negative_prompt_embeds=None if negative_embeds is None else negative_embeds[i], **shared,
         )
@@ -222,52 +232,114 @@ def _media(name: str, value: Any, count: int) -> list:
     return [value] * count
 
 
-def _video(checkpoint: Checkpoint, video: Any, num_frames: int | None, strength: Any) -> tuple[Any, float | None]:
-    """(frames, their own fps) of a source video, at most the model's own length if none is asked for; or (None, None).
+def _videos(checkpoint: Checkpoint, count: int, video: Any, num_frames: int | None, strength: Any) -> list[Video]:
+    """One open video a prompt, or none at all; one that several prompts share is opened once.
 
-    Arrays and lists are treated like files, of which no more is decoded: they may be as long.
+    At most the model's own length is taken if none is asked for.
     """
     if video is None:
         if strength is not None:
             raise ValueError(f"strength={strength} is for video to video: give a video, or leave it out")
-        return None, None
-    frames, fps = load_video(video, max_frames=_first(num_frames, checkpoint.defaults.num_frames))
-    return frames, None if fps is None else float(fps)
+        return []
+    sources = _media("video", list(video), count) if _are_videos(video) else [video] * count
+    keys = [str(source) if isinstance(source, str | Path) else id(source) for source in sources]
+    most, videos = _first(num_frames, checkpoint.defaults.num_frames), {}
+    for i, (key, source) in enumerate(zip(keys, sources, strict=True)):
+        if source is None:
+            raise ValueError(f"video[{i}] is None: give one video for all prompts, or one for each")
+        if key not in videos:
+            videos[key] = open_video(source, "video" if len(set(keys)) == 1 else f"video[{i}]", most=most)
+    return [videos[key] for key in keys]
 
 
-def _size(checkpoint: Checkpoint, height, width, images: list, frames: Any, notes: list[str]) -> tuple[int, int]:
+def _are_videos(value: Any) -> bool:
+    """Whether it is one video a prompt, and not one video for all."""
+    if isinstance(value, (list, tuple)):
+        return any(v is None or isinstance(v, str | Path | list | tuple) or getattr(v, "ndim", 0) == 4 for v in value)
+    return getattr(value, "ndim", 0) == 5
+
+
+def _name(video: Video) -> str:
+    return "the video" if video.what == "video" else video.what
+
+
+def _size(
+    checkpoint: Checkpoint, height, width, images: list, videos: list[Video], notes: list[str]
+) -> tuple[int, int]:
     """Height and width: as given, else the image's or video's aspect ratio at the variant's area, else the default."""
     if (height is None) != (width is None):
         missing, given = ("width", f"height={height}") if width is None else ("height", f"width={width}")
         raise ValueError(f"{given} without {missing}: give both, or neither")
     if height is not None:
         return whole("height", height, 1), whole("width", width, 1)
-    defaults = checkpoint.defaults
-    source = _first(*images) if frames is None else frames[0]
-    if source is None:
+    defaults, image = checkpoint.defaults, _first(*images)
+    if videos:
+        name, h, w = _name(videos[0]), videos[0].height, videos[0].width
+    elif image is not None:
+        name, (h, w) = "the image", image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    else:
         return defaults.height, defaults.width
-    h, w = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
     fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride)
-    notes.append(f"size {fitted[1]}x{fitted[0]}, from the {'image' if frames is None else 'video'}'s {w}x{h}")
+    notes.append(f"size {fitted[1]}x{fitted[0]}, from {name}'s {w}x{h}")
+    stretched = [v for v in dict.fromkeys(videos) if v.height * w != v.width * h]
+    notes.extend(f"{v.what} of {v.width}x{v.height} is stretched to it" for v in stretched)
     return fitted
 
 
-def _num_frames(checkpoint: Checkpoint, num_frames: int | None, video: Any, frames: Any, notes: list[str]) -> int:
+def _num_frames(checkpoint: Checkpoint, num_frames: int | None, videos: list[Video]) -> int:
+    """As given, else the checkpoint's, or what the shortest video has if that is less."""
     own, geometry = checkpoint.defaults.num_frames, checkpoint.geometry
-    if frames is None:
+    if not videos:
         return _first(num_frames, own)
-    most = geometry.most_frames(len(frames))
+    shortest = min(videos, key=lambda v: v.num_frames)
     if num_frames is None:
-        total = len(frames) if len(frames) < own else count_frames(video)
-        if total == len(frames):
-            notes.append(f"{most} frames, the largest {geometry.temporal}k+1 in the video's {total}")
-        else:
-            source = "the video" if total is None else f"the video's {total}"
-            notes.append(f"the first {most} frames of {source}, this model's own length: give num_frames for more")
-        return most
-    if num_frames > len(frames):
-        raise ValueError(f"num_frames={num_frames} but the video has {len(frames)} frames: the largest is {most}")
+        return geometry.most_frames(min(own, shortest.num_frames))
+    if num_frames > shortest.num_frames:
+        raise _too_short(checkpoint, num_frames, f"{_name(shortest)} has {shortest.num_frames}", shortest.num_frames)
     return num_frames
+
+
+def _video_fps(checkpoint: Checkpoint, videos: list[Video], notes: list[str]) -> Number:
+    """The first video's frame rate, else the default."""
+    if not videos or videos[0].fps is None:
+        return checkpoint.defaults.fps
+    first, fps = videos[0], float(videos[0].fps)
+    if first.header_fps is not None:
+        wrong = f"its header says {float(first.header_fps):.4g}"
+        notes.append(f"fps {fps:.4g}, from the times of {_name(first)}'s frames: {wrong}")
+    for video in dict.fromkeys(videos):
+        if video.fps not in (None, first.fps):
+            notes.append(f"fps {fps:.4g}, {_name(first)}'s: {video.what} has {float(video.fps):.4g}")
+    return fps
+
+
+def _pixels(
+    checkpoint: Checkpoint, videos: list[Video], num_frames: int | None, size: tuple[int, int, int], notes: list[str],
+    read: bool,
+) -> tuple[list[np.ndarray], tuple[int, int, int]]:  # fmt: skip
+    """(frames of each prompt's video, size of all), shorter than `size` where a video has fewer whole frames than its
+    packets promise."""
+    step, distinct = checkpoint.geometry.temporal, list(dict.fromkeys(videos))
+    notes.extend(f"{_name(v)}: {v.colours} is read as sRGB, clipped at its white" for v in distinct if v.colours)
+    frames = {video: video.read(*size) if read else video.blank(*size) for video in distinct}
+    shortest = min(distinct, key=lambda video: (len(frames[video]), video.num_frames))
+    name, found, total = _name(shortest), len(frames[shortest]), shortest.num_frames
+    most = checkpoint.geometry.most_frames(found)
+    if found < size[0]:
+        if num_frames is not None:
+            raise _too_short(checkpoint, num_frames, f"{name} has {found} whole", found)
+        notes.append(f"{most} frames, the largest {step}k+1 in {name}'s {found} whole ones")
+    elif num_frames is None and total <= checkpoint.defaults.num_frames:
+        notes.append(f"{most} frames, the largest {step}k+1 in {name}'s {total}")
+    elif num_frames is None:
+        notes.append(f"the first {most} frames of {name}'s {total}, this model's own length: give num_frames for more")
+    frames = {video: pixels[:most] for video, pixels in frames.items()}
+    return [frames[video] for video in videos], (most, *size[1:])
+
+
+def _too_short(checkpoint: Checkpoint, num_frames: int, has: str, found: int) -> ValueError:
+    most = checkpoint.geometry.most_frames(found)
+    return ValueError(f"num_frames={num_frames} but {has} frames: the largest is {most}")
 
 
 def _check_rope(checkpoint: Checkpoint, num_frames: int, height: int, width: int) -> None:
@@ -276,7 +348,7 @@ def _check_rope(checkpoint: Checkpoint, num_frames: int, height: int, width: int
         raise ValueError(f"{num_frames}x{height}x{width} is {grid} tokens, and the model counts to {most} on each axis")
 
 
-def _check_pixels(images: list, lasts: list, frames: Any, size: tuple[int, int, int]) -> None:
+def _check_pixels(images: list, lasts: list, videos: list[Video], size: tuple[int, int, int]) -> None:
     """What could otherwise be told only when the pixels are encoded."""
     num_frames, height, width = size
     if num_frames == 1 and any(last is not None for last in lasts):
@@ -285,8 +357,8 @@ def _check_pixels(images: list, lasts: list, frames: Any, size: tuple[int, int, 
         for pixels in values:
             if isinstance(pixels, np.ndarray):
                 resize_image(pixels, height, width, name)  # a float array is not resized: its size is checked
-    if frames is not None and frames.dtype != np.uint8:
-        resize_video(frames[:1], height, width)
+    for video in videos:
+        video.check_size(height, width)
 
 
 def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, int, int]) -> np.ndarray | None:

@@ -167,7 +167,8 @@ def dry_run(
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
     checkpoint = open_checkpoint(model)
     check_mesh(spec, checkpoint)
-    return make_report(checkpoint, spec, make_job(checkpoint, **_stood_in(checkpoint, call)), dtype, vae_dtype, memory)
+    job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
+    return make_report(checkpoint, spec, job, dtype, vae_dtype, memory)
 
 
 def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:

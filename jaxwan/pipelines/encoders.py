@@ -14,7 +14,7 @@ from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
 from jaxwan.pipelines.denoise import Entry, begin
 from jaxwan.pipelines.dit import RENOISINGS, Controls, Inputs
-from jaxwan.pipelines.media import clip_pixels, resize_image, resize_video
+from jaxwan.pipelines.media import clip_pixels, resize_image, to_unit_range
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
@@ -88,7 +88,7 @@ class Encoders:
             noise = to_internal(given)
         if request.video is None:
             return noise
-        clean = self._once(self._video, request.video, *request.size[1:])
+        clean = self._once(self._video, request.video)
         return np.asarray(add_noise(clean, noise, float(request.table.sigmas[0])))
 
     def _once(self, encode: Callable, *given: Any) -> Any:
@@ -116,8 +116,8 @@ class Encoders:
         pixels = [clip_pixels(i, processor)[None] for i in (image, last) if i is not None]
         return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
 
-    def _video(self, video: np.ndarray, height: int, width: int) -> Float[np.ndarray, "t h w z"]:
-        return encode_video(self.parts.coder, 2 * resize_video(video, height, width)[None] - 1)[0]
+    def _video(self, video: np.ndarray) -> Float[np.ndarray, "t h w z"]:
+        return encode_video(self.parts.coder, 2 * to_unit_range(video)[None] - 1)[0]
 
 
 def image_channels(

@@ -78,7 +78,7 @@ class WanPipeline:
         checkpoint = open_checkpoint(model)
         if not isinstance(warmup, Mapping | Job | None):
             raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
-        job = warmup if isinstance(warmup, Job | None) else make_job(checkpoint, **with_prompt(warmup))
+        job = warmup if isinstance(warmup, Job | None) else make_job(checkpoint, False, **with_prompt(warmup))
         place(checkpoint, spec)
         keep_compiled_programs()
         checkpoint = with_weights(checkpoint)
@@ -202,7 +202,7 @@ class WanPipeline:
         Calls of the same kind then compile nothing, and neither does a second warm-up. Raises as a call does.
         """
         check_output_type(output_type)
-        job = make_job(self.checkpoint, **with_prompt({"prompt": prompt} | call))
+        job = make_job(self.checkpoint, False, **with_prompt({"prompt": prompt} | call))
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
         phases, seconds = Progress(visible=self.progress), {}

@@ -28,7 +28,7 @@ class Request:
     index: int  # within its prompt: with the seed it makes the noise
     image: Any = None  # PIL image or float array
     last_image: Any = None
-    video: np.ndarray | None = None  # (F, H, W, 3), of video to video
+    video: np.ndarray | None = None  # of video to video, (F, H, W, 3), uint8 or float
     strength: Number | None = None
     latents: np.ndarray | None = None  # public axis order (C, T, h, w)
     prompt_embeds: np.ndarray | None = None  # (512, C)

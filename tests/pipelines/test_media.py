@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import warnings
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image as diffusers_load_image
 from diffusers.video_processor import VideoProcessor
@@ -17,17 +20,18 @@ from transformers import AutoImageProcessor
 from jaxwan.pipelines.media import (
     check_output,
     clip_pixels,
-    count_frames,
     fit_size,
     load_image,
     load_image_processor,
     load_video,
+    open_video,
     resize_image,
-    resize_video,
     save_image,
     save_output,
     save_video,
     to_uint8,
+    to_unit_range,
+    videos,
 )
 
 
@@ -59,9 +63,10 @@ def test_lanczos_equals_diffusers_for_videos():
     images = [Image.fromarray(frame) for frame in frames]
     expected = VideoProcessor(vae_scale_factor=8).preprocess_video(images, height=32, width=48)
     for source in (images, frames):
-        loaded, fps = load_video(source)
-        assert fps is None
-        np.testing.assert_array_equal(2 * resize_video(loaded, 32, 48) - 1, expected[0].permute(1, 2, 3, 0).numpy())
+        video = open_video(source)
+        assert (video.num_frames, video.height, video.width, video.fps) == (3, 30, 90, None)
+        pixels = to_unit_range(video.read(3, 32, 48))
+        np.testing.assert_array_equal(2 * pixels - 1, expected[0].permute(1, 2, 3, 0).numpy())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1", "CMYK"])
@@ -88,7 +93,8 @@ def test_a_uint8_array_is_an_image_and_a_float_array_stays_as_it_is():
     assert floats.dtype == np.float32
     assert resize_image(floats, 20, 30) is floats
     video, _ = load_video(np.stack([pixels / 255] * 2))
-    assert resize_video(video, 20, 30) is video
+    assert video.dtype == np.float32
+    np.testing.assert_array_equal(video[1], floats)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_a_float_array_is_never_resized():
     with pytest.raises(ValueError, match="image is a float array of 4 x 6 but 8 x 6 is asked for"):
         resize_image(np.zeros((4, 6, 3), np.float32), 8, 6)
     with pytest.raises(ValueError, match="video is a float array of 4 x 6 but 4 x 8 is asked for"):
-        resize_video(np.zeros((2, 4, 6, 3), np.float32), 4, 8)
+        open_video(np.zeros((2, 4, 6, 3), np.float32)).read(2, 4, 8)
 
 
 @pytest.mark.parametrize("load", [load_image, load_video])
@@ -246,16 +252,245 @@ def test_a_video_of_one_frame_is_one(tmp_path):
     assert load_video(tmp_path / "short.mp4")[0].shape == (1, 48, 64, 3)
 
 
-def test_frames_are_counted_without_decoding_where_the_file_says(tmp_path):
-    save_video(smooth(9), tmp_path / "clip.mp4", 8)
-    with av.open(str(tmp_path / "clip.mp4")) as file, av.open(str(tmp_path / "clip.mkv"), "w") as copy:
-        stream = copy.add_stream_from_template(file.streams.video[0])
-        for packet in file.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                copy.mux(packet)
-    assert (count_frames(tmp_path / "clip.mp4"), count_frames(str(tmp_path / "clip.mkv"))) == (9, None)
-    assert count_frames(smooth(3)) == count_frames([Image.new("RGB", (6, 4))] * 3) == 3
+def write_clip(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, matrix=None, sar=None, gop=None, tags=(),
+               options=None, **container):  # fmt: skip
+    """Frames at 8 a second, or at `times` in ms; tags: colour matrix, range, primaries and transfer (ITU-T H.273)."""
+    quality = {"qscale": "1"} if "mpeg" in codec else {"crf": "4"}
+    with av.open(str(path), "w", options=options or {}, **container) as file:
+        stream = file.add_stream(codec, rate=8 if times is None else 1000, options=quality)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        context = stream.codec_context
+        if times is not None:
+            context.time_base = stream.time_base = Fraction(1, 1000)
+        context.gop_size = gop or context.gop_size
+        if sar is not None:
+            context.sample_aspect_ratio = sar
+        if tags:
+            context.colorspace, context.color_range, context.color_primaries, context.color_trc = tags
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
+            if tags:
+                frame = frame.reformat(format=pix_fmt, dst_colorspace=tags[0], dst_color_range=tags[1])
+            frame.pts, frame.time_base = (i, Fraction(1, 8)) if times is None else (times[i], Fraction(1, 1000))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def test_frames_are_counted_without_decoding(tmp_path, monkeypatch):
+    frames = to_uint8(smooth(9))
+    paths = [write_clip(tmp_path / f"clip.{suffix}", frames) for suffix in ("mp4", "mkv", "ts")]
+    monkeypatch.setattr(videos, "_shown", None)
+    assert [open_video(path).num_frames for path in paths] == [9, 9, 9]
+    assert open_video(smooth(3)).num_frames == open_video([Image.new("RGB", (6, 4))] * 3).num_frames == 3
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("times", "fps"),
+    [
+        ([round(i * 1000 / 30) + i * 7 % 5 for i in range(17)], 30),  # of a browser: the times are right to 5 ms
+        ([round(i * 1001 / 24) for i in range(17)], 24000 / 1001),
+        ([0, 40, 80, 120, 160, 200, 240, 280, 1320], 8 / 1.32),  # lasts as long as before
+    ],
+)
+def test_the_rate_is_that_of_the_frames_times(tmp_path, suffix, times, fps):
+    path = write_clip(tmp_path / f"clip.{suffix}", to_uint8(smooth(len(times))), times=times)
+    video = open_video(path)
+    assert float(video.fps) == pytest.approx(fps, rel=0.01)
+    if suffix == "mkv":
+        assert video.header_fps == 1000
+
+
+def test_the_rate_is_that_of_the_frames_that_are_read(tmp_path):
+    times = [20 * i for i in range(60)] + [1200 + 500 * i for i in range(40)]  # 50 a second, and then 2
+    path = write_clip(tmp_path / "clip.mp4", noise(100, 16, 16, 3), times=times)
+    rates = [float(load_video(path, max_frames=most)[1]) for most in (50, None)]
+    assert rates == pytest.approx([50, 99 / times[-1] * 1000], rel=1e-3)
+
+
+@pytest.mark.parametrize(("sar", "size"), [((4, 3), (48, 85)), ((8, 9), (54, 64)), ((1, 1), (48, 64))])
+def test_pixels_that_are_not_square_are_stretched_to_what_is_shown(tmp_path, sar, size):
+    frames = to_uint8(smooth(2))
+    path = write_clip(tmp_path / "dv.mp4", frames, sar=Fraction(*sar))
+    loaded, _ = load_video(path)
+    assert loaded.shape == (2, *size, 3) and (open_video(path).height, open_video(path).width) == size
+    expected = [Image.fromarray(frame).resize(size[::-1]) for frame in frames]
+    assert np.abs(loaded - np.stack(expected).astype(float)).mean() < 4
+    assert open_video(path).read(1, 32, 32).shape == (1, 32, 32, 3)
+
+
+MIRRORED, UPSIDE_DOWN = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM
+ORIENTATIONS = {  # a, b, c, d of a display matrix: x' = a x + c y, y' = b x + d y
+    (1, 0, 0, 1): None,
+    (-1, 0, 0, 1): MIRRORED,
+    (1, 0, 0, -1): UPSIDE_DOWN,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # clockwise, as phones write
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_matrix"), reason="av cannot write a display matrix")
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_turned_or_mirrored_video_is_read_as_it_is_shown(tmp_path, orientation):
+    picture, how = to_uint8(smooth(1)), ORIENTATIONS[orientation]
+    a, b, c, d = (65536 * value for value in orientation)
+    path = write_clip(tmp_path / "phone.mp4", picture, matrix=[a, b, 0, c, d, 0, 0, 0, 2**30], sar=Fraction(4, 3))
+    image = Image.fromarray(picture[0]).resize((85, 48))  # pixels are wide before the picture is turned
+    expected = np.asarray(image if how is None else image.transpose(how))
+    loaded, _ = load_video(path)
+    assert loaded.shape[1:] == expected.shape
+    assert np.abs(loaded[0] - expected.astype(float)).mean() < 5  # from 40 on when turned another way
+
+
+@pytest.mark.parametrize("matrix", [1, 5])  # BT.709, BT.601
+@pytest.mark.parametrize("range", [1, 2])  # 16 to 235, 0 to 255
+@pytest.mark.parametrize("colour", [(255, 255, 255), (200, 40, 30), (30, 60, 200), (10, 10, 10)])
+def test_colours_follow_the_matrix_and_range_of_a_file(tmp_path, matrix, range, colour):
+    path = write_clip(tmp_path / "a.mp4", np.full((2, 16, 16, 3), colour, np.uint8), tags=(matrix, range, 1, 1))
+    assert np.abs(load_video(path)[0].astype(int) - colour).max() <= 4
+
+
+def linear(colour):
+    """Light of sRGB."""
+    code = np.asarray(colour) / 255
+    return np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+
+
+BT709_TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])  # BT.2087
+
+
+def pq(light):
+    """Code of light that is 1 at 203 nits: ITU-R BT.2100, table 4."""
+    y = (203 / 10000 * light) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def hlg(light):
+    """Code of light that is 1 at 203 nits, on a display of 1000: ITU-R BT.2100, table 5 and note 5i."""
+    shown = 203 / 1000 * light
+    scene = shown * (shown @ [0.2627, 0.6780, 0.0593])[..., None] ** (1 / 1.2 - 1)
+    return np.where(
+        scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    )
+
+
+@pytest.mark.parametrize(("name", "encode", "transfer"), [("HDR (PQ)", pq, 16), ("HDR (HLG)", hlg, 18)])
+@pytest.mark.parametrize("colour", [(255, 255, 255), (200, 40, 30), (30, 60, 200), (90, 130, 80), (20, 20, 20)])
+def test_hdr_is_read_as_srgb(tmp_path, name, encode, transfer, colour):
+    code = encode(BT709_TO_BT2020 @ linear(colour))
+    frames = np.broadcast_to((65535 * code).round().astype(np.uint16), (2, 16, 16, 3))
+    path = write_clip(tmp_path / "hdr.mp4", frames.copy(), pix_fmt="yuv420p10le", tags=(9, 1, 9, transfer))
+    assert open_video(path).colours == name
+    assert np.abs(load_video(path)[0].astype(int) - colour).max() <= 4  # as SDR it would be off by 70
+
+
+def test_what_is_brighter_than_white_is_white(tmp_path):
+    frames = np.full((1, 16, 16, 3), 65535 * pq(np.array(3.0)), np.uint16)
+    path = write_clip(tmp_path / "hdr.mp4", frames, pix_fmt="yuv420p10le", tags=(9, 1, 9, 16))
+    assert load_video(path)[0].min() >= 254
+
+
+def test_bt2020_without_hdr_is_read_as_srgb(tmp_path):
+    light = BT709_TO_BT2020 @ linear((200, 40, 30))
+    code = 65535 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    frames = np.broadcast_to(code.round().astype(np.uint16), (1, 16, 16, 3))
+    path = write_clip(tmp_path / "wide.mp4", frames.copy(), pix_fmt="yuv420p10le", tags=(9, 1, 9, 14))
+    assert open_video(path).colours == "BT.2020"
+    assert np.abs(load_video(path)[0].astype(int) - (200, 40, 30)).max() <= 4
+
+
+def test_frames_come_in_the_size_asked_for_as_if_resized_afterwards(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", noise(4, 48, 64, 3))
+    whole, _ = load_video(path)
+    expected = [np.asarray(Image.fromarray(frame).resize((40, 24), Image.Resampling.LANCZOS)) for frame in whole[:3]]
+    read = open_video(path).read(3, 24, 40)
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, expected)
+
+
+# Damaged files: what the ffmpeg command gives of them
+
+
+@pytest.fixture(scope="module")
+def long_clip():
+    return np.stack([np.roll(noise(48, 64, 3), 3 * i, 1) for i in range(17)])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"movflags": "+faststart"}),
+        ("a.mov", "libx264", {"movflags": "frag_keyframe+empty_moov+default_base_moof+dash"}),
+        ("a.mkv", "libx264", {}),
+        ("a.avi", "mjpeg", {}),
+        ("a.flv", "libx264", {}),
+        ("a.ts", "libx264", {}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_a_torn_file_gives_its_whole_frames(tmp_path, long_clip, name, codec, options, share):
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = write_clip(tmp_path / name, long_clip, codec, pix_fmt, options=options, gop=4)
+    whole, _ = load_video(path)
+    assert len(whole) == 17
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        part, _ = load_video(path)
+    assert 17 * share - 4 < len(part) < 17
+    np.testing.assert_array_equal(part[:-1], whole[: len(part) - 1])  # of JPEG, the last one may be half there
+    if name != "a.ts":  # which does not say how long it is to be
+        (warning,) = caught
+        assert re.search(f"video {path} (ends early: .* s that its header promises|is damaged: )", str(warning.message))
+
+
+def test_a_file_damaged_in_the_middle_gives_the_other_frames(tmp_path, long_clip):
+    path = write_clip(tmp_path / "clip.mkv", long_clip, gop=1)
+    whole, _ = load_video(path)
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0)]
+    data = path.read_bytes()
+    for bad in (packets[4], packets[9]):
+        data = data.replace(bad, b"\xff" * len(bad))
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="clip.mkv is damaged: frames lost or faulty: 2"):
+        rest, _ = load_video(path)
+    np.testing.assert_array_equal(rest, np.delete(whole, [4, 9], 0))
+
+
+def test_a_file_of_which_nothing_can_be_decoded_is_refused(tmp_path, long_clip):
+    path = write_clip(tmp_path / "clip.mkv", long_clip[:3], gop=1)
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    data = path.read_bytes()
+    for bad in packets:
+        data = data.replace(bad, b"\xff" * len(bad))
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"clip.mkv is no readable video \(damaged, or of an unknown format\)"):
+        load_video(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.flac"])
+def test_a_song_with_a_cover_is_no_video(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as file:
+        sound = file.add_stream("mp3" if name == "a.mp3" else "flac", rate=44100)
+        cover = file.add_stream("mjpeg")
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(noise(48, 64, 3), format="rgb24")))
+        file.mux(cover.encode())
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8820), np.int16), format="s16", layout="stereo")
+        frame.sample_rate = 44100
+        file.mux(sound.encode(frame))
+        file.mux(sound.encode())
+    with pytest.raises(ValueError, match=f"video .*{name} has no video stream but a cover picture"):
+        load_video(tmp_path / name)
 
 
 def test_a_file_with_sound_alone_is_no_video(tmp_path):
@@ -309,21 +544,6 @@ def test_frames_may_come_one_by_one(tmp_path):
     save_video(frames, tmp_path / "whole.mp4", 8)
     save_video((frame for frame in to_uint8(frames)), tmp_path / "streamed.mp4", 8)
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "streamed.mp4").read_bytes()
-
-
-@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="av cannot write a rotation")
-def test_a_turned_phone_video_is_read_upright(tmp_path):
-    frames = to_uint8(smooth(4))
-    with av.open(str(tmp_path / "phone.mp4"), "w") as file:
-        stream = file.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.set_display_rotation(90)
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-    loaded, _ = load_video(tmp_path / "phone.mp4")
-    assert loaded.shape == (4, 64, 48, 3)
-    assert np.abs(loaded.astype(float) - np.rot90(frames, axes=(1, 2))).mean() < 5  # 67 when turned the other way
 
 
 def test_a_png_gives_back_its_pixels_and_replaces_what_was_there(tmp_path):

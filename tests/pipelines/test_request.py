@@ -309,17 +309,10 @@ def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp
     assert job(TI2V, video=path, seed=1, height=64, width=96).size[0] == 97  # its own length is 121
 
 
-def test_a_file_that_does_not_say_how_long_it_is_gives_the_models_own_length(job, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxwan.pipelines.call.count_frames", lambda video: None)  # as of Matroska and WebM
-    made = job(T2V_21, video=write_long(tmp_path / "long.mp4"), seed=1, height=64, width=96)
-    note = "the first 81 frames of the video, this model's own length: give num_frames for more"
-    assert (made.size[0], made.notes) == (81, (note,))
-
-
 def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
     path, decoded = write_long(tmp_path / "long.mp4"), []
-    upright = videos._upright
-    monkeypatch.setattr(videos, "_upright", lambda frame: (decoded.append(1), upright(frame))[1])
+    shown = videos._shown
+    monkeypatch.setattr(videos, "_shown", lambda frame: (decoded.append(1), shown(frame))[1])
     job(T2V_21, video=path)
     assert len(decoded) == 81
 
@@ -437,7 +430,7 @@ def test_a_call_of_a_pipeline_shows_its_whole_signature():
     made = inspect.signature(inspect.unwrap(make_job)).parameters
     own = ("self", "output_type", "callback_on_step_end")
     assert {n: (p.default, p.annotation) for n, p in call.items() if n not in own} == {
-        n: (p.default, p.annotation) for n, p in made.items() if n != "checkpoint"
+        n: (p.default, p.annotation) for n, p in made.items() if p.kind is not p.POSITIONAL_ONLY
     }
     assert list(call)[1:3] == ["prompt", "negative_prompt"] and set(ARGUMENTS) < set(call)
 

@@ -12,7 +12,7 @@ from jaxwan.pipelines.media.reading import (
     resize_image,
     to_unit_range,
 )
-from jaxwan.pipelines.media.videos import VideoSource, count_frames, load_video, resize_video
+from jaxwan.pipelines.media.videos import Video, VideoSource, load_video, open_video
 from jaxwan.pipelines.media.writing import (
     can_encode_h264,
     check_output,
@@ -29,21 +29,21 @@ from jaxwan.pipelines.media.writing import (
 __all__ = [
     "Image",
     "ImageSource",
+    "Video",
     "VideoSource",
     "can_encode_h264",
     "check_output",
     "check_pixels",
     "check_writable",
     "clip_pixels",
-    "count_frames",
     "fit_size",
     "load_image",
     "load_image_processor",
     "load_video",
+    "open_video",
     "read_settings",
     "replacing",
     "resize_image",
-    "resize_video",
     "save_gif",
     "save_image",
     "save_npz",
