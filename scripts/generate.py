@@ -41,12 +41,12 @@ except ModuleNotFoundError as missing:
 log = logging.getLogger("jaxwan.generate")
 DOES_NOT_FIT = 3
 PER_PROMPT = (  # flags that may be repeated
-    "prompt negative_prompt image last_image num_inference_steps sampler flow_shift guidance_scale guidance_scale_2 "
-    "seed"
+    "prompt negative_prompt image last_image video num_inference_steps sampler flow_shift guidance_scale "
+    "guidance_scale_2 seed"
 ).split()
 CALL = (
     *PER_PROMPT,
-    *"video strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
+    *"strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
     "max_sequence_length".split(),
 )
 
@@ -303,7 +303,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--official-negative-prompt", action="store_true", help="Wan's published negative prompt")
     what.add_argument("--image", **many, help="first frame, for image-to-video models and TI2V [per prompt]")
     what.add_argument("--last-image", **many, help="last frame, for models that take one [per prompt]")
-    what.add_argument("--video", help="source of video to video, for models without image channels")
+    what.add_argument("--video", **many,
+                      help="source of video to video, for models without image channels [per prompt]")  # fmt: skip
     what.add_argument("--strength", type=float, help="how far video to video goes from the source, (0, 1]; default 0.8")
     what.add_argument("--like", metavar="FILE", help="an mp4, gif or png made here: with its prompt, seed and settings")
 

@@ -71,6 +71,7 @@ class DryRun:
     fits: bool | None
     would_fit: tuple[str, ...] = ()  # changes, in words
     notes: tuple[str, ...] = ()  # what the call leaves open, or gives in vain
+    host_bytes: int = 0  # of the frames of source videos, on the host
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -90,6 +91,7 @@ class DryRun:
             "",
             f"memory          {'weights':>13} {'denoising':>13} {'decoding':>13} {'needed':>13}",
             *self._memory(),
+            *[f"host            {_size(self.host_bytes):>13} of source frames, in this size"] * (self.host_bytes > 0),
             "",
             *self._buffers(),
             "",
@@ -154,7 +156,8 @@ def dry_run(
     device_memory: int | str | None = None,
     **call: Any,
 ) -> DryRun:
-    """What a call would take on a mesh that need not exist here; reads no weights. Print it, or ask its fields.
+    """What a call would take on a mesh that need not exist here; reads no weights, and of a source video what its
+    header says. Print it, or ask its fields.
 
     call: arguments of a WanPipeline call; prompt and images may be left out. dtype None: bfloat16 when device_memory
     names an accelerator's, else what the devices here would use. device_memory: of one device, "80GB" or bytes, of
@@ -225,7 +228,15 @@ def _report(
         parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
         fits=None if device_memory is None else max(needed) <= fraction * device_memory, notes=job.notes,
+        host_bytes=source_bytes(job),
     )  # fmt: skip
+
+
+def source_bytes(job: Job) -> int:
+    """Of all source videos' frames as they are kept, and twice as float32 of the one that is being encoded."""
+    videos = {id(r.video): r.video for r in job.requests if r.video is not None}
+    frames = 3 * math.prod(job.size)
+    return frames * (sum(video.itemsize for video in videos.values()) + 8) if videos else 0
 
 
 def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str]:

@@ -139,7 +139,8 @@ class WanPipeline:
 
         prompt, negative_prompt: a text, or one a prompt.
         image, last_image: first and last frame: a path, PIL image or array (H, W, 3), uint8 or float in [0, 1]; or one
-            a prompt. video, strength: source of video to video, and how far to go from it, (0, 1].
+            a prompt. video, strength: source of video to video, a path, list of PIL images or array (F, H, W, 3), or
+            one a prompt, and how far to go from it, (0, 1].
         height, width, num_frames, fps: of the video, in pixels and frames; num_frames is 4k+1.
         num_inference_steps, sampler, flow_shift, timesteps (of sampler "renoise"): docs/samplers.md.
         guidance_scale: of the high-noise expert (or the only one). guidance_scale_2: of the low-noise expert.

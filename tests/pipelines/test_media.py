@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
+from clips import damage, write_clip
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image as diffusers_load_image
 from diffusers.video_processor import VideoProcessor
@@ -252,33 +253,6 @@ def test_a_video_of_one_frame_is_one(tmp_path):
     assert load_video(tmp_path / "short.mp4")[0].shape == (1, 48, 64, 3)
 
 
-def write_clip(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, matrix=None, sar=None, gop=None, tags=(),
-               options=None, **container):  # fmt: skip
-    """Frames at 8 a second, or at `times` in ms; tags: colour matrix, range, primaries and transfer (ITU-T H.273)."""
-    quality = {"qscale": "1"} if "mpeg" in codec else {"crf": "4"}
-    with av.open(str(path), "w", options=options or {}, **container) as file:
-        stream = file.add_stream(codec, rate=8 if times is None else 1000, options=quality)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
-        context = stream.codec_context
-        if times is not None:
-            context.time_base = stream.time_base = Fraction(1, 1000)
-        context.gop_size = gop or context.gop_size
-        if sar is not None:
-            context.sample_aspect_ratio = sar
-        if tags:
-            context.colorspace, context.color_range, context.color_primaries, context.color_trc = tags
-        if matrix is not None:
-            stream.set_display_matrix(matrix)
-        for i, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
-            if tags:
-                frame = frame.reformat(format=pix_fmt, dst_colorspace=tags[0], dst_color_range=tags[1])
-            frame.pts, frame.time_base = (i, Fraction(1, 8)) if times is None else (times[i], Fraction(1, 1000))
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    return path
-
-
 def test_frames_are_counted_without_decoding(tmp_path, monkeypatch):
     frames = to_uint8(smooth(9))
     paths = [write_clip(tmp_path / f"clip.{suffix}", frames) for suffix in ("mp4", "mkv", "ts")]
@@ -453,12 +427,7 @@ def test_a_torn_file_gives_its_whole_frames(tmp_path, long_clip, name, codec, op
 def test_a_file_damaged_in_the_middle_gives_the_other_frames(tmp_path, long_clip):
     path = write_clip(tmp_path / "clip.mkv", long_clip, gop=1)
     whole, _ = load_video(path)
-    with av.open(str(path)) as file:
-        packets = [bytes(packet) for packet in file.demux(video=0)]
-    data = path.read_bytes()
-    for bad in (packets[4], packets[9]):
-        data = data.replace(bad, b"\xff" * len(bad))
-    path.write_bytes(data)
+    damage(path, 4, 9)
     with pytest.warns(UserWarning, match="clip.mkv is damaged: frames lost or faulty: 2"):
         rest, _ = load_video(path)
     np.testing.assert_array_equal(rest, np.delete(whole, [4, 9], 0))
@@ -466,12 +435,7 @@ def test_a_file_damaged_in_the_middle_gives_the_other_frames(tmp_path, long_clip
 
 def test_a_file_of_which_nothing_can_be_decoded_is_refused(tmp_path, long_clip):
     path = write_clip(tmp_path / "clip.mkv", long_clip[:3], gop=1)
-    with av.open(str(path)) as file:
-        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
-    data = path.read_bytes()
-    for bad in packets:
-        data = data.replace(bad, b"\xff" * len(bad))
-    path.write_bytes(data)
+    damage(path, 0, 1, 2)
     with pytest.raises(OSError, match=r"clip.mkv is no readable video \(damaged, or of an unknown format\)"):
         load_video(path)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clips import damage, write_clip
 from PIL import Image
 from published import PUBLISHED, edit, write_configs
 from tokenizer_files import write_tokenizer
@@ -16,7 +17,7 @@ from jaxwan.pipelines.call import ARGUMENTS, make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
 from jaxwan.pipelines.load import check_mesh, parse_dtype
-from jaxwan.pipelines.media import save_video, videos
+from jaxwan.pipelines.media import load_video, save_video, videos
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.sharding.mesh import MeshSpec
 
@@ -313,8 +314,124 @@ def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
     path, decoded = write_long(tmp_path / "long.mp4"), []
     shown = videos._shown
     monkeypatch.setattr(videos, "_shown", lambda frame: (decoded.append(1), shown(frame))[1])
-    job(T2V_21, video=path)
+    job(T2V_21, video=path, height=64, width=96)
     assert len(decoded) == 81
+
+
+def test_a_video_is_read_last_and_not_at_all_for_a_plan(job, checkpoints, tmp_path, monkeypatch):
+    path = write_long(tmp_path / "long.mp4")
+    monkeypatch.setattr(videos, "_shown", None)  # nothing can be decoded
+    for wrong in ({"strength": 0}, {"num_inference_steps": 0}, {"guidance_scale_2": 3.0}, {"num_frames": 6}, {"fps": 0},
+                  {"seed": -1}, {"height": 15, "width": 16}, {"latents": CLIP}, {"sampler": "a"}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            job(T2V_21, video=path, **wrong)
+    plan = make_job(checkpoints[T2V_21], False, prompt="a cat", video=path, height=64, width=96)
+    assert plan.requests[0].video.shape == (81, 64, 96, 3) and plan.requests[0].video.base.nbytes == 1
+    with pytest.raises(TypeError):
+        job(T2V_21, video=path)
+
+
+def test_a_job_keeps_frames_in_its_own_size(job, tmp_path):
+    save_video(CLIP, tmp_path / "clip.mp4", 8)
+    frames, _ = load_video(tmp_path / "clip.mp4")
+    expected = [np.asarray(Image.fromarray(f).resize((96, 32), Image.Resampling.LANCZOS)) for f in frames[:9]]
+    for video in (tmp_path / "clip.mp4", frames, [Image.fromarray(frame) for frame in frames]):
+        (request,) = job(T2V_21, video=video, height=32, width=96, seed=1).requests
+        assert request.video.dtype == np.uint8
+        np.testing.assert_array_equal(request.video, expected)
+
+
+LOUD, DARK = CLIP, CLIP // 4
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        lambda folder: [folder / "0.mkv", str(folder / "1.mkv")],
+        lambda folder: [LOUD, DARK],
+        lambda folder: np.stack([LOUD, DARK]),
+        lambda folder: ([Image.fromarray(f) for f in LOUD], [Image.fromarray(f) for f in DARK]),
+        lambda folder: [LOUD, folder / "1.mkv"],
+    ],
+)
+def test_each_prompt_may_have_its_video(job, tmp_path, sources):
+    for i, frames in enumerate((LOUD, DARK)):
+        write_clip(tmp_path / f"{i}.mkv", frames, "ffv1", "bgr0")
+    made = job(T2V_21, prompt=["a", "b"], video=sources(tmp_path), height=48, width=64, seed=1, num_videos_per_prompt=2)
+    for request, expected in zip(made.requests, (LOUD, LOUD, DARK, DARK), strict=True):
+        np.testing.assert_array_equal(request.video, expected[:9])
+    assert made.requests[0].video is made.requests[1].video  # and is encoded once
+
+
+def test_one_video_is_read_once_for_all_prompts(job, tmp_path):
+    path = tmp_path / "clip.mp4"
+    save_video(CLIP, path, 8)
+    for video in (path, [path, str(path)], CLIP, [CLIP, CLIP]):
+        a, b = job(T2V_21, prompt=["a", "b"], video=video, seed=1).requests
+        assert a.video is b.video
+        assert a.settings()["inputs"] == ["video"]
+
+
+def test_videos_of_several_kinds_get_one_size_length_and_rate(job, tmp_path):
+    save_video(CLIP, tmp_path / "clip.mp4", 8)
+    save_video(CLIP[:7, :, :32], tmp_path / "short.mp4", 12)
+    made = job(T2V_21, prompt=["a", "b"], video=[tmp_path / "clip.mp4", tmp_path / "short.mp4"], seed=1)
+    assert (made.size, made.requests[1].fps) == ((5, 544, 720), 8)
+    assert made.notes == (
+        "size 720x544, from video[0]'s 64x48",
+        "video[1] of 32x48 is stretched to it",
+        "fps 8, video[0]'s: video[1] has 12",
+        "5 frames, the largest 4k+1 in video[1]'s 7",
+    )
+
+
+@pytest.mark.parametrize(
+    ("video", "words"),
+    [
+        ([CLIP] * 3, "video is a list of 3 for 2 prompts: give one, or one a prompt"),
+        (np.stack([CLIP]), "video is a list of 1 for 2 prompts"),
+        ([CLIP, None], "video[1] is None: give one video for all prompts, or one for each"),
+        ([CLIP, "none.mp4"], "video[1] none.mp4 does not exist"),
+        ([CLIP, []], "the frames of video[1] must have one size, got no frames"),
+        ([CLIP, [PHOTO, 3]], "frame 1 of video[1] is a int"),
+        ([CLIP, CLIP / 255.0], "video[1] is a float array of 48 x 64 but 544 x 720 is asked for"),
+        ([np.repeat(CLIP, 2, 0), CLIP], "num_frames=13 but video[1] has 10 frames: the largest is 9"),
+        ([CLIP, CLIP.astype(int)], "video[1] has dtype int64, must be uint8, or float in [0, 1]"),
+        (CLIP[None, None], "video has shape (1, 1, 10, 48, 64, 3), must be (F, H, W, 3)"),
+    ],
+)
+def test_a_wrong_video_among_several_is_named(job, video, words):
+    with pytest.raises((ValueError, OSError)) as caught:
+        job(T2V_21, prompt=["a", "b"], video=video, num_frames=13 if "13" in words else None)
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+def test_a_damaged_video_gives_what_is_whole(job, tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", CLIP, gop=1)
+    frames, _ = load_video(path)
+    damage(path, 2, 6)
+    told = pytest.warns(UserWarning, match="clip.mkv is damaged: frames lost or faulty: 2")
+    with told:
+        made = job(T2V_21, video=path, seed=1, height=48, width=64)
+    assert made.notes == ("5 frames, the largest 4k+1 in the video's 8 whole ones",)
+    np.testing.assert_array_equal(made.requests[0].video, frames[[0, 1, 3, 4, 5]])
+    with told, pytest.raises(ValueError, match="num_frames=9 but the video has 8 whole frames: the largest is 5"):
+        job(T2V_21, video=path, num_frames=9)
+    latents = np.zeros((1, 16, 3, 6, 8), np.float32)  # for the 9 frames that the file promises
+    with told, pytest.raises(ValueError, match=r"expected floats of shape \(1, 16, 2, 6, 8\)"):
+        job(T2V_21, video=path, latents=latents, height=48, width=64)
+
+
+def test_what_was_decided_of_colours_and_rate_is_told(job, tmp_path):
+    times = [40 * i for i in range(10)]
+    path = write_clip(tmp_path / "hdr.mkv", CLIP, pix_fmt="yuv420p10le", times=times, tags=(9, 1, 9, 18))
+    fps = "fps 25, from the times of the video's frames: its header says 1000"
+    colours = "the video: HDR (HLG) is read as sRGB, clipped at its white"
+    given = dict(video=path, height=48, width=64, num_frames=5, seed=1)
+    made = job(T2V_21, **given)
+    assert (made.requests[0].fps, made.notes) == (25, (fps, colours))
+    assert job(T2V_21, fps=8, **given).notes == (colours,)
 
 
 @pytest.mark.parametrize(

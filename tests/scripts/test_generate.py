@@ -256,12 +256,19 @@ def test_every_flag_reaches_the_job(run, made, files):
     a, _, b, _ = job.requests
     assert a.negative_prompt == b.negative_prompt == OFFICIAL_NEGATIVE_PROMPT
     assert (job.size, a.fps) == ((5, 64, 32), 7.5)
-    assert a.video.shape == (5, 16, 16, 3) and a.video is b.video
+    assert a.video.shape == (5, 64, 32, 3) and a.video is b.video
     assert (a.table.num_steps, b.table.num_steps) == (2, 3)  # half of 4 and 6
     assert a.table.timesteps[0] % 1 and not b.table.timesteps[0] % 1  # Euler's are no whole numbers
     assert [(r.guidance_scale, r.guidance_scale_2, r.seed) for r in (a, b)] == [(2.0, 1.5, 3), (3.0, 1.5, 3)]
     assert b.boundary_ratio == 0.5
     assert sorted(os.listdir()) == [f"clip-{i}-seed3-index{3 + i % 2}.mp4" for i in range(4)]
+
+
+def test_each_prompt_may_have_its_video(run, made, files):
+    video = ["--video", files["CLIP"], "--video", files["WHITE"], "--num-frames", 5]
+    assert run("--prompt", "a", "--prompt", "b", *video, "-o", "clip.mp4")[0] == 0
+    a, b = made.jobs[0].requests
+    assert a.video.mean() < 5 and b.video.mean() > 250
 
 
 # What the command says of itself
@@ -483,9 +490,10 @@ def files(tmp_path_factory):
     """Names in BAD -> files."""
     folder = tmp_path_factory.mktemp("files")
     save_video(np.zeros((5, 16, 16, 3), np.uint8), folder / "clip.mp4", 8)
+    save_video(np.full((6, 16, 16, 3), 255, np.uint8), folder / "white.mp4", 8)
     (folder / "empty.npy").touch()
     np.save(folder / "noise.npy", np.zeros((1, 16, 2, 4, 4), np.float32))
-    names = {"CLIP": "clip.mp4", "EMPTY": "empty.npy", "NOISE": "noise.npy"}
+    names = {"CLIP": "clip.mp4", "WHITE": "white.mp4", "EMPTY": "empty.npy", "NOISE": "noise.npy"}
     return {"MODEL": str(BUNDLED_MODEL)} | {name: str(folder / file) for name, file in names.items()}
 
 
