@@ -440,6 +440,17 @@ def test_a_file_of_which_nothing_can_be_decoded_is_refused(tmp_path, long_clip):
         load_video(path)
 
 
+def test_tags_in_another_encoding_do_not_matter(tmp_path):
+    path = tmp_path / "clip.avi"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "caf??"
+        stream = file.add_stream("mjpeg", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "yuvj420p"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(noise(16, 16, 3), format="rgb24")) + stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"caf??", b"caf\xe9 "))
+    assert load_video(path)[0].shape == (1, 16, 16, 3)
+
+
 @pytest.mark.parametrize("name", ["a.mp3", "a.flac"])
 def test_a_song_with_a_cover_is_no_video(tmp_path, name):
     with av.open(str(tmp_path / name), "w") as file:

@@ -171,8 +171,8 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
     from av.stream import Disposition
 
     reading = _reading(path, what, "video", av.error.InvalidDataError, av.error.FFmpegError)
-    # As a file object: of a name, ffmpeg would also take protocols.
-    with reading, path.open("rb") as file, av.open(file, "r") as container:
+    # As a file object: of a name, ffmpeg would also take protocols. Its tags may be in any encoding.
+    with reading, path.open("rb") as file, av.open(file, "r", metadata_errors="replace") as container:
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
             cover = " but a cover picture" if container.streams.video else ""
@@ -210,7 +210,7 @@ def _average(times: Sequence[float], header: Fraction | None) -> Fraction | None
     span = times[-1] - times[0] if times else 0.0
     if not span or (header and abs(span - gaps / header) < 0.5 / header):
         return header
-    return Fraction(gaps / span).limit_denominator(1001)
+    return Fraction(gaps / span).limit_denominator(1001) or header
 
 
 def _frames(container: Any, stream: Any, faults: list[Any]) -> Iterator[Any]:
