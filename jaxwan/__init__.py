@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxwan.pipelines.call import make_job
     from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
     from jaxwan.pipelines.dry_run import DryRun, dry_run
+    from jaxwan.pipelines.ending import end_on_signals
     from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
     from jaxwan.pipelines.output import Output, check_save, seed_label
     from jaxwan.pipelines.pipeline import WanPipeline
@@ -27,6 +28,7 @@ _HOME = {
     "call": ("make_job",),
     "checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
     "dry_run": ("DryRun", "dry_run"),
+    "ending": ("end_on_signals",),
     "media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
     "output": ("Output", "check_save", "seed_label"),
     "pipeline": ("WanPipeline",),
@@ -37,8 +39,8 @@ _HOME = {
 
 __all__ = [
     "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "StepState", "WanPipeline",
-    "check_save", "check_writable", "dry_run", "load_image", "load_video", "make_job", "open_checkpoint",
-    "read_settings", "save_video", "seed_label",
+    "check_save", "check_writable", "dry_run", "end_on_signals", "load_image", "load_video", "make_job",
+    "open_checkpoint", "read_settings", "save_video", "seed_label",
 ]  # fmt: skip
 
 

@@ -19,17 +19,22 @@ Several prompts are one batch: repeat --prompt; a flag marked [per prompt] is th
 """
 
 import argparse
+import codecs
+import contextlib
 import difflib
+import io
 import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 START = time.perf_counter()  # before JAX, whose start takes seconds
 
@@ -52,25 +57,31 @@ CALL = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0, 1 after bad input was explained in a sentence, 2 after bad flags, 3 if it does not fit."""
-    if sys.stderr is None:  # closed by the caller: then nothing is told
-        sys.stderr = open(os.devnull, "w")
-    args = parse(argv)
-    with warnings.catch_warnings():
-        tell_on_stderr(quiet=args.quiet)
-        take_memory()
-        log.info("jaxwan %s, mesh %s", jaxwan.__version__, args.mesh)
-        try:
-            return plan(args) if args.dry_run else generate(args)
-        except BrokenPipeError:  # the reader of stdout has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Run the command; 0, 1 after what went wrong was told in a sentence, 2 after bad flags, 3 if it does not fit."""
+    with contextlib.redirect_stdout(Told(sys.stdout)) as out, contextlib.redirect_stderr(Told(sys.stderr)):
+        args = parse(argv)
+        with warnings.catch_warnings():
+            status = run(args)
+        out.flush()
+        if out.failure is not None and (args.json or args.dry_run) and status == 0:  # then telling was the point
+            tell_error(f"the result could not be printed ({out.failure.strerror})", as_json=False)
             return 1
-        except (ValueError, OSError) as error:
-            tell_error(str(error), as_json=args.json)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        return status
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the flags say; the exit status."""
+    tell_on_stderr(quiet=args.quiet)
+    take_memory()
+    log.info("jaxwan %s, mesh %s", jaxwan.__version__, args.mesh)
+    try:
+        return plan(args) if args.dry_run else generate(args)
+    except (ValueError, OSError) as error:
+        tell_error(str(error), as_json=args.json)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def take_memory() -> None:
@@ -110,11 +121,11 @@ def generate(args: argparse.Namespace) -> int:
     )
     output = pipe.run(job)
     start = time.perf_counter()
-    write(args, output, targets)
+    saved = write(args, output, targets)
     for phases in (pipe.seconds, output.seconds, {"write": time.perf_counter() - start}):
         seconds |= {name: seconds.get(name, 0.0) + taken for name, taken in phases.items()}
-    tell_end(args, output, targets, seconds, pipe)
-    return 0
+    tell_end(args, output, saved, seconds, pipe)
+    return 1 if any(file.error for file in saved) else 0
 
 
 # From flags to a call
@@ -192,6 +203,13 @@ def load_latents(path: str) -> Any:
 # Results
 
 
+class Saved(NamedTuple):
+    """Where a file is, if it is anywhere, and what went wrong."""
+
+    path: Path | None
+    error: str | None = None
+
+
 def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
     """Where the video goes; several go beside it."""
     if args.output is not None:
@@ -209,15 +227,41 @@ def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
         raise ValueError(f"--save-npz {args.save_npz} is also where the video goes: choose another name")
 
 
-def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]) -> None:
-    """The videos and the arrays, and then a line for each video: a reader that is gone costs none of them."""
+def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]) -> list[Saved]:
+    """The videos, then the arrays. What cannot be written where it was asked for goes elsewhere, of a video at least
+    its latents, and costs no other file."""
+    saved = []
     for i, path in enumerate(targets):
-        output[i].save(path, metadata=not args.no_metadata)
+        video = save(path, lambda p, i=i: output[i].save(p, overwrite=args.overwrite, metadata=not args.no_metadata))
+        if video.path is None:
+            latents = save(
+                path.with_suffix(".npz"), lambda p, i=i: output[i].save_npz(p, overwrite=False, frames=False)
+            )
+            what = "and neither could its latents" if latents.path is None else f"its latents are {latents.path}"
+            video = Saved(None, f"{video.error}; {what}")
+        saved.append(video)
     if args.save_npz is not None:
-        output.save_npz(args.save_npz)
-    if not args.json:
-        for path, made in zip(targets, output.settings, strict=True):
-            print(path if args.quiet else f"{path}  {described(made['call'])}", flush=True)
+        saved.append(save(Path(args.save_npz), lambda p: output.save_npz(p, overwrite=args.overwrite)))
+    return saved
+
+
+def save(path: Path, write: Callable[[Path], Any]) -> Saved:
+    """Write a file as `path`, else into the working folder, else into one for temporary files."""
+    try:
+        write(path)
+        return Saved(path)
+    except Exception as error:  # whatever it is: computing what would be lost may have taken hours
+        said = f"{path} could not be written ({getattr(error, 'strerror', None) or error})"
+    for place in (
+        lambda: Path(path.name).absolute(),
+        lambda: Path(tempfile.gettempdir(), f"{os.getpid()}-{path.name}"),
+    ):
+        with contextlib.suppress(Exception):
+            elsewhere = place()
+            if not elsewhere.exists() and elsewhere != path.absolute():
+                write(elsewhere)
+                return Saved(elsewhere, f"{said}: it is {elsewhere}")
+    return Saved(None, said)
 
 
 def described(call: dict[str, Any]) -> str:
@@ -228,18 +272,64 @@ def described(call: dict[str, Any]) -> str:
 
 
 def tell_end(
-    args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path], seconds: dict[str, float], pipe: Any
+    args: argparse.Namespace, output: "jaxwan.Output", saved: list[Saved], seconds: dict[str, float], pipe: Any
 ) -> None:
-    """How long it took: the phases, and what is in none of them, add up to the wall time."""
+    """Where everything is, and how long it took: the phases, and what is in none of them, add up to the wall time."""
+    videos = list(zip(saved, output.settings, strict=False))  # the arrays' file comes last
+    if not args.json:
+        for file, made in videos:
+            if file.path is not None:
+                print(file.path if args.quiet else f"{file.path}  {described(made['call'])}", flush=True)
     total = time.perf_counter() - START
     seconds["other"] = total - sum(seconds.values())
     times = ", ".join(f"{name} {taken:.1f}" for name, taken in seconds.items())
     log.info("seconds: %.1f = %s  (%r)", total, times, pipe)
+    errors = [file.error for file in saved if file.error is not None]
+    for error in errors:
+        tell_error(error, as_json=False)
     if args.json:
-        files = [{"path": str(path)} | made for path, made in zip(targets, output.settings, strict=True)]
+        files = [{"path": file.path and str(file.path)} | made for file, made in videos]
+        npz = str(saved[-1].path) if args.save_npz is not None and saved[-1].path else None
         print(json.dumps({
-            "files": files, "npz": args.save_npz, "mesh": args.mesh, "seconds": {"total": total} | seconds,
-        }, indent=2))  # fmt: skip
+            "files": files, "npz": npz, "mesh": args.mesh, "seconds": {"total": total} | seconds,
+        } | ({"error": "; ".join(errors)} if errors else {}), indent=2))  # fmt: skip
+
+
+def escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A codec's answer to what cannot be encoded: the bytes of a file's name as they are, and escapes for all else."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error("escaped", escaped)
+
+
+class Told:
+    """stdout or stderr, of which a failure costs no video: whatever it cannot take is dropped from then on."""
+
+    def __init__(self, stream: Any):
+        self.stream = open(os.devnull, "w") if stream is None else stream  # closed by the caller
+        self.failure: OSError | None = None
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="escaped")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, function: Callable, *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:  # a reader that is gone, a terminal that was closed, a full disk
+            self.failure = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # where Python writes the rest at its exit
 
 
 class Lines(logging.Handler):
@@ -361,4 +451,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    jaxwan.end_on_signals()
+    status = main()
+    if status != 0:  # a thread may still compile what nothing waits for any more, except Python's exit
+        os._exit(status)
+    sys.exit()

@@ -1,10 +1,13 @@
 """The user's cache folder, and compiled programs kept in it: a first run compiles for minutes, others read a file."""
 
 import os
+import time
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from jaxwan.pipelines.ending import leaving_nothing_half
 
 VARIABLE = "JAXWAN_COMPILATION_CACHE"
 KEPT_FROM = 0.2  # JAX's 1.0 leaves out the programs of small models, which together take a second
@@ -43,3 +46,15 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "jaxwan"
     except RuntimeError as error:
         raise OSError("there is no home folder for the user's cache: set XDG_CACHE_HOME") from error
+
+
+def _drop_latest() -> None:
+    """Remove the programs of the last second. JAX writes them in place, and what the end of its process left half would
+    never be replaced: every run would warn, and compile it again."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    for program in [] if folder is None else Path(folder).glob("*-cache"):
+        if program.stat().st_mtime > time.time() - 1:
+            program.unlink(missing_ok=True)
+
+
+leaving_nothing_half.append(_drop_latest)

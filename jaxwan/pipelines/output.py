@@ -63,15 +63,15 @@ class Output:
         videos = [self._pixels(i) for i in range(len(self))]
         paths = [check_output(p, len(videos[0]), overwrite) for p in numbered(path, self.settings)]
         for pixels, target, settings in zip(videos, paths, self.settings, strict=True):
-            save_output(pixels, target, self.fps, comment(settings) if metadata else None)
+            save_output(pixels, target, self.fps, comment(settings) if metadata else None, overwrite)
         return paths
 
-    def save_npz(self, path: str | Path) -> None:
-        """Write the arrays `latents` and `frames` (if decoded) as .npz."""
-        frames = (
-            {} if self.frames is self.latents else {"frames": np.stack([self._pixels(i) for i in range(len(self))])}
-        )
-        save_npz(path, latents=self.latents, **frames)
+    def save_npz(self, path: str | Path, *, overwrite: bool = True, frames: bool = True) -> None:
+        """Write the arrays `latents` and, if decoded and not left out, `frames` as .npz."""
+        arrays = {"latents": self.latents}
+        if frames and self.frames is not self.latents:
+            arrays["frames"] = np.stack([self._pixels(i) for i in range(len(self))])
+        save_npz(path, overwrite=overwrite, **arrays)
 
     def _pixels(self, i: int) -> np.ndarray:
         """Frames (F, H, W, 3) of a video."""

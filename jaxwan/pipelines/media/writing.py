@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxwan.pipelines.ending import leaving_nothing_half
 from jaxwan.pipelines.media.reading import check_pixels
 
 
@@ -69,16 +70,21 @@ def check_writable(path: str | Path, overwrite: bool = True) -> Path:
 
 
 def save_output(
-    frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
+    frames: Any,
+    path: str | Path,
+    fps: int | float | Fraction,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write frames (F, H, W, 3) as what the suffix of `path` says (`check_output`), with texts such as a title."""
     suffix = Path(path).suffix.lower()
-    if suffix == ".png":
-        save_image(frames[0], path, metadata)
-    elif suffix == ".gif":
-        save_gif(frames, path, fps, metadata)
-    else:
-        save_video(frames, path, fps, metadata)
+    with replacing(Path(path), overwrite) as temporary:
+        if suffix == ".png":
+            save_image(frames[0], temporary, metadata)
+        elif suffix == ".gif":
+            save_gif(frames, temporary, fps, metadata)
+        else:
+            save_video(frames, temporary, fps, metadata)
 
 
 def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -137,9 +143,9 @@ def save_video(
         file.mux(stream.encode())
 
 
-def save_npz(path: str | Path, **arrays: np.ndarray) -> None:
-    """Write named arrays as .npz; an existing file is replaced once all is written."""
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+def save_npz(path: str | Path, *, overwrite: bool = True, **arrays: np.ndarray) -> None:
+    """Write named arrays as .npz; an existing file is replaced once all is written, or kept (FileExistsError)."""
+    with replacing(Path(path), overwrite) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
@@ -173,12 +179,37 @@ def _yuv_frame(pixels: UInt8[np.ndarray, "h w 3"], index: int, rate: Fraction) -
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new name in the folder of `path`; what is written there becomes `path` on success and vanishes on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """A new name in the folder of `path`; what is written there becomes `path` on success and vanishes on failure, also
+    where `end_on_signals` ends the process. With overwrite=False a file that has come to be there meanwhile is kept.
+
+    Raises OSError that names `path`: FileExistsError and the like.
+    """
     temporary = path.with_name(f".{uuid4().hex[:12]}.tmp")  # short: a name as long as the file system allows must do
+    _under_way.add(temporary)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if not overwrite:
+            path.touch(exist_ok=False)  # one of two processes is the first
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary), f"file:{temporary}"):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be what is gone
+            temporary.unlink()
+        _under_way.discard(temporary)
+
+
+_under_way: set[Path] = set()  # temporary files
+
+
+def _remove_under_way() -> None:
+    for temporary in list(_under_way):
+        with suppress(OSError):
+            temporary.unlink()
+
+
+leaving_nothing_half.append(_remove_under_way)
