@@ -1,6 +1,6 @@
 """Rule tables of the Diffusers layout, one per component. Sources: the published files' key sets."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from jaxwan.convert.rules import CONV2D, CONV3D, LINEAR, Rule
@@ -78,9 +78,11 @@ VAE: list[Rule] = [
     Rule("{path}.gamma", "{path}.gamma"),
 ]
 
+_TIED = "encoder.embed_tokens.weight"
+
 TEXT_ENCODER: list[Rule] = [
     Rule("shared.weight", "embedding"),
-    Rule("encoder.embed_tokens.weight", None),  # a second copy of shared.weight that some files hold
+    Rule(_TIED, None),  # a second copy of shared.weight that some files hold
     *[
         Rule(f"encoder.block.{{layer}}.layer.0.SelfAttention.{name}.weight", f"layers.{name}.kernel", LINEAR)
         for name in ("q", "k", "v", "o")
@@ -127,7 +129,15 @@ IMAGE_ENCODER: list[Rule] = [
     ],
     Rule(_CLIP + "embeddings.position_ids", None),  # 0, 1, 2, … in files of older transformers
     Rule(_CLIP + "post_layernorm.{path}", None),  # Wan takes the layer before the last, without pooling
+    Rule("visual_projection.weight", None),  # of CLIPVisionModelWithProjection, as Diffusers' conversion writes it
 ]
+
+
+def text_encoder_rules(keys: Collection[str]) -> list[Rule]:
+    """The text encoder's rules for a file with these keys: of the table's two tied names it may have either alone."""
+    if _TIED in keys and "shared.weight" not in keys:
+        return [Rule(_TIED, "embedding"), *TEXT_ENCODER[2:]]
+    return TEXT_ENCODER
 
 
 def image_encoder_rules(keys: Iterable[str], num_layers: int) -> list[Rule]:

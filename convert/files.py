@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxwan.convert.rules import CheckpointError, Shape
+from jaxwan.convert.foreign import describe_file
+from jaxwan.convert.rules import CheckpointError, Shape, some
 
 _DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # name in the header -> bytes
-_STEMS = ("diffusion_pytorch_model", "model")
+_STEMS = ("diffusion_pytorch_model", "model")  # Diffusers' components, and those of transformers
+_SHARD = r"-\d{5}-of-\d{5}"
+_VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})(?:\.([\w-]+?)(?:{_SHARD})?|{_SHARD}\.([\w-]+))\.safetensors")
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -23,23 +28,10 @@ class TensorFiles:
     paths: tuple[Path, ...]
 
     @classmethod
-    def find(cls, folder: Path) -> "TensorFiles":
-        """The safetensors of a Diffusers component folder.
-
-        Raises FileNotFoundError when the folder has none, or lacks a shard that its index names; CheckpointError when
-        the index is malformed.
-        """
-        for stem in _STEMS:
-            index = folder / f"{stem}.safetensors.index.json"
-            if index.is_file():
-                names = _shards(index)
-                absent = [n for n in names if not (folder / n).is_file()]
-                if absent:
-                    raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named by {index.name}")
-                return cls(tuple(folder / n for n in names))
-            if (folder / f"{stem}.safetensors").is_file():
-                return cls((folder / f"{stem}.safetensors",))
-        raise FileNotFoundError(f"{folder} has no {' or '.join(f'{s}.safetensors' for s in _STEMS)} (or shards of it)")
+    def find(cls, folder: Path, variant: str | None = None) -> "TensorFiles":
+        """The safetensors of a Diffusers component folder; raises as `weight_files` does."""
+        names = weight_files(list_files(folder), lambda name: read_index(folder / name), variant, what=str(folder))
+        return cls(tuple(folder / name for name in names))
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
@@ -50,7 +42,7 @@ class TensorFiles:
             try:
                 handles[path] = safe_open(path, "numpy", backend="pread")
             except SafetensorError as error:
-                raise CheckpointError(f"{path} is truncated or no safetensors file ({error})") from error
+                raise CheckpointError(f"{path} {describe_file(path)} ({error})") from error
         return handles
 
     @cached_property
@@ -69,17 +61,20 @@ class TensorFiles:
         """Key -> shape, read from the headers (which also proves that no file is truncated)."""
         return {key: tuple(handle.get_slice(key).get_shape()) for key, handle in self._file_of.items()}
 
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """Key -> dtype, as the headers say: "F32", "BF16", …"""
+        return {key: handle.get_slice(key).get_dtype() for key, handle in self._file_of.items()}
+
     def check_dtypes(self, keys: Iterable[str]) -> None:
-        """Raises CheckpointError naming every tensor of `keys` that holds no floats of a known kind."""
-        dtypes = {key: self._file_of[key].get_slice(key).get_dtype() for key in keys}
-        wrong = [f"{key} is {dtype}" for key, dtype in dtypes.items() if dtype not in _DTYPES]
+        """Raises CheckpointError with the first few tensors of `keys` that hold no floats of a known kind."""
+        wrong = [f"{key} is {self.dtypes[key]}" for key in keys if self.dtypes[key] not in _DTYPES]
         if wrong:
-            where, only = self.paths[0].parent, ", ".join(_DTYPES)
-            raise CheckpointError(f"{where}: {', '.join(wrong)}; readable are {only}")
+            raise CheckpointError(f"{self.paths[0].parent}: {some(wrong)}; readable are {', '.join(_DTYPES)}")
 
     def kinds(self) -> dict[str, tuple[Shape, str]]:
         """Key -> shape and dtype, as the headers say."""
-        return {key: (self.shapes[key], handle.get_slice(key).get_dtype()) for key, handle in self._file_of.items()}
+        return {key: (shape, self.dtypes[key]) for key, shape in self.shapes.items()}
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its dtype on disk."""
@@ -87,13 +82,106 @@ class TensorFiles:
 
     def count_bytes(self, keys: Iterable[str]) -> int:
         """Bytes of these tensors, whose dtypes were checked."""
-        slices = [self._file_of[key].get_slice(key) for key in keys]
-        return sum(math.prod(part.get_shape()) * _DTYPES[part.get_dtype()] for part in slices)
+        return sum(math.prod(self.shapes[key]) * _DTYPES[self.dtypes[key]] for key in keys)
 
 
-def _shards(index: Path) -> list[str]:
-    """The file names in an index of shards."""
+# Which files
+
+
+def weight_files(
+    names: Collection[str], shards_of: Callable[[str], list[str]], variant: str | None, *, what: str
+) -> list[str]:
+    """Which of the files in a component folder hold its tensors, as Diffusers and transformers choose them.
+
+    names: the files that are there, on a disk or a hub. shards_of: index file -> the shards that it names. A variant
+    such as "fp16" counts where the folder has it, else the plain files do. Where a whole file lies beside an index of
+    shards, from an earlier save, Diffusers reads the shards of its own models, transformers the whole file; an index
+    whose shards are gone counts only where there is no whole file.
+
+    Raises FileNotFoundError, in a sentence that begins with `what`, where there are none or a shard is missing.
+    """
+    lacking = ""
+    for name in _candidates(variant if variant in find_variants(names) else None):
+        if name not in names:
+            continue
+        if not name.endswith(".json"):
+            return [name]
+        shards = shards_of(name)
+        absent = [shard for shard in shards if shard not in names]
+        if not absent:
+            return shards
+        lacking = f"{what} lacks {some(absent)}, named by {name}"
+    if lacking:
+        raise FileNotFoundError(lacking)
+    raise FileNotFoundError(f"{what} {_other_weights(names)}")
+
+
+def find_variants(names: Iterable[str]) -> list[str]:
+    """The variants that files are named after: "fp16" of model.fp16.safetensors."""
+    found = (_VARIANT.fullmatch(name) for name in names)
+    return sorted({m[1] or m[2] for m in found if m})
+
+
+def check_variant(variant: str | None, names: Mapping[str, Collection[str]], *, what: str) -> None:
+    """Raises FileNotFoundError where no component (of which these are the files) has any of a variant."""
+    if variant is None:
+        return
+    there = find_variants(name for files in names.values() for name in files)
+    if variant not in there:
+        instead = f"those there are {', '.join(there)}" if there else "it has none: leave variant out"
+        raise FileNotFoundError(f"{what} has no weights of variant={variant!r}; {instead}")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, in whatever format."""
+    return name.endswith(_WEIGHTS)
+
+
+def list_files(folder: Path) -> list[str]:
+    """The names of the files in a folder, none if there is no folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def read_index(index: Path) -> list[str]:
+    """The file names in an index of shards. Raises CheckpointError for anything else."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("its shards lie in other folders")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{index} {describe_file(index, 'is no index of shards')} ({error!r})") from error
+    return names
+
+
+def _candidates(variant: str | None) -> Iterator[str]:
+    """File names in the order in which they are looked for. Of a variant's index there are three spellings: Diffusers'
+    and transformers' own, Diffusers' older one, and one that follows the whole file's name."""
+    ours, theirs = _STEMS
+    whole, plain = f".{variant}.safetensors" if variant else ".safetensors", ".safetensors.index.json"
+    indices = [plain]
+    if variant:
+        indices = [f".safetensors.index.{variant}.json", f".safetensors.{variant}.index.json", f"{whole}.index.json"]
+    yield from (ours + end for end in (*indices, whole))
+    yield from (theirs + end for end in (whole, *indices))
+
+
+def _other_weights(names: Collection[str]) -> str:
+    """What a folder without readable files has instead, and what to do."""
+    variants, others = find_variants(names), [name for name in names if name.endswith(_WEIGHTS)]
+    wanted = " or ".join(f"{stem}.safetensors" for stem in _STEMS)
+    if variants:
+        given = " or ".join(f"--variant {v} (variant={v!r} in Python)" for v in variants)
+        return f"has no {wanted}, but those of a variant: give {given}"
+    if not others:
+        return f"has no {wanted} (or shards of it)"
+    if shards := [name for stem in _STEMS for name in others if re.fullmatch(rf"{stem}{_SHARD}\.safetensors", name)]:
+        return f"holds {some(shards)} and no .safetensors.index.json, which says what is in the shards"
+    if any(name.endswith(".gguf") for name in others):
+        return f"holds {some(others)}: GGUF is quantised and not read (yet); take safetensors of 16 or 32 bits"
+    if any(name.endswith(".safetensors") for name in others):
+        lora = any("lora" in name.lower() for name in others)
+        return f"holds {some(others)}{', a LoRA by its name,' if lora else ''} and no {wanted}"
+    return (
+        f"holds {some(others)}: pickles, which may run code and so are never read; write them as safetensors, in "
+        "Diffusers by pipe.save_pretrained(FOLDER, safe_serialization=True)"
+    )

@@ -17,7 +17,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from jaxwan.convert.files import TensorFiles
-from jaxwan.convert.rules import Rule, Shape, Target, plan
+from jaxwan.convert.foreign import describe_tensors
+from jaxwan.convert.rules import CheckpointError, Rule, Shape, Target, plan
 
 ON_HOST = 2**24  # bytes of a stacked parameter that is still stacked on the host
 
@@ -58,10 +59,17 @@ def load_state(
 def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Target]:
     """Where each tensor of `files` goes among parameters of these shapes; only headers are read.
 
-    Raises CheckpointError naming every missing, extra and mis-shaped tensor, or those that hold no floats.
+    Raises CheckpointError that says what the files look like instead, if that is known, counts the missing, extra and
+    mis-shaped tensors, or those that hold no floats, and names a few.
     """
-    found = plan(files.shapes, targets, rules, what=what)
-    files.check_dtypes(found)
+    try:
+        found = plan(files.shapes, targets, rules, what=what)
+        files.check_dtypes(found)
+    except CheckpointError as error:
+        told = describe_tensors(files.dtypes)
+        if told is None:
+            raise
+        raise CheckpointError(f"{what} {told} ({str(error).removeprefix(what).lstrip(': ')})") from error
     return found
 
 

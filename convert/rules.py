@@ -10,7 +10,7 @@ is None names a tensor that published files hold and nothing reads.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,7 +93,7 @@ def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], rules: Sequ
 
     sources: key -> shape, from the files' headers. targets: path -> shape of the parameters, of which those under a
     `{layer}` rule have a leading layer axis. Returns key -> Target for every key that something reads.
-    Raises CheckpointError that names all missing, extra and mis-shaped tensors at once.
+    Raises CheckpointError that counts all missing, extra and mis-shaped tensors at once, and names a few.
     """
     found: dict[str, Target] = {}
     extra: list[str] = []
@@ -109,8 +109,10 @@ def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], rules: Sequ
             extra.append(key)
     missing = [key for key in expected if key not in sources]
     if missing or extra or misshaped:
-        parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("of another shape", misshaped)]
-        raise CheckpointError(f"{what} does not fit its configuration: " + "; ".join(p for p in parts if p))
+        lists = {"missing": missing, "unexpected": extra, "of another shape": misshaped}
+        most = 5 if sum(map(bool, lists.values())) == 1 else 2
+        told = [f"{len(names)} {label} ({some(sorted(names), most)})" for label, names in lists.items() if names]
+        raise CheckpointError(f"{what} does not fit its configuration: {'; '.join(told)}")
     return found
 
 
@@ -136,6 +138,7 @@ def expected_sources(targets: Mapping[str, Shape], rules: Sequence[Rule]) -> dic
     return expected
 
 
-def _listing(label: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    return f"{len(names)} {label} ({', '.join(names)})" if names else ""
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from oracle import relative_error
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from jaxwan.config import ConfigError, ImageEncoderConfig
 from jaxwan.convert.diffusers import image_encoder_rules
@@ -75,6 +75,19 @@ def test_published_keys_with_their_prefix_load_the_same_model(case, pixels, tmp_
     assert not any(key.startswith("vision_model.") for key in tensors)
     save_file({f"vision_model.{key}": value for key, value in tensors.items()}, tmp_path / "model.safetensors")
     np.testing.assert_array_equal(load(tmp_path, cfg)(jnp.asarray(pixels)), load(folder, cfg)(jnp.asarray(pixels)))
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_an_image_encoder_with_projection_is_the_one_without(pixels, tmp_path, prefix):
+    torch.manual_seed(0)
+    cfg = CLIPVisionConfig(**dataclasses.asdict(TINY), projection_dim=10)
+    CLIPVisionModelWithProjection(cfg).eval().save_pretrained(tmp_path)
+    expected, tensors = run_reference(tmp_path, pixels), load_file(tmp_path / "model.safetensors")
+    assert "visual_projection.weight" in tensors
+    vision = {key.removeprefix("vision_model."): x for key, x in tensors.items() if key != "visual_projection.weight"}
+    named = {prefix + key: x for key, x in vision.items()} | {"visual_projection.weight": torch.ones(10, 40)}
+    save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    assert relative_error(load(tmp_path, TINY)(jnp.asarray(pixels)), expected) < FORWARD
 
 
 def test_bfloat16_is_as_close_to_float32_as_transformers_own(case, pixels):

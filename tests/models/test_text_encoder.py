@@ -7,10 +7,11 @@ import pytest
 import torch
 from flax import nnx
 from oracle import relative_error
+from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from jaxwan.config import ConfigError, TextEncoderConfig
-from jaxwan.convert.diffusers import TEXT_ENCODER
+from jaxwan.convert.diffusers import TEXT_ENCODER, text_encoder_rules
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes, load_module
 from jaxwan.convert.rules import CheckpointError, plan
@@ -55,7 +56,8 @@ def load(folder, dtype=jnp.float32):
     def make():
         return UMT5Encoder(TextEncoderConfig(**TINY), dtype=dtype, rngs=nnx.Rngs(0))
 
-    return load_module(make, TensorFiles.find(folder), TEXT_ENCODER)
+    files = TensorFiles.find(folder)
+    return load_module(make, files, text_encoder_rules(files.shapes))
 
 
 def test_hidden_states_equal_transformers_on_a_padded_batch(folder, batch):
@@ -64,6 +66,16 @@ def test_hidden_states_equal_transformers_on_a_padded_batch(folder, batch):
     expected = run_reference(folder, batch)
     assert relative_error(actual, expected) < FORWARD
     assert relative_error(actual[0, :23], expected[0, :23]) < FORWARD
+
+
+@pytest.mark.parametrize("names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]])
+def test_either_name_of_the_tied_table_will_do(folder, batch, tmp_path, names):
+    tensors = load_file(folder / "model.safetensors")
+    table = next(tensors.pop(f"{n}.weight") for n in ("shared", "encoder.embed_tokens") if f"{n}.weight" in tensors)
+    tensors.pop("encoder.embed_tokens.weight", None)
+    save_file(tensors | {f"{name}.weight": table.clone() for name in names}, tmp_path / "model.safetensors")
+    tokens, mask = map(jnp.asarray, batch)
+    np.testing.assert_array_equal(load(tmp_path)(tokens, mask), load(folder)(tokens, mask))
 
 
 def test_an_integer_mask_means_the_same_as_a_boolean_one(folder, batch):

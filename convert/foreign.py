@@ -1,0 +1,73 @@
+"""Files that are not read: what they look like, so that an error can say it, and what to take instead."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+PLAIN = "take the weights in the Diffusers layout in bfloat16, float16 or float32"
+_LORA = re.compile(r"\.(lora_(A|B|up|down)|lokr_w|hada_w|diff(_b|_m)?$)")
+# what names of tensors tell, by the words for it; the first that is found counts
+_QUANTISED = {
+    r"\.quant_state\.|\.absmax$": "quantised to 4 bits by bitsandbytes",
+    r"\.SCB$": "quantised to 8 bits by bitsandbytes",
+    r"\.(qweight|qzeros|g_idx)$": "quantised by GPTQ or AWQ",
+    r"^scaled_fp8$|\.(scale_weight|scale_input)$": "quantised to fp8 with scales, as ComfyUI stores it",
+    r"\.(comfy_quant|weight_scale|weight_scale_2|input_scale|int8_weight)$": "quantised, with scales beside them",
+    r"weight[.:_]+(_?data|_?scale|qdata|scale|zero_point)$": "quantised by torchao or quanto",
+}
+_MODELS = {
+    r"^vace_blocks\.": "VACE",
+    r"^(face_adapter|motion_encoder)\.": "Wan-Animate",
+    r"^casual_audio_encoder\.": "Wan-S2V",
+    r"^audio_proj\.": "HuMo",
+    r"^(control_adapter|ref_conv)\.": "Wan-Fun",
+    r"\.to_gate_compress\.|\.local_attn\.": "a model with sparse attention of its own",
+}
+_ORIGINAL = re.compile(
+    r"(^|\.)(blocks\.\d+\.(self_attn|cross_attn|attn)\.(q|k|v|o|norm_q|norm_k)\.|head\.modulation$|"
+    r"(time|text)_embedding\.\d|token_embedding\.weight$|(en|de)coder\.middle\.\d|visual\.transformer\.)"
+)
+_PREFIX = re.compile(r"(model\.diffusion_model|diffusion_model|model|net|module|_orig_mod|transformer(_2)?)\.")
+
+
+def describe_tensors(dtypes: Mapping[str, str]) -> str | None:
+    """What tensors that fit no configuration look like, by their names and dtypes ("F32", "U8", …), and what to do: the
+    end of a sentence that begins with where they are. None where nothing is recognised."""
+    keys, few = list(dtypes), sorted(set(dtypes.values()) - {"F32", "BF16", "F16", "F64", "I64"})
+    if any(_LORA.search(key) for key in keys):
+        return "holds a LoRA, which is not read (yet): merge it first, in Diffusers by pipe.fuse_lora()"
+    if words := _first(_QUANTISED, keys):
+        return f"holds weights that are {words}, which are not read (yet): {PLAIN}"
+    if any(dtype.startswith("F8") for dtype in few):
+        return f"holds weights in fp8 ({', '.join(few)}), which are not read (yet): {PLAIN}"
+    if few:
+        return f"holds weights in {', '.join(few)}, probably quantised, which are not read (yet): {PLAIN}"
+    if words := _first(_MODELS, keys):
+        return f"holds tensors of {words}, which is not implemented: take one of the published Wan models"
+    prefixed = [m[0] for m in map(_PREFIX.match, keys) if m]
+    if keys and len(prefixed) > 0.9 * len(keys):
+        return f"holds names that begin with {prefixed[0]!r}, as ComfyUI's do, which are not read (yet): {PLAIN}"
+    if any(_ORIGINAL.search(key) for key in keys):
+        return f"holds names of the original Wan (or ComfyUI's) layout, which is not read (yet): {PLAIN}"
+    return None
+
+
+def describe_file(path: Path, otherwise: str = "is truncated or no safetensors file") -> str:
+    """What a file that cannot be read is, by how it begins, and what to do: the end of a sentence about it."""
+    with path.open("rb") as file:
+        start = file.read(200)
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer and not the weights: fetch them with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page and not the weights: download it again (the link may need a login)"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "is a pickle of PyTorch's, which may run code and so is never read: write it as safetensors"
+    if start.startswith(b"GGUF"):
+        return f"is a GGUF file, which is not read (yet): {PLAIN}"
+    return otherwise
+
+
+def _first(words: Mapping[str, str], keys: Iterable[str]) -> str | None:
+    joined = "\n".join(keys)
+    return next((told for pattern, told in words.items() if re.search(pattern, joined, re.MULTILINE)), None)
