@@ -34,7 +34,7 @@ def transformer_flops(
     """
     d, layers = cfg.dim, cfg.num_layers
     # self-attention's q, k, v, out and cross-attention's q, out are D x D; the MLP is D x M twice
-    per_layer = tokens * (12 * d * d + 4 * d * cfg.ffn_dim) + image_rows * 4 * d * (cfg.added_kv_proj_dim or 0)
+    per_layer = tokens * (12 * d * d + 4 * d * cfg.ffn_dim) + image_rows * 4 * d * (cfg.added_kv_proj_dim or d)
     return TransformerFlops(
         linear=layers * (per_layer + text_rows * 4 * d * d),  # the text's keys and values
         self_attention=layers * 4 * tokens**2 * d,

@@ -220,11 +220,15 @@ class WanTransformer(nnx.Module):
         return temb, modulation.reshape(*temb.shape[:2], 6, self.cfg.dim)
 
     def embed_context(self, text: Float[Array, "b l c"], image: Float[Array, "b i e"] | None) -> Context:
-        """Text (and CLIP) embeddings in model width."""
+        """Text (and CLIP) embeddings in model width. Without keys and values of their own, CLIP's rows are rows more of
+        the text, before it."""
         embedded = self.text_embedder(text.astype(self.dtype))
         if self.image_embedder is None or image is None:
             return Context(embedded, None)
-        return Context(embedded, self.image_embedder(image.astype(self.dtype)))
+        rows = self.image_embedder(image.astype(self.dtype))
+        if self.cfg.added_kv_proj_dim is None:
+            return Context(jnp.concatenate([rows, embedded], axis=1), None)
+        return Context(embedded, rows)
 
     def run_blocks(
         self,

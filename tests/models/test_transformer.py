@@ -32,6 +32,7 @@ CASES = {
     "i2v by channels": dataclasses.replace(TINY, in_channels=36, attention_head_dim=22),
     "ti2v": dataclasses.replace(TINY, in_channels=48, out_channels=48, attention_head_dim=28),
     "2.1 i2v": dataclasses.replace(TINY, in_channels=36, image_dim=40, added_kv_proj_dim=60),
+    "2.1 i2v, image rows as text": dataclasses.replace(TINY, in_channels=36, image_dim=40),  # as in Diffusers' tests
     "flf2v": dataclasses.replace(TINY, in_channels=36, image_dim=40, added_kv_proj_dim=60, pos_embed_seq_len=514),
 }
 
