@@ -32,20 +32,42 @@ def read_json(path: Path) -> dict[str, Any]:
 class _FromJson:
     """Mixin: a frozen dataclass made from a parsed config.json."""
 
-    _fixed: dict[str, Any] = {}  # keys with the only value that is implemented
+    _fixed: dict[str, Any] = {}  # keys with the only value that is implemented, beside null
 
     @classmethod
     def from_json(cls: type[_C], data: dict[str, Any]) -> _C:
-        """Read the known keys of `data`; raises ConfigError for an unsupported value of a key in `_fixed`."""
+        """Read the known keys of `data`, where null is false for a flag and the default for what has no null.
+
+        Raises ConfigError for an unsupported value of a key in `_fixed`, for values of another kind, and for those
+        that do not go together.
+        """
+        if data.get("quantization_config") is not None:
+            raise ConfigError(f"the weights are quantised{_method(data)}, which is not read (yet): take others")
         for key, only in cls._fixed.items():
-            if key in data and data[key] != only:
+            if data.get(key) not in (None, only):
                 raise ConfigError(f"{cls.__name__}: {key}={data[key]!r} is not implemented (only {only!r})")
         kinds = {f.name: f.type for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-        given = {k: _frozen(v) for k, v in data.items() if k in kinds}
+        given = {k: False if v is None and kinds[k] is bool else _frozen(v) for k, v in data.items() if k in kinds}
+        given = {k: v for k, v in given.items() if v is not None or _is_kind(None, kinds[k])}
         wrong = [f"{k}={v!r} is no {_name(kinds[k])}" for k, v in given.items() if not _is_kind(v, kinds[k])]
-        if wrong:
+        made = None if wrong else cls(**given)
+        wrong += [] if made is None else made.problems()
+        if made is None or wrong:
             raise ConfigError(f"{cls.__name__}: {', '.join(wrong)}")
-        return cls(**given)
+        return made
+
+    def problems(self) -> list[str]:
+        """What no model can be made of, in words."""
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}  # pyright: ignore
+        return [f"{name}={value} must be 1 or more" for name, value in counts.items() if value < 1]
+
+
+def _method(data: dict[str, Any]) -> str:
+    """How the quantization_config of a config.json says that it is quantised."""
+    config = data["quantization_config"]
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    bits = next((f" to {n} bits" for n in (4, 8) if isinstance(config, dict) and config.get(f"load_in_{n}bit")), "")
+    return f"{bits} by {method}" if method else bits
 
 
 def _frozen(value: Any) -> Any:
@@ -90,6 +112,18 @@ class TransformerConfig(_FromJson):
     pos_embed_seq_len: int | None = None
 
     _fixed = {"qk_norm": "rms_norm_across_heads", "_class_name": "WanTransformer3DModel"}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "TransformerConfig":
+        """As of all; null for out_channels is as many as in_channels."""
+        if "out_channels" in data and data["out_channels"] is None:
+            data = data | {"out_channels": data.get("in_channels")}
+        return super().from_json(data)
+
+    def problems(self) -> list[str]:
+        """Widths that are halved."""
+        widths = {name: getattr(self, name) for name in ("attention_head_dim", "freq_dim")}
+        return [f"{name}={width} is odd" for name, width in widths.items() if width % 2] + super().problems()
 
     @property
     def dim(self) -> int:
@@ -156,6 +190,12 @@ class ImageEncoderConfig(_FromJson):
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
     hidden_act: str = "gelu"
+
+    def problems(self) -> list[str]:
+        """Widths that do not divide."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        told = f"hidden_size={width} does not divide among num_attention_heads={heads}"
+        return super().problems() or [told] * (width % heads > 0)
 
     @property
     def num_rows(self) -> int:

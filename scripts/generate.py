@@ -175,7 +175,7 @@ def open_model(args: argparse.Namespace) -> "jaxwan.Checkpoint":
     """The named checkpoint, or the bundled one."""
     if args.model is None:
         log.info("no --model: the tiny bundled one, which knows coloured shapes that move over a background")
-    return jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL if args.model is None else args.model)
+    return jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL if args.model is None else args.model, args.variant)
 
 
 def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") -> str:
@@ -423,6 +423,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     where = parser.add_argument_group("where and with what")
     where.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the tiny bundled one")
+    where.add_argument("--variant", metavar="NAME",
+                       help="of the weights files: fp16 reads diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
     where.add_argument("--mesh", default="pp=1", help="devices by axis, such as pp=4; default %(default)s")
     where.add_argument(
         "--dtype", help="of DiT and text encoder: bfloat16 or float32; default bfloat16, on a CPU float32"
@@ -431,7 +433,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--no-compilation-cache", action="store_true",
                        help="keep no compiled programs for later runs; so does JAXWAN_COMPILATION_CACHE=0")  # fmt: skip
     where.add_argument("--dry-run", action="store_true",
-                       help="only say what it would take; exits with 3 if it does not fit")  # fmt: skip
+                       help="only say what it would take, and check the weights' headers; exits with 3 if it does "
+                       "not fit")  # fmt: skip
     where.add_argument("--device-memory", help="for --dry-run: an accelerator's memory, such as 80GB")
 
     out = parser.add_argument_group("results")

@@ -45,7 +45,7 @@ def make_checkpoint(preset: Preset) -> Checkpoint:
     return Checkpoint(
         folder=Path("random"),
         transformer=preset.transformer,
-        num_experts=preset.experts,
+        experts=("transformer", "transformer_2")[: preset.experts],
         vae=preset.vae,
         text_encoder=preset.text_encoder,
         image_encoder=None,

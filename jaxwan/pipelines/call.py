@@ -112,6 +112,7 @@ def make_job(
         )
         for i in range(count) for k in range(num_videos)
     )  # fmt: skip
+    _check_encoded(checkpoint, requests)
     firsts = requests[::num_videos]
     notes += _cut_texts(checkpoint, firsts)
     notes += _without_effect(
@@ -122,10 +123,14 @@ def make_job(
     return Job(requests, tuple(notes))
 
 
-def with_prompt(call: Mapping[str, Any]) -> dict[str, Any]:
+def with_prompt(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments, with an empty prompt if they have none: for calls that are only planned or compiled."""
-    silent = call.get("prompt") is None and call.get("prompt_embeds") is None
-    return {**call, "prompt": ""} if silent else dict(call)
+    if call.get("prompt") is not None or call.get("prompt_embeds") is not None:
+        return dict(call)
+    if checkpoint.text_encoder is not None:
+        return {**call, "prompt": ""}
+    rows = np.zeros((1, call.get("max_sequence_length", MAX_TOKENS), checkpoint.transformer.text_dim), np.float32)
+    return {"negative_prompt_embeds": rows, **call, "prompt_embeds": rows}
 
 
 ARGUMENTS = tuple(
@@ -182,12 +187,25 @@ def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None, ro
         value = np.asarray(value, np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}") from error
-    wanted = (count if count is not None else "B", rows, checkpoint.text_encoder.d_model)
+    wanted = (count if count is not None else "B", rows, checkpoint.transformer.text_dim)
     if value.ndim != 3 or value.shape[1:] != wanted[1:] or len(value) == 0 or count not in (None, len(value)):
         raise ValueError(f"{name} has shape {value.shape}, expected ({', '.join(map(str, wanted))})")
     if not np.isfinite(value).all():
         raise ValueError(f"{name} holds values that are not finite")
     return value
+
+
+def _check_encoded(checkpoint: Checkpoint, requests: Sequence[Request]) -> None:
+    """Without a text encoder, all that the model looks at comes as embeddings."""
+    if checkpoint.text_encoder is not None:
+        return
+    for r in requests:
+        if r.prompt_embeds is None:
+            raise ValueError(f"prompt={r.prompt!r:.40}: this checkpoint has no text encoder: give prompt_embeds")
+        if r.guided and r.negative_prompt_embeds is None:
+            raise ValueError(
+                "this checkpoint has no text encoder: give negative_prompt_embeds too, or guidance_scale=1"
+            )
 
 
 # Images, video, size

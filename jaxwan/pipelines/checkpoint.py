@@ -1,7 +1,8 @@
 """A checkpoint folder as its configuration files describe it: no tensor is read here."""
 
 import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxwan.config import (
 )
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind
+from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
 from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
 
@@ -31,6 +33,7 @@ _CLASSES = {
     "text_encoder": "UMT5EncoderModel",
     "image_encoder": "CLIPVisionModel",
 }
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _KINDS = {
     **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps"), int),
     **dict.fromkeys(("sampler", "negative_prompt", "example_prompt", "vocabulary"), str),
@@ -47,15 +50,16 @@ class Checkpoint:
 
     folder: Path
     transformer: TransformerConfig
-    num_experts: int
+    experts: tuple[str, ...]  # their folders: high noise, then low noise, or one of them alone
     vae: VAEConfig
-    text_encoder: TextEncoderConfig
+    text_encoder: TextEncoderConfig | None  # None where texts can come as embeddings alone
     image_encoder: ImageEncoderConfig | None
     sampler: SamplerDefaults
     boundary_ratio: float | None
     variant: Variant
     defaults: Defaults
     hub_id: str | None = None  # where the weights are still to be fetched from
+    weights_variant: str | None = None  # in the names of weights files: "fp16"
 
     @property
     def name(self) -> str:
@@ -80,29 +84,45 @@ class Checkpoint:
         return Geometry(vae.scale_factor_temporal, vae.scale_factor_spatial, self.transformer.patch_size, vae.z_dim)
 
     @property
-    def experts(self) -> tuple[str, ...]:
-        """Folder names of the experts: high noise, then low noise."""
-        return ("transformer", "transformer_2")[: self.num_experts]
+    def num_experts(self) -> int:
+        """How many DiTs are loaded."""
+        return len(self.experts)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The folders whose weights are read."""
+        encoders = {"text_encoder": self.text_encoder, "image_encoder": self.image_encoder}
+        return ("vae", *(name for name, config in encoders.items() if config is not None), *self.experts)
 
 
-def open_checkpoint(model: "str | Path | Checkpoint") -> Checkpoint:
-    """The configurations of a folder or hub id (of which the JSON files alone are fetched); a Checkpoint is itself.
+def open_checkpoint(model: "str | Path | Checkpoint", variant: str | None = None) -> Checkpoint:
+    """The configurations of a folder or hub id (of which no weights are fetched); a Checkpoint is itself.
 
-    Raises OSError where there is none, ValueError for what is not implemented.
+    variant: of the weights files, as Diffusers names them: "fp16" reads diffusion_pytorch_model.fp16.safetensors, and
+    plain files in components that have none of it. Raises OSError where there is no checkpoint, ValueError for what is
+    not implemented.
     """
+    if not (variant is None or (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant))):
+        raise ValueError(f"variant={variant!r:.40} is no variant's name, such as 'fp16'")
     if isinstance(model, Checkpoint):
-        return model
-    checkpoint = read_checkpoint(find_checkpoint(model, json_only=True))
+        return model if variant is None else replace(model, weights_variant=variant)
+    checkpoint = replace(read_checkpoint(find_checkpoint(model)), weights_variant=variant)
     return checkpoint if _local(model).is_dir() else replace(checkpoint, hub_id=str(model))
 
 
-def with_weights(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its weights there too: those of a hub id are fetched now. Raises OSError."""
-    return replace(checkpoint, folder=find_checkpoint(checkpoint.hub_id)) if checkpoint.hub_id else checkpoint
+def ensure_weights(checkpoint: Checkpoint) -> None:
+    """Fetch the weights of a hub id, into the same folder. Raises OSError."""
+    if checkpoint.hub_id is None:
+        return
+    others = [f"tokenizer/{name}" for name in _TOKENIZER] * (checkpoint.text_encoder is not None)
+    others += ["image_processor/preprocessor_config.json"] * (checkpoint.image_encoder is not None)
+    fetch_weights(
+        checkpoint.hub_id, checkpoint.folder, checkpoint.components, checkpoint.weights_variant, others
+    )  # fmt: skip
 
 
-def find_checkpoint(model: str | Path, *, json_only: bool = False) -> Path:
-    """The folder of a path or a hub id; a hub id is fetched (its JSON files alone when `json_only`).
+def find_checkpoint(model: str | Path) -> Path:
+    """The folder of a path or a hub id, whose configurations are fetched.
 
     Raises ValueError for an empty text, FileNotFoundError when there is no such folder and the text is no hub id,
     OSError when the hub cannot be had.
@@ -118,7 +138,7 @@ def find_checkpoint(model: str | Path, *, json_only: bool = False) -> Path:
         raise NotADirectoryError(f"{text} is a file; a checkpoint is a folder in the Diffusers layout")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"there is no folder {text} (and a hub id has the form owner/name)")
-    return _fetch(text, ["*.json"] if json_only else ["*.json", "*.safetensors", "*.model"])
+    return _fetch_configs(text)
 
 
 def _local(model: str | Path) -> Path:
@@ -126,15 +146,12 @@ def _local(model: str | Path) -> Path:
     return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
-def _fetch(repo: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{repo} is no local folder, and the hub did not give it: {reason}") from error
+def _fetch_configs(repo: str) -> Path:
+    index = fetch_file(repo, "model_index.json")
+    parts = [name for name in _CLASSES if _present(read_json(index), name)]
+    names = ["scheduler/scheduler_config.json", *(f"{name}/config.json" for name in parts)]
+    fetch_files(repo, index.parent, names, optional=["generation_config.json"])  # which Diffusers does not know
+    return index.parent
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -145,27 +162,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     index = _read_json(folder, "model_index.json")
     if index.get("_class_name") not in _PIPELINES:
         raise ConfigError(f"{folder}: pipeline {index.get('_class_name')!r} is none of {', '.join(_PIPELINES)}")
-    if not _present(index, "transformer"):
-        raise ConfigError(f"{folder}/model_index.json names no transformer")
     for name, wanted in _CLASSES.items():
         given = index[name][-1] if isinstance(index.get(name), list) and index[name] else index.get(name)
         if given not in (None, wanted, f"{wanted}WithProjection"):
             raise ConfigError(f"{folder}/model_index.json: {name} is a {given}, only {wanted} is implemented")
-    experts = 2 if _present(index, "transformer_2") else 1
-    configs = [_transformer(folder, name) for name in ("transformer", "transformer_2")[:experts]]
-    if configs[0] != configs[-1]:
-        raise ConfigError(f"{folder}: the two experts differ in their config.json, which is not implemented")
-    variant = recognise(configs[0], experts, bool(index.get("expand_timesteps", False)))
+    boundary, experts = _boundary_ratio(folder, index), _experts(folder, index)
+    transformer = _transformer(folder, experts)
+    published = 2 if boundary is not None else len(experts)  # one alone of two has a boundary still
+    variant = recognise(transformer, published, bool(index.get("expand_timesteps", False)))
     scheduler = _read_json(folder, "scheduler/scheduler_config.json")
+    encodes_text = _present(index, "text_encoder") and _present(index, "tokenizer")
     checkpoint = Checkpoint(
         folder=folder,
-        transformer=configs[0],
-        num_experts=experts,
+        transformer=transformer,
+        experts=experts,
         vae=_component(folder, "vae", VAEConfig),
-        text_encoder=_component(folder, "text_encoder", TextEncoderConfig),
+        text_encoder=_component(folder, "text_encoder", TextEncoderConfig) if encodes_text else None,
         image_encoder=_image_encoder(folder, index, variant),
         sampler=read_scheduler(scheduler),
-        boundary_ratio=_boundary_ratio(folder, index),
+        boundary_ratio=boundary,
         variant=variant,
         defaults=_defaults(folder, variant, experts),
     )
@@ -182,6 +197,21 @@ def _boundary_ratio(folder: Path, index: dict[str, Any]) -> float | None:
     if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= 1):
         raise ConfigError(f"{folder}/model_index.json: boundary_ratio={value!r} must be a number from 0 to 1")
     return None if value is None else float(value)
+
+
+def _experts(folder: Path, index: dict[str, Any]) -> tuple[str, ...]:
+    """The experts that the folder has: both, or the one that takes all steps."""
+    names = ("transformer", "transformer_2")
+    found, boundary = tuple(name for name in names if _present(index, name)), _boundary_ratio(folder, index)
+    if not found:
+        raise ConfigError(f"{folder}/model_index.json names no transformer")
+    for expert, other, alone in ((*names, (0.0, None)), (*names[::-1], (1.0,))):  # boundaries that leave one all steps
+        if found == (expert,) and boundary not in alone:
+            raise ConfigError(
+                f"{folder}/model_index.json names no {other}, which takes steps where boundary_ratio={boundary}: "
+                f"{alone[0]} leaves them all to {expert}"
+            )
+    return found
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -206,9 +236,14 @@ def _component(folder: Path, name: str, cls: type) -> Any:
         raise ConfigError(f"{folder}/{name}/config.json: {error}") from error
 
 
-def _transformer(folder: Path, name: str) -> TransformerConfig:
-    cfg = _component(folder, name, TransformerConfig)
-    return replace(cfg, out_channels=cfg.out_channels or cfg.in_channels)
+def _transformer(folder: Path, experts: Sequence[str]) -> TransformerConfig:
+    """The configuration that all experts have."""
+    configs = [_component(folder, name, TransformerConfig) for name in experts]
+    first, last = asdict(configs[0]), asdict(configs[-1])
+    differing = [f"{key} ({value} and {last[key]})" for key, value in first.items() if value != last[key]]
+    if differing:
+        raise ConfigError(f"{folder}: the two experts differ in {', '.join(differing)}, which is not implemented")
+    return configs[0]
 
 
 def _image_encoder(folder: Path, index: dict[str, Any], variant: Variant) -> ImageEncoderConfig | None:
@@ -223,11 +258,12 @@ def _image_encoder(folder: Path, index: dict[str, Any], variant: Variant) -> Ima
         raise ConfigError(f"{folder}/image_encoder/config.json: {error}") from error
 
 
-def _defaults(folder: Path, variant: Variant, experts: int) -> Defaults:
+def _defaults(folder: Path, variant: Variant, experts: Sequence[str]) -> Defaults:
     """The variant's row, with what the folder's generation_config.json (if any) says instead."""
     defaults = variant.defaults
-    if experts == 1:
-        defaults = replace(defaults, guidance_scale_2=None)
+    if len(experts) == 1:
+        low = defaults.guidance_scale_2 if experts[0] == "transformer_2" else None
+        defaults = replace(defaults, guidance_scale=low or defaults.guidance_scale, guidance_scale_2=None)
     if not (folder / "generation_config.json").is_file():
         return defaults
     given = _read_json(folder, "generation_config.json")
@@ -254,8 +290,9 @@ def _check_channels(checkpoint: Checkpoint) -> None:
     problems = []
     if cfg.in_channels != wanted or cfg.out_channels != z:
         problems.append(f"transformer channels {cfg.in_channels} -> {cfg.out_channels}, expected {wanted} -> {z}")
-    if cfg.text_dim != checkpoint.text_encoder.d_model:
-        problems.append(f"text_dim={cfg.text_dim} for a text encoder of width {checkpoint.text_encoder.d_model}")
+    text = checkpoint.text_encoder
+    if text is not None and cfg.text_dim != text.d_model:
+        problems.append(f"text_dim={cfg.text_dim} for a text encoder of width {text.d_model}")
     encoder = checkpoint.image_encoder
     if encoder is not None and cfg.image_dim != encoder.hidden_size:
         problems.append(f"image_dim={cfg.image_dim} for an image encoder of width {encoder.hidden_size}")

@@ -1,4 +1,4 @@
-"""What a call would take: tokens, stages, ticks, work and memory, from the configuration files alone.
+"""What a call would take: tokens, stages, ticks, work and memory, from the configuration files; of weights the headers.
 
 Parameter bytes are exact: the shapes that loading would allocate. Activation bytes are sums of named buffers that live
 at once, within a tenth of what XLA takes when it compiles for an H100 (`tests/aot`); what cuDNN and cuBLAS ask for as
@@ -31,7 +31,7 @@ from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
 from jaxwan.pipelines.dit import RENOISINGS, abstract_weights
-from jaxwan.pipelines.load import check_mesh, default_dtype, parse_dtype
+from jaxwan.pipelines.load import check_mesh, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import MeshSpec, find_devices
@@ -72,6 +72,7 @@ class DryRun:
     would_fit: tuple[str, ...] = ()  # changes, in words
     notes: tuple[str, ...] = ()  # what the call leaves open, or gives in vain
     host_bytes: int = 0  # of the frames of source videos, on the host
+    weights: str = ""  # whether their headers were checked
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -88,6 +89,7 @@ class DryRun:
             f"({'x'.join(map(str, self.latent_shape))} latents), {sum(self.forward_tflop.values()):,.4g} TFLOP each",
             f"decoding    {self.decode_tflop:,.4g} TFLOP a video",
             f"layers      {_plus(self.layers_per_stage)}" + self._use(),
+            *[f"weights     {self.weights}"] * bool(self.weights),
             "",
             f"memory          {'weights':>13} {'denoising':>13} {'decoding':>13} {'needed':>13}",
             *self._memory(),
@@ -153,11 +155,14 @@ def dry_run(
     mesh: str | MeshSpec | None = None,
     dtype: Any = None,
     vae_dtype: Any = "float32",
+    variant: str | None = None,
     device_memory: int | str | None = None,
     **call: Any,
 ) -> DryRun:
-    """What a call would take on a mesh that need not exist here; reads no weights, and of a source video what its
-    header says. Print it, or ask its fields.
+    """What a call would take on a mesh that need not exist here. Print it, or ask its fields.
+
+    Of weights the headers are read, where the folder has any, so that what cannot be loaded is refused here too; of a
+    source video what its header says.
 
     call: arguments of a WanPipeline call; prompt and images may be left out. dtype None: bfloat16 when device_memory
     names an accelerator's, else what the devices here would use. device_memory: of one device, "80GB" or bytes, of
@@ -168,15 +173,16 @@ def dry_run(
     """
     spec, memory = MeshSpec.parse(mesh), parse_memory(device_memory)
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, variant)
     check_mesh(spec, checkpoint)
     job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
-    return make_report(checkpoint, spec, job, dtype, vae_dtype, memory)
+    weights = check_weights(checkpoint)
+    return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory), weights=weights)
 
 
 def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
     """The call with a prompt and the images that its model cannot do without, where it has none."""
-    call = {"seed": 0} | with_prompt(call)
+    call = {"seed": 0} | with_prompt(checkpoint, call)
     needs = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
     if not needs or call.get("video") is not None:
         return call

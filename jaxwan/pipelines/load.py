@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxwan.convert.diffusers import TEXT_ENCODER, TRANSFORMER, image_encoder_rules
+from jaxwan.convert.diffusers import TRANSFORMER, image_encoder_rules, text_encoder_rules
 from jaxwan.convert.diffusers import VAE as VAE_RULES
-from jaxwan.convert.files import TensorFiles
+from jaxwan.convert.files import TensorFiles, check_variant, is_weights, list_files
 from jaxwan.convert.load import OnBytes, flat_shapes, load_state, prove
 from jaxwan.convert.rules import CheckpointError, Rule
 from jaxwan.models.layers import abstract
@@ -45,7 +45,7 @@ def load_parts(
     start = time.perf_counter()
     devices = place(checkpoint, mesh)
     folder = checkpoint.folder
-    tokenizer = checkpoint.tokenizer or load_tokenizer(folder / "tokenizer")
+    tokenizer = None if checkpoint.text_encoder is None else checkpoint.tokenizer or load_tokenizer(folder / "tokenizer")
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(folder / "image_processor") if clip else None
     first = devices.devices.flat[0]
@@ -115,12 +115,14 @@ def prove_components(
     _, expert = abstract(WanTransformer, checkpoint.transformer, jnp.dtype(dtype))
     states |= dict.fromkeys(checkpoint.experts, expert)
     shapes = {name: {path: leaf.shape for path, leaf in flat_shapes(state).items()} for name, state in states.items()}
-    files = {name: TensorFiles.find(checkpoint.folder / name) for name in shapes}
+    folder, variant = checkpoint.folder, checkpoint.weights_variant
+    check_variant(variant, {name: list_files(folder / name) for name in shapes}, what=str(folder))
+    files = {name: TensorFiles.find(folder / name, variant) for name in shapes}
     problems, num_bytes = [], 0
     for name, targets in shapes.items():
-        what = str(checkpoint.folder / name)
         try:
-            found = prove(targets, files[name], component_rules(name, checkpoint, files[name]), what=what)
+            rules = component_rules(name, checkpoint, files[name])
+            found = prove(targets, files[name], rules, what=str(folder / name))
             num_bytes += files[name].count_bytes(found)
         except CheckpointError as error:
             problems.append(str(error))
@@ -129,11 +131,30 @@ def prove_components(
     return files, num_bytes
 
 
+def check_weights(checkpoint: Checkpoint) -> str:
+    """Whether the weights that are here can be loaded, in words: proved by their headers, or not here.
+
+    Raises as `prove_components`, but for what a hub id can still fetch.
+    """
+    folders = [checkpoint.folder / name for name in checkpoint.components]
+    if not any(is_weights(name) for folder in folders for name in list_files(folder)):
+        return f"not checked: {checkpoint.name} has none here" + " yet" * (checkpoint.hub_id is not None)
+    try:
+        _, num_bytes = prove_components(checkpoint)
+    except FileNotFoundError as error:
+        if checkpoint.hub_id is None:
+            raise
+        return f"not checked: not all are fetched ({error})"
+    return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read"
+
+
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:
     """The rule table for a component's files."""
     if name == "image_encoder" and checkpoint.image_encoder is not None:
         return image_encoder_rules(files.shapes, checkpoint.image_encoder.num_hidden_layers)
-    return {"vae": VAE_RULES, "text_encoder": TEXT_ENCODER}.get(name, TRANSFORMER)
+    if name == "text_encoder":
+        return text_encoder_rules(files.shapes)
+    return VAE_RULES if name == "vae" else TRANSFORMER
 
 
 def default_dtype(device: jax.Device) -> str:

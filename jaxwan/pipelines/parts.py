@@ -67,7 +67,7 @@ def abstract_parts(
         denoiser=Denoiser(checkpoint.transformer, weights, mesh, jnp.dtype(dtype)),
         coder=VideoCoder(nnx.merge(*placed["vae"])),
         tokenizer=tokenizer,
-        encode_text=_jitted(*placed["text_encoder"]),
+        encode_text=_jitted(*placed["text_encoder"]) if "text_encoder" in placed else None,
         image_processor=image_processor,
         encode_image=_jitted(*placed["image_encoder"]) if "image_encoder" in placed else None,
         seconds={},
@@ -78,10 +78,9 @@ def abstract_components(
     checkpoint: Checkpoint, dtype: DTypeLike, vae_dtype: DTypeLike
 ) -> dict[str, tuple[Any, nnx.State]]:
     """Component folder -> structure and shapes of its model, of all that runs on the mesh's first device."""
-    models = {
-        "vae": abstract(VAE, checkpoint.vae, jnp.dtype(vae_dtype)),
-        "text_encoder": abstract(UMT5Encoder, checkpoint.text_encoder, jnp.dtype(dtype)),
-    }
+    models = {"vae": abstract(VAE, checkpoint.vae, jnp.dtype(vae_dtype))}
+    if checkpoint.text_encoder is not None:
+        models["text_encoder"] = abstract(UMT5Encoder, checkpoint.text_encoder, jnp.dtype(dtype))
     if checkpoint.image_encoder is not None:
         # float32 in a bfloat16 pipeline too, as Wan's examples load it
         models["image_encoder"] = abstract(CLIPVisionEncoder, checkpoint.image_encoder, jnp.dtype(jnp.float32))

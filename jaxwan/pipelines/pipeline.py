@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxwan.pipelines.arguments import Number, no_attribute, refuse_unknown, whole
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.call import make_job, with_prompt
-from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint, with_weights
+from jaxwan.pipelines.checkpoint import Checkpoint, ensure_weights, open_checkpoint
 from jaxwan.pipelines.compilation_cache import keep_compiled_programs
 from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float32
 from jaxwan.pipelines.decode import decode_videos
@@ -54,6 +54,7 @@ class WanPipeline:
         dtype: Any = None,
         vae_dtype: Any = "float32",
         *,
+        variant: str | None = None,
         warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
         **unknown: Any,
@@ -61,7 +62,8 @@ class WanPipeline:
         """Load a Diffusers-layout folder or hub id (or what `open_checkpoint` made) onto a mesh such as "pp=4".
 
         mesh None is one device. dtype is the DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16
-        by default on accelerators (with Diffusers' modules kept in float32), float32 on a CPU.
+        by default on accelerators (with Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights
+        files, such as "fp16", as `open_checkpoint` takes it.
 
         warmup: the arguments of a call, `dict(prompt="…", num_frames=81)`, or what `make_job` made of them. The call is
         checked before anything heavy is read, and what it runs is compiled while the weights are. Calls of the same
@@ -73,15 +75,17 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
-        refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "warmup", "progress"))
+        refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "variant", "warmup", "progress"))
         spec, dtype, vae_dtype = MeshSpec.parse(mesh), parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype)
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, variant)
         if not isinstance(warmup, Mapping | Job | None):
             raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
-        job = warmup if isinstance(warmup, Job | None) else make_job(checkpoint, False, **with_prompt(warmup))
+        job = warmup
+        if not isinstance(warmup, Job | None):
+            job = make_job(checkpoint, False, **with_prompt(checkpoint, warmup))
         place(checkpoint, spec)
         keep_compiled_programs()
-        checkpoint = with_weights(checkpoint)
+        ensure_weights(checkpoint)
         parts = load_parts(checkpoint, spec, dtype, vae_dtype or "float32", job, progress=progress)
         return cls(checkpoint, parts, progress=progress)
 
@@ -203,7 +207,7 @@ class WanPipeline:
         Calls of the same kind then compile nothing, and neither does a second warm-up. Raises as a call does.
         """
         check_output_type(output_type)
-        job = make_job(self.checkpoint, False, **with_prompt({"prompt": prompt} | call))
+        job = make_job(self.checkpoint, False, **with_prompt(self.checkpoint, {"prompt": prompt} | call))
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
         phases, seconds = Progress(visible=self.progress), {}
@@ -218,10 +222,12 @@ class WanPipeline:
     def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Context rows (B, 512, C), float32, of one prompt or several: cleaned, zero behind each prompt's end.
 
-        Of one that is longer than 512 tokens the end is lost, and logged.
+        Of one that is longer than 512 tokens the end is lost, and logged. Raises ValueError for a checkpoint without a
+        text encoder.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        assert self.parts.encode_text is not None and self.parts.tokenizer is not None
+        if self.parts.encode_text is None or self.parts.tokenizer is None:
+            raise ValueError(f"{self.checkpoint.name} has no text encoder: encode prompts with another pipeline")
         for text in texts:
             if lost := lost_text(self.parts.tokenizer, text):
                 log.warning(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")

@@ -69,7 +69,10 @@ def load_entry(path: Path, checkpoint: Checkpoint, model: dict[str, Any]) -> tup
 
 def identity(checkpoint: Checkpoint, dtype: Any) -> dict[str, Any]:
     """What must be the same where a video goes on: the DiT's configuration, its tensors but for their values, dtype."""
-    tensors = {name: sorted(TensorFiles.find(checkpoint.folder / name).kinds().items()) for name in checkpoint.experts}
+    files = {
+        name: TensorFiles.find(checkpoint.folder / name, checkpoint.weights_variant) for name in checkpoint.experts
+    }
+    tensors = {name: sorted(found.kinds().items()) for name, found in files.items()}
     digest = hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
     about = asdict(checkpoint.transformer) | {"experts": len(tensors), "dtype": str(dtype), "tensors": digest}
     return json.loads(json.dumps(about))  # as a file gives it back: lists for tuples

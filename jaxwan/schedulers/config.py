@@ -68,8 +68,9 @@ _SAMPLERS = {
 def read_scheduler(config: dict[str, Any]) -> SamplerDefaults:
     """The sampler a parsed `scheduler_config.json` asks for.
 
-    A missing key means the default of the class, as in Diffusers. The shift is `flow_shift` (multistep classes) or
-    `shift` (Euler); when the class's own key is missing, the other one counts, though Diffusers would ignore it.
+    A missing key means the default of the class, as in Diffusers; so does null, but that it turns a flag off. The shift
+    is `flow_shift` (multistep classes) or `shift` (Euler); when the class's own key is missing, the other one counts,
+    though Diffusers would ignore it.
     Raises ValueError for another class, and for settings that change the result and are not implemented, all named.
     """
     name = config.get("_class_name")
@@ -79,17 +80,17 @@ def read_scheduler(config: dict[str, Any]) -> SamplerDefaults:
     if any(wrong):
         raise ValueError(f"scheduler_config.json: {name} is not implemented with {'; '.join(filter(None, wrong))}")
     own, other = ("shift", "flow_shift") if _SAMPLERS[name] == "euler" else ("flow_shift", "shift")
-    shift = config.get(own, config.get(other, 1.0))
+    shift = next((config[key] for key in (own, other) if config.get(key) is not None), 1.0)
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
         raise ValueError(f"scheduler_config.json: the shift is {shift!r}, not a number above 0")
-    order = config.get("solver_order", 2) if "solver_order" in SUPPORTED[name] else 2
+    order = config.get("solver_order") or 2 if "solver_order" in SUPPORTED[name] else 2
     return SamplerDefaults(_SAMPLERS[name], order, float(shift))
 
 
 def _complaint(config: dict[str, Any], key: str, default: Any, implemented: tuple) -> str | None:
     """What is wrong with `key`, or None."""
     value = config.get(key, default)
-    if value in implemented:
+    if value in implemented or (value is None and default is not True and default in implemented):
         return None
     missing = "" if key in config else " (missing, so the class's default)"
     return f"{key}={value!r}{missing}, only {' or '.join(map(repr, implemented))}"

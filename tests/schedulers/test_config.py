@@ -155,7 +155,7 @@ def test_another_class_is_refused_with_those_that_are_read(config):
         read_scheduler(config)
 
 
-@pytest.mark.parametrize("shift", [None, 0.0, -1, "3", True, float("nan")])
+@pytest.mark.parametrize("shift", [0.0, -1, "3", True, float("nan")])
 def test_a_shift_that_is_no_positive_number_is_refused(shift):
     with pytest.raises(ValueError, match="shift"):
         read_scheduler(OFFICIAL | {"flow_shift": shift})

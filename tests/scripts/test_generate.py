@@ -543,7 +543,7 @@ def spoil(folder, name):
     ("name", "words"),
     [
         ("truncated", "is truncated or no safetensors file"),
-        ("no safetensors", "is truncated or no safetensors file"),
+        ("no safetensors", "is a git-lfs pointer and not the weights: fetch them with `git lfs pull`"),
         ("absent", "transformer_2 has no diffusion_pytorch_model.safetensors"),
         ("misshaped", "transformer does not fit its configuration: 24 of another shape (blocks.0.ffn.net.0.proj.bias"),
         ("tokenizer", "has no tokenizer.json"),
@@ -564,21 +564,18 @@ def test_a_broken_checkpoint_is_explained_before_a_tensor_is_read(run, tmp_path,
 
 
 def test_the_weights_of_a_hub_id_are_fetched_last(run, monkeypatch):
-    import huggingface_hub
-
-    def fetch(repo, *, allow_patterns):
-        asked.append("*.safetensors" in allow_patterns)
-        if asked[-1]:
-            raise ConnectionError("no network")
-        return str(BUNDLED_MODEL)
+    def fetch(repo, *_):
+        asked.append(repo)
+        raise OSError("no network")
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr("jaxwan.pipelines.checkpoint._fetch_configs", lambda repo: BUNDLED_MODEL)
+    monkeypatch.setattr("jaxwan.pipelines.checkpoint.fetch_weights", fetch)
     status, _, err = run("--model", "owner/name", "--prompt", "a", "--num-frames", 8)
-    assert status == 1 and asked == [False]
+    assert status == 1 and asked == []
     status, _, err = run("--model", "owner/name", "--prompt", "a", "--dry-run")
-    assert status == 0 and asked == [False] * 2
+    assert status == 0 and asked == []
     status, _, err = run("--model", "owner/name", "--prompt", "a")
-    assert status == 1 and asked == [False] * 3 + [True]
-    assert err.endswith("error: owner/name is no local folder, and the hub did not give it: no network\n")
+    assert status == 1 and asked == ["owner/name"]
+    assert err.endswith("error: no network\n")
     assert os.listdir() == []
