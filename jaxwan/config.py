@@ -42,7 +42,10 @@ class _FromJson:
         that do not go together.
         """
         if data.get("quantization_config") is not None:
-            raise ConfigError(f"the weights are quantised{_method(data)}, which is not read (yet): take others")
+            raise ConfigError(
+                f"the weights are quantised{_method(data)}, which is not read (yet): take them in bfloat16, float16 or "
+                "float32"
+            )
         for key, only in cls._fixed.items():
             if data.get(key) not in (None, only):
                 raise ConfigError(f"{cls.__name__}: {key}={data[key]!r} is not implemented (only {only!r})")

@@ -19,6 +19,7 @@ from jaxwan.config import (
     read_json,
     recognise,
 )
+from jaxwan.convert.files import is_weights, list_files
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind
 from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
@@ -135,7 +136,10 @@ def find_checkpoint(model: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise NotADirectoryError(f"{text} is a file; a checkpoint is a folder in the Diffusers layout")
+        raise NotADirectoryError(
+            f"{text} is a file; a checkpoint is a folder in the Diffusers layout: single files, such as ComfyUI's or a "
+            "LoRA, are not read (yet)"
+        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"there is no folder {text} (and a hub id has the form owner/name)")
     return _fetch_configs(text)
@@ -226,7 +230,10 @@ def _other_layout(folder: Path) -> str:
         return " (this is the original Wan layout, which is not read yet: take the -Diffusers folder)"
     if (folder / "_CHECKPOINT_METADATA").exists() or (folder / "_METADATA").exists():
         return " (this is an Orbax folder, which is not read yet)"
-    return ""
+    if (folder.parent / "model_index.json").is_file():
+        return f" (this is a part of one: give {folder.parent})"
+    single = next(filter(is_weights, list_files(folder)), None)
+    return f" ({single} and single files like it are not read yet: take a -Diffusers folder)" if single else ""
 
 
 def _component(folder: Path, name: str, cls: type) -> Any:

@@ -284,16 +284,20 @@ def test_a_missing_or_broken_configuration_is_named(t2v, file, broken):
 
 
 def test_other_layouts_are_told_apart(tmp_path):
-    for name in ("empty", "original", "older", "orbax"):
-        (tmp_path / name).mkdir()
+    for name in ("empty", "original", "older", "orbax", "comfy", "whole/vae"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "original/high_noise_model").mkdir()
     (tmp_path / "older/Wan2.1_VAE.pth").touch()
     (tmp_path / "orbax/_CHECKPOINT_METADATA").touch()
+    (tmp_path / "comfy/wan2.1_t2v_1.3B_bf16.safetensors").touch()
+    (tmp_path / "whole/model_index.json").touch()
     for name, message in {
         "empty": "is no Diffusers checkpoint: it has no model_index.json$",
         "original": "this is the original Wan layout, which is not read yet",
         "older": "this is the original Wan layout, which is not read yet",
         "orbax": "this is an Orbax folder, which is not read yet",
+        "comfy": "wan2.1_t2v_1.3B_bf16.safetensors and single files like it are not read yet: take a -Diffusers",
+        "whole/vae": "this is a part of one: give .*whole.$",
     }.items():
         with pytest.raises(FileNotFoundError, match=message):
             read_checkpoint(tmp_path / name)

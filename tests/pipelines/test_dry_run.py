@@ -5,18 +5,21 @@ import inspect
 import json
 import math
 import re
+import shutil
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from clips import write_clip
 from PIL import Image
 from published import write_configs
+from safetensors.numpy import load_file, save_file
 
 from jaxwan.pipelines import pipeline as pipeline_module
 from jaxwan.pipelines.call import make_job
@@ -343,6 +346,68 @@ def test_the_report_as_json_holds_everything(told):
     for phase, buffers in told.activation_bytes.items():
         listed = [name for name in buffers if name in str(told)]
         assert sum(buffers[name] for name in listed) >= 0.98 * sum(buffers.values()), phase
+
+
+# The weights' headers
+
+
+def test_weights_that_are_here_are_checked_by_their_headers(folder):
+    told = dry_run(folder("t2v-A14B"))
+    names = "vae, text_encoder, transformer, transformer_2"
+    assert re.fullmatch(rf"checked by their headers: {names}, [1-9]\d* MB to read", told.weights)
+    assert f"weights     {told.weights}\n" in str(told) and json.loads(told.to_json())["weights"] == told.weights
+
+
+def test_configurations_alone_are_planned_with_and_it_is_said(tmp_path, published):
+    (folder := write_configs(tmp_path / "model", "Wan2.2-T2V-A14B")).joinpath("transformer/x.index.json").touch()
+    assert dry_run(folder, device_memory="80GB").weights == "not checked: model has none here"
+    of_the_hub = replace(published("Wan2.1-T2V-14B"), hub_id="owner/name")
+    assert dry_run(of_the_hub, device_memory="80GB").weights == "not checked: owner/name has none here yet"
+
+
+def test_of_a_hub_id_a_part_of_the_weights_is_no_mistake(folder, tmp_path):
+    shutil.copytree(folder("2.1-t2v"), tmp_path / "model")
+    (tmp_path / "model/vae/diffusion_pytorch_model.safetensors").unlink()
+    of_the_hub = replace(read_checkpoint(tmp_path / "model"), hub_id="owner/name")
+    assert dry_run(of_the_hub).weights.startswith("not checked: not all are fetched (")
+
+
+def spoil(folder, how):
+    """Break a checkpoint as downloads and other programs do."""
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    if how == "absent":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "variant":
+        path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    else:
+        tensors = load_file(path)
+        weight = tensors["blocks.0.ffn.net.2.weight"]
+        cast = {"fp8": weight.astype(ml_dtypes.float8_e4m3fn), "shape": weight[:1].copy()}
+        save_file(tensors | {"blocks.0.ffn.net.2.weight": cast[how]}, path)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("absent", "transformer has no diffusion_pytorch_model.safetensors"),
+        ("truncated", "is truncated or no safetensors file"),
+        ("variant", "give --variant fp16"),
+        ("fp8", r"holds weights in fp8 .F8_E4M3., which are not read .yet.: take"),
+        ("shape", "transformer does not fit its configuration: 1 of another shape"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_refused_as_loading_does(folder, tmp_path, how, words):
+    shutil.copytree(folder("2.1-t2v"), tmp_path / "model")
+    spoil(tmp_path / "model", how)
+    with pytest.raises((ValueError, OSError), match=words) as planned:
+        dry_run(tmp_path / "model")
+    with pytest.raises(type(planned.value)) as loaded:
+        WanPipeline.from_pretrained(tmp_path / "model", progress=False)
+    assert str(loaded.value) == str(planned.value)
+    if how == "variant":
+        assert dry_run(tmp_path / "model", variant="fp16").weights.startswith("checked")
 
 
 def test_a_given_memory_means_an_accelerator_and_bfloat16(folder):

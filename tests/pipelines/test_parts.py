@@ -1,12 +1,19 @@
 """The pipeline's parts on their own against diffusers' modules: texts, VAE and single model evaluations; bfloat16."""
 
+import shutil
+
+import jax
 import numpy as np
 import pytest
 import runs
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers import WanPipeline as DiffusersPipeline
 from oracle import relative_error
+from published import edit
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, compilations, picture, run_diffusers, run_ours, unit_noise
+
+from jaxwan.pipelines.pipeline import WanPipeline
 
 # An independent float32 implementation differs by 3e-6 to 5e-6 in a forward, by 7e-7 in the VAE.
 FORWARD, VAE = 2e-5, 1e-5
@@ -51,6 +58,62 @@ def test_given_embeddings_stand_for_the_texts_they_were_made_of(pipeline):
     rows = np.asarray(pipe.encode_prompt([PROMPTS[0], NEGATIVES[0]]))
     by_rows = pipe(prompt_embeds=rows[:1], negative_prompt_embeds=rows[1:], **call).latents
     np.testing.assert_array_equal(by_text, by_rows)
+
+
+def without(folder, path, *parts, **index):
+    """A copy of a checkpoint that lacks some of its parts."""
+    shutil.copytree(folder, path, ignore=shutil.ignore_patterns(*parts))
+    edit(path / "model_index.json", **dict.fromkeys(parts, [None, None]), **index)
+    return path
+
+
+def test_a_checkpoint_without_a_text_encoder_takes_embeddings_alone(folder, pipeline, tmp_path):
+    pipe = WanPipeline.from_pretrained(
+        without(folder("t2v-A14B"), tmp_path / "model", "text_encoder", "tokenizer"), None, "float32", progress=False,
+        warmup=dict(num_frames=1, height=16, width=16),
+    )  # fmt: skip
+    rows = dict(prompt_embeds=unit_noise((1, 512, 24)), negative_prompt_embeds=unit_noise((1, 512, 24), seed=1))
+    call = dict(height=16, width=16, num_frames=1, num_inference_steps=2, seed=1, output_type="latent")
+    np.testing.assert_array_equal(pipe(**rows, **call).latents, pipeline("t2v-A14B")(**rows, **call).latents)
+    for refused, words in (
+        (dict(prompt="a cat"), "prompt='a cat': this checkpoint has no text encoder: give prompt_embeds"),
+        (dict(prompt_embeds=rows["prompt_embeds"]), "give negative_prompt_embeds too, or guidance_scale=1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe(**refused, **call)
+    with pytest.raises(ValueError, match="model has no text encoder: encode prompts with another pipeline"):
+        pipe.encode_prompt("a cat")
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", "400KB"])
+def test_a_variant_that_diffusers_saved_loads_by_its_name(reference, pipeline, tmp_path, shard_size):
+    reference("t2v-A14B").save_pretrained(tmp_path, variant="fp16", max_shard_size=shard_size)
+    for name in ("scheduler", "tokenizer"):  # in the published forms
+        shutil.copytree(pipeline("t2v-A14B").checkpoint.folder / name, tmp_path / name, dirs_exist_ok=True)
+    loaded = WanPipeline.from_pretrained(tmp_path, None, "float32", variant="fp16", progress=False).parts
+    expected = pipeline("t2v-A14B").parts
+    assert loaded.encode_text is not None and expected.encode_text is not None
+    for ours, theirs in (
+        (loaded.denoiser.weights, expected.denoiser.weights), (loaded.encode_text.state, expected.encode_text.state),
+        (loaded.coder.state, expected.coder.state),
+    ):  # fmt: skip
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(("absent", "boundary"), [("transformer", 1.0), ("transformer_2", 0.0)])
+def test_one_expert_alone_equals_diffusers_and_takes_half_the_memory(folder, pipeline, tmp_path, absent, boundary):
+    path, both = without(folder("t2v-A14B"), tmp_path / "model", absent, boundary_ratio=boundary), pipeline("t2v-A14B")
+    pipe = WanPipeline.from_pretrained(path, None, "float32", progress=False)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(p.parts.denoiser.weights)) for p in (pipe, both)]
+    assert 2 * sizes[0] == sizes[1]
+    latents = unit_noise((1, 16, 1, 2, 2))
+    call = dict(height=16, width=16, num_frames=1, num_inference_steps=2, latents=latents, guidance_scale=2.0)
+    rows = dict(prompt_embeds=embeddings(batch=1), negative_prompt_embeds=embeddings(batch=1) / 2)
+    reference = DiffusersPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    torch_call = {name: torch.from_numpy(x) for name, x in (rows | {"latents": latents}).items()}
+    expected = reference(**call | torch_call, output_type="latent").frames.numpy()
+    assert relative_error(pipe(**call, **rows, output_type="latent").latents, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("family", "height", "width"), [("2.1-t2v", 32, 48), ("ti2v-5B", 64, 96)])
