@@ -115,11 +115,8 @@ def ensure_weights(checkpoint: Checkpoint) -> None:
     """Fetch the weights of a hub id, into the same folder. Raises OSError."""
     if checkpoint.hub_id is None:
         return
-    others = [f"tokenizer/{name}" for name in _TOKENIZER] * (checkpoint.text_encoder is not None)
-    others += ["image_processor/preprocessor_config.json"] * (checkpoint.image_encoder is not None)
-    fetch_weights(
-        checkpoint.hub_id, checkpoint.folder, checkpoint.components, checkpoint.weights_variant, others
-    )  # fmt: skip
+    others = ["image_processor/preprocessor_config.json"] * (checkpoint.image_encoder is not None)
+    fetch_weights(checkpoint.hub_id, checkpoint.folder, checkpoint.components, checkpoint.weights_variant, others)
 
 
 def find_checkpoint(model: str | Path) -> Path:
@@ -154,6 +151,7 @@ def _fetch_configs(repo: str) -> Path:
     index = fetch_file(repo, "model_index.json")
     parts = [name for name in _CLASSES if _present(read_json(index), name)]
     names = ["scheduler/scheduler_config.json", *(f"{name}/config.json" for name in parts)]
+    names += [f"tokenizer/{name}" for name in _TOKENIZER] * ("text_encoder" in parts)  # tells what of a prompt is cut
     fetch_files(repo, index.parent, names, optional=["generation_config.json"])  # which Diffusers does not know
     return index.parent
 

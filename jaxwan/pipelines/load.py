@@ -45,7 +45,9 @@ def load_parts(
     start = time.perf_counter()
     devices = place(checkpoint, mesh)
     folder = checkpoint.folder
-    tokenizer = None if checkpoint.text_encoder is None else checkpoint.tokenizer or load_tokenizer(folder / "tokenizer")
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None and checkpoint.text_encoder is not None:
+        tokenizer = load_tokenizer(folder / "tokenizer")  # raises
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(folder / "image_processor") if clip else None
     first = devices.devices.flat[0]
