@@ -1,5 +1,6 @@
 """Images and videos in and out: pixels against diffusers and transformers, files by round trip, every refusal."""
 
+import gc
 import json
 import os
 import re
@@ -386,6 +387,18 @@ def test_frames_come_in_the_size_asked_for_as_if_resized_afterwards(tmp_path):
     read = open_video(path).read(3, 24, 40)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, expected)
+
+
+def test_no_frame_lives_longer_than_its_turn(tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", noise(20, 16, 16, 3))
+    gc.collect()
+    gc.disable()  # what refers to itself would stay until it runs: 12 MB a frame of 4K
+    try:
+        load_video(path)
+        alive = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive <= 2
 
 
 # Damaged files: what the ffmpeg command gives of them

@@ -313,7 +313,7 @@ def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp
 def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
     path, decoded = write_long(tmp_path / "long.mp4"), []
     shown = videos._shown
-    monkeypatch.setattr(videos, "_shown", lambda frame: (decoded.append(1), shown(frame))[1])
+    monkeypatch.setattr(videos, "_shown", lambda *frame: (decoded.append(1), shown(*frame))[1])
     job(T2V_21, video=path, height=64, width=96)
     assert len(decoded) == 81
 

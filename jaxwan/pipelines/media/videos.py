@@ -44,6 +44,7 @@ class Video:
     fps: Fraction | None = None
     header_fps: Fraction | None = None
     colours: str | None = None
+    orientation: tuple[bool, int, int] = (False, 1, 1)  # `_orientation` of its first frame
     ends_early: bool = False  # and was told so
 
     def read(self, count: int | None = None, height: int | None = None, width: int | None = None) -> Frames:
@@ -86,7 +87,8 @@ class Video:
 
         if isinstance(self.source, Path):
             with _opened(self.source, self.what) as (container, stream):
-                yield from (PIL.Image.fromarray(_shown(frame)) for frame in _frames(container, stream, faults))
+                for frame in _frames(container, stream, faults):
+                    yield PIL.Image.fromarray(_shown(frame, *self.orientation))
         elif isinstance(self.source, np.ndarray):
             yield from map(PIL.Image.fromarray, self.source)
         else:
@@ -157,10 +159,11 @@ def _open_file(path: Path, what: str, most: int | None) -> Video:
         warnings.warn(f"{what} {path} ends early: {missing:.2g} s that its header promises are missing", stacklevel=4)
     # pixels that are not square make the picture wider or higher, so that none is lost
     height, width = round(first.height / min(aspect, 1)), round(first.width * max(aspect, 1))
-    if _orientation(first)[0]:
+    orientation = _orientation(first)
+    if orientation[0]:
         height, width = width, height
     lying = None if fps == header else header
-    return Video(what, path, total, height, width, fps, lying, _colours(first), ends_early)
+    return Video(what, path, total, height, width, fps, lying, _colours(first), orientation, ends_early)
 
 
 @contextmanager
@@ -238,17 +241,17 @@ def _packets(container: Any, stream: Any = None) -> Iterator[Any]:
 # Frames
 
 
-def _shown(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
+def _shown(frame: Any, transposed: bool, rows: int, columns: int) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels as they are to be shown, but for the aspect ratio of one."""
     pixels = _to_srgb(frame) if _colours(frame) else frame.to_ndarray(format="rgb24")
-    transposed, rows, columns = _orientation(frame)
     return (pixels.transpose(1, 0, 2) if transposed else pixels)[::rows, ::columns]
 
 
 def _orientation(frame: Any) -> tuple[bool, int, int]:
     """(whether x and y change places, steps along the rows and along the columns then, 1 or -1) by its display matrix.
 
-    The matrix takes a pixel's (x, y, 1) to where it is shown.
+    The matrix takes a pixel's (x, y, 1) to where it is shown. To be asked of one frame alone: `side_data` keeps a frame
+    alive until Python looks for cycles.
     Source: ffmpeg libavutil/display.h; its command line turns and mirrors alike.
     """
     from av.sidedata.sidedata import Type
