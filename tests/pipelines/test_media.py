@@ -249,6 +249,14 @@ def test_an_animated_picture_is_a_video(tmp_path, format):
     assert (frames.shape, rate) == ((5, 48, 64, 3), 10)
 
 
+def test_transparency_is_that_of_pictures(tmp_path):
+    images = [Image.fromarray(noise(16, 16, 4)), Image.fromarray(noise(16, 16, 4)[::-1])]
+    images[0].save(tmp_path / "moving.png", save_all=True, append_images=images[1:], duration=100, blend=0)
+    frames, _ = load_video(tmp_path / "moving.png")
+    np.testing.assert_array_equal(frames, [np.asarray(load_image(image)) for image in images])
+    np.testing.assert_array_equal(load_video(images)[0], frames)
+
+
 def test_a_video_of_one_frame_is_one(tmp_path):
     save_video(smooth(1), tmp_path / "short.mp4", 8)
     assert load_video(tmp_path / "short.mp4")[0].shape == (1, 48, 64, 3)
@@ -284,6 +292,25 @@ def test_the_rate_is_that_of_the_frames_that_are_read(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", noise(100, 16, 16, 3), times=times)
     rates = [float(load_video(path, max_frames=most)[1]) for most in (50, None)]
     assert rates == pytest.approx([50, 99 / times[-1] * 1000], rel=1e-3)
+
+
+def test_frames_of_vp8_that_are_not_shown_count_for_nothing(tmp_path):
+    path = write_clip(tmp_path / "clip.webm", to_uint8(smooth(17)), "libvpx")
+    with av.open(str(path)) as file, av.open(str(tmp_path / "hidden.webm"), "w") as copy:
+        stream = copy.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):
+            if packet.size:
+                data = bytes(packet)
+                hidden = av.Packet(bytes([data[0] & ~16]) + data[1:])  # as what the next frame refers to
+                hidden.pts = hidden.dts = packet.pts
+                hidden.time_base, hidden.is_keyframe = packet.time_base, packet.is_keyframe
+                packet.pts = packet.dts = packet.pts + 2
+                for one in (hidden, packet):
+                    one.stream = stream
+                    copy.mux(one)
+    video = open_video(tmp_path / "hidden.webm")
+    assert (video.num_frames, len(video.read())) == (17, 17)
+    assert float(video.fps) == pytest.approx(8, rel=0.01)
 
 
 @pytest.mark.parametrize(("sar", "size"), [((4, 3), (48, 85)), ((8, 9), (54, 64)), ((1, 1), (48, 64))])

@@ -88,7 +88,8 @@ class Video:
         if isinstance(self.source, Path):
             with _opened(self.source, self.what) as (container, stream):
                 for frame in _frames(container, stream, faults):
-                    yield PIL.Image.fromarray(_shown(frame, *self.orientation))
+                    image = PIL.Image.fromarray(_shown(frame, *self.orientation))
+                    yield image if image.mode == "RGB" else _upright_rgb(image, self.what)
         elif isinstance(self.source, np.ndarray):
             yield from map(PIL.Image.fromarray, self.source)
         else:
@@ -192,12 +193,13 @@ def _timed(container: Any, stream: Any, most: int | None) -> tuple[list[float], 
 
     own = stream.duration is not None
     lasts = float(stream.duration * stream.time_base) if own else (container.duration or 0) / av.time_base
-    times, total, end = [], 0, 0.0
+    times, total, end, vp8 = [], 0, 0.0, stream.codec_context.codec.canonical_name == "vp8"
     for packet in _packets(container, stream if own else None):
         time = packet.dts if packet.pts is None else packet.pts
         if time is not None:
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-        if packet.stream.index != stream.index or packet.is_discard:
+        hidden = vp8 and not memoryview(packet)[0] & 16  # of a frame that others refer to: RFC 6386, 9.1
+        if packet.stream.index != stream.index or packet.is_discard or hidden:
             continue
         total += 1
         if time is not None:
@@ -226,7 +228,7 @@ def _frames(container: Any, stream: Any, faults: list[Any]) -> Iterator[Any]:
         except av.error.FFmpegError as error:
             faults.append(error)
             continue
-        faults.extend(frame for frame in frames if frame.is_corrupt)
+        faults.extend("corrupt" for frame in frames if frame.is_corrupt)
         yield from frames
 
 
@@ -241,9 +243,10 @@ def _packets(container: Any, stream: Any = None) -> Iterator[Any]:
 # Frames
 
 
-def _shown(frame: Any, transposed: bool, rows: int, columns: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels as they are to be shown, but for the aspect ratio of one."""
-    pixels = _to_srgb(frame) if _colours(frame) else frame.to_ndarray(format="rgb24")
+def _shown(frame: Any, transposed: bool, rows: int, columns: int) -> UInt8[np.ndarray, "h w _"]:
+    """Pixels as they are to be shown, but for the aspect ratio of one; with transparency where a file has any."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = _to_srgb(frame) if _colours(frame) else frame.to_ndarray(format="rgba" if alpha else "rgb24")
     return (pixels.transpose(1, 0, 2) if transposed else pixels)[::rows, ::columns]
 
 
