@@ -480,6 +480,13 @@ def test_a_file_of_which_nothing_can_be_decoded_is_refused(tmp_path, long_clip):
         load_video(path)
 
 
+def test_a_file_of_an_unknown_codec_is_refused(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", noise(3, 16, 16, 3))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(OSError, match=r"clip.mp4 is no readable video \(its codec is unknown\)"):
+        load_video(path)
+
+
 def test_tags_in_another_encoding_do_not_matter(tmp_path):
     path = tmp_path / "clip.avi"
     with av.open(str(path), "w") as file:

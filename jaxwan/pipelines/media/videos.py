@@ -181,6 +181,8 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
         if not streams:
             cover = " but a cover picture" if container.streams.video else ""
             raise ValueError(f"{what} {path} has no video stream{cover}")
+        if streams[0].codec_context is None:
+            raise OSError("its codec is unknown")
         yield container, streams[0]
 
 
