@@ -58,15 +58,16 @@ CALL = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0, 1 after what went wrong was told in a sentence, 2 after bad flags, 3 if it does not fit."""
-    with contextlib.redirect_stdout(Told(sys.stdout)) as out, contextlib.redirect_stderr(Told(sys.stderr)):
+    with contextlib.redirect_stdout(Told(sys.stdout)) as out, contextlib.redirect_stderr(Told(sys.stderr)) as err:
         args = parse(argv)
         with warnings.catch_warnings():
             status = run(args)
         out.flush()
-        if out.failure is not None and (args.json or args.dry_run) and status == 0:  # then telling was the point
+        if out.failure is not None and status == 0 and (args.json or args.dry_run):  # what others wait for
+            status = 1
             tell_error(f"the result could not be printed ({out.failure.strerror})", as_json=False)
-            return 1
-        return status
+        err.flush()
+    return status
 
 
 def run(args: argparse.Namespace) -> int:
@@ -246,21 +247,21 @@ def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]
 
 
 def save(path: Path, write: Callable[[Path], Any]) -> Saved:
-    """Write a file as `path`, else into the working folder, else into one for temporary files."""
-    try:
-        write(path)
-        return Saved(path)
-    except Exception as error:  # whatever it is: computing what would be lost may have taken hours
-        said = f"{path} could not be written ({getattr(error, 'strerror', None) or error})"
-    for place in (
-        lambda: Path(path.name).absolute(),
+    """Write a file as `path`, else into the working folder, else into the one for temporary files."""
+    said = None
+    places = (
+        lambda: path,
+        lambda: Path.cwd() / path.name,
         lambda: Path(tempfile.gettempdir(), f"{os.getpid()}-{path.name}"),
-    ):
-        with contextlib.suppress(Exception):
-            elsewhere = place()
-            if not elsewhere.exists() and elsewhere != path.absolute():
-                write(elsewhere)
-                return Saved(elsewhere, f"{said}: it is {elsewhere}")
+    )
+    for place in places:
+        try:
+            target = place()
+            if said is None or not target.exists():
+                write(target)
+                return Saved(target, said and f"{said}: it is {target}")
+        except Exception as error:  # whatever it is: computing what would be lost may have taken hours
+            said = said or f"{path} could not be written ({getattr(error, 'strerror', None) or error})"
     return Saved(None, said)
 
 

@@ -1,9 +1,11 @@
 """Images and videos in and out: pixels against diffusers and transformers, files by round trip, every refusal."""
 
+import errno
 import gc
 import json
 import os
 import re
+import resource
 import warnings
 from fractions import Fraction
 
@@ -29,6 +31,7 @@ from jaxwan.pipelines.media import (
     open_video,
     resize_image,
     save_image,
+    save_npz,
     save_output,
     save_video,
     to_uint8,
@@ -613,6 +616,42 @@ def test_a_failed_mp4_leaves_the_folder_as_it_was(tmp_path, frames, fps, error, 
         save_video(frames, tmp_path / "clip.mp4", fps)
     assert os.listdir(tmp_path) == ["clip.mp4"]
     assert (tmp_path / "clip.mp4").read_text() == "older"
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "frame.png", "arrays.npz"])
+def test_a_full_disk_is_told_with_the_name_that_was_asked_for(tmp_path, name):
+    """As far as a limit of the process is like one: SIGXFSZ is ignored by Python."""
+    (tmp_path / name).write_text("older")
+    frames, limits = noise(3, 128, 128, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            if name.endswith("npz"):
+                save_npz(tmp_path / name, frames=frames)
+            else:
+                save_output(frames, tmp_path / name, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / name)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "older"
+
+
+@pytest.mark.parametrize("save", [save_output, lambda frames, path, fps, **kept: save_npz(path, x=frames, **kept)])
+def test_of_two_that_write_the_same_file_the_later_is_refused_unless_it_may_replace(tmp_path, save):
+    path = tmp_path / "clip.gif"
+
+    def frames_while_another_writes():
+        path.write_text("another's")
+        return smooth(2)
+
+    with pytest.raises(FileExistsError, match="clip.gif"):
+        save(frames_while_another_writes(), path, 8, overwrite=False)
+    assert path.read_text() == "another's" and os.listdir(tmp_path) == ["clip.gif"]
+    save(smooth(2), path, 8)
+    assert path.stat().st_size > 20
+    path.unlink()
+    save(smooth(2), path, 8, overwrite=False)
+    assert path.stat().st_size > 20 and os.listdir(tmp_path) == ["clip.gif"]
 
 
 def test_the_suffix_says_what_is_written(tmp_path):

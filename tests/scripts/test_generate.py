@@ -1,14 +1,17 @@
 """generate.py as a person runs it: files, what is said, and refusals that leave nothing behind."""
 
 import contextlib
+import errno
 import importlib.util
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ from runs import IMAGE, NEGATIVES, PROMPTS, run_diffusers, unit_noise
 import jaxwan
 from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.pipelines import load
+from jaxwan.pipelines import output as outputs
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.media import load_video, save_video
 from jaxwan.pipelines.pipeline import Output, WanPipeline
@@ -85,7 +89,7 @@ def made(monkeypatch, parts):
     """The jobs that reach the pipeline, and what it makes of them without loading or computing anything."""
     seen = Made([], [])
 
-    def run(self, job):
+    def run(self, job, **_):
         count, (num_frames, height, width) = len(job.requests), job.size
         latents = np.random.default_rng(0).standard_normal((count, 16, 2, 4, 4)).astype(np.float32)
         ramp = np.linspace(0, 0.9, width, dtype=np.float32)[:, None]
@@ -382,6 +386,165 @@ def test_files_are_kept_unless_told_otherwise(run, made):
     assert status == 1 and "clip.mp4 exists" in err and made.jobs == []
     assert run("-o", "clip.mp4", "--overwrite")[0] == 0
     assert load_video("clip.mp4")[0].shape == (17, 64, 96, 3)
+
+
+# When the end goes wrong
+
+
+TWO = "--prompt", "a", "--prompt", "b", "--seed", 5, "--num-frames", 5
+
+
+@pytest.fixture
+def spoiling(monkeypatch, tmp_path):
+    """(error of a path or None) -> from then on videos are written unless there is one."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    save = outputs.save_output
+
+    def use(problem):
+        def spoiled(frames, path, *rest):
+            if (error := problem(Path(path))) is not None:
+                raise error
+            save(frames, path, *rest)
+
+        monkeypatch.setattr(outputs, "save_output", spoiled)
+
+    return use
+
+
+def full(path):
+    return OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_video_that_cannot_be_written_goes_to_another_place_and_costs_no_other(run, made, spoiling, tmp_path):
+    spoiling(
+        lambda path: (
+            full(path) if path.parent.name == "videos" and "seed5" in path.stem and "-1-" in path.stem else None
+        )
+    )
+    status, out, err = run(*TWO, "-o", "videos/clip.mp4")
+    assert status == 1 and out.splitlines()[0].startswith("videos/clip-0-seed5.mp4  ")
+    elsewhere = tmp_path / "here/clip-1-seed5.mp4"
+    reason = f"videos/clip-1-seed5.mp4 could not be written (No space left on device): it is {elsewhere}"
+    assert f"error: {reason}\n" in err and out.splitlines()[1].startswith(f"{elsewhere}  ")
+    assert len(load_video("videos/clip-0-seed5.mp4")[0]) == len(load_video(elsewhere)[0]) == 5
+    status, out, err = run(*TWO, "-o", "videos/clip.mp4", "--json", "--overwrite")  # elsewhere nothing is replaced
+    (elsewhere,) = (tmp_path / "temporary").iterdir()
+    told = json.loads(out)
+    assert status == 1 and [f["path"] for f in told["files"]] == ["videos/clip-0-seed5.mp4", str(elsewhere)]
+    assert told["error"] == reason.rsplit(" ", 1)[0] + f" {elsewhere}" and f"error: {told['error']}\n" in err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the encoder broke"), MemoryError("no room"), OSError("encoder error -2")]
+)
+def test_of_a_video_that_cannot_be_encoded_the_latents_are_kept(run, made, spoiling, error):
+    spoiling(lambda path: error if path.suffix == ".mp4" else None)
+    status, out, err = run(*TWO, "-o", "clip.mp4", "--save-npz", "all.npz")
+    assert (status, out) == (
+        1,
+        "",
+    ) and f"error: clip-1-seed5.mp4 could not be written ({error or 'MemoryError'})" in err
+    for i in range(2):
+        assert f"its latents are clip-{i}-seed5.npz" in err
+        with np.load(f"clip-{i}-seed5.npz") as arrays:
+            assert arrays.files == ["latents"]
+            np.testing.assert_array_equal(arrays["latents"], made.outputs[0].latents[i : i + 1])
+    with np.load("all.npz") as arrays:
+        assert arrays["frames"].shape == (2, 5, 64, 96, 3)
+
+
+def test_a_folder_that_is_gone_since_it_was_checked_costs_nothing(run, made, monkeypatch):
+    compute = WanPipeline.run
+
+    def in_the_way(self, job, **given):
+        Path("new").write_text("a file in place of a folder")
+        return compute(self, job, **given)
+
+    monkeypatch.setattr(WanPipeline, "run", in_the_way)
+    status, out, err = run("--prompt", "a", "-o", "new/clip.mp4", "--save-npz", "new/clip.npz", "-q")
+    assert status == 1 and len(err.splitlines()) == 2 and "new/clip.npz could not be written (" in err
+    assert out == f"{Path.cwd()}/clip.mp4\n" and load_video("clip.mp4")[0].shape == (17, 64, 96, 3)
+    with np.load("clip.npz") as arrays:
+        assert set(arrays.files) == {"latents", "frames"}
+
+
+def test_another_run_that_took_the_name_meanwhile_keeps_its_file(run, made, monkeypatch, tmp_path):
+    compute = WanPipeline.run
+
+    def beside_another(self, job, **given):
+        Path("clip.mp4").write_text("another's")
+        return compute(self, job, **given)
+
+    monkeypatch.setattr(WanPipeline, "run", beside_another)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    status, out, err = run("--prompt", "a", "-o", "clip.mp4", "-q")
+    assert status == 1 and "error: clip.mp4 could not be written" in err and "exists" in err
+    assert Path("clip.mp4").read_text() == "another's" and len(load_video(out.strip())[0]) == 17
+
+
+@contextlib.contextmanager
+def gone():
+    """A stream whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        yield stream
+
+
+@pytest.mark.parametrize(
+    "stream", [gone, lambda: open("/dev/full", "w"), contextlib.nullcontext], ids=["gone", "full", "closed"]
+)
+def test_where_success_cannot_be_told_the_video_is_there(main, run, made, stream):
+    flags = "--prompt", "a", "--overwrite", "-o", "clip.mp4"
+    with stream() as out, stream() as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(flags) == 0
+    assert len(load_video("clip.mp4")[0]) == 17
+    err = io.StringIO()
+    with stream() as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([*flags, "--json"]) == (0 if out is None else 1)
+    assert ("error: the result could not be printed (" in err.getvalue()) == (out is not None)
+
+
+@pytest.mark.parametrize(
+    "encoding, told", [("ascii", rb"k\xe4tzchen" + b"-\xff.gif"), ("utf-8", "kätzchen-".encode() + b"\xff.gif")]
+)
+def test_a_name_that_cannot_be_printed_is_no_failure(main, run, made, encoding, told):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    err = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(["--prompt", "ein Kätzchen 🎬", "-o", "kätzchen-\udcff.gif"]) == 0
+        assert main(["--prompt", "ein Kätzchen 🎬", "-o", "kätzchen-\udcff.gif"]) == 1  # the error names it too
+    err.flush()
+    assert out.buffer.getvalue().startswith(told + b"  96x64") and told in err.buffer.getvalue()
+    assert Path("kätzchen-\udcff.gif").is_file()
+
+
+def test_a_run_whose_stdout_is_gone_ends_well_in_a_process_of_its_own(tmp_path, cache):
+    """Python's exit flushes it once more."""
+    command = f"{sys.executable} {SCRIPT} --dry-run --quiet"
+    shell = f"{command} > /dev/full; echo rc $? >&2; {command} >&-; echo rc $? >&2"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.stderr == "error: the result could not be printed (No space left on device)\nrc 1\nrc 0\n"
+
+
+@pytest.mark.parametrize("said, times", [("trace", 2), pytest.param("denoise", 1, marks=pytest.mark.slow)])
+def test_ctrl_c_ends_a_run_at_once(tmp_path, said, times):
+    """While programs compile, and while the video is decoded and written."""
+    flags = "--mesh", "pp=2", "-o", "clip.mp4", "--no-compilation-cache"
+    code = f"import runpy, signal, sys\nsys.argv = {['generate.py', *flags]!r}\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests ignore it\n"
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not process.stderr.readline().startswith(said):
+        assert process.poll() is None
+    start = time.monotonic()
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and time.monotonic() - start < 2
+    assert "Traceback" not in err and err.endswith("interrupted\n") and os.listdir(tmp_path) == []
 
 
 # The same again
