@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -101,4 +101,5 @@ class _Lines:
         return f"{number / 1e6:,.1f}" if self.unit == "B" else str(number)
 
     def _print(self, text: str) -> None:
-        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a reader that is gone, or a full disk, ends no run
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import html
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxwan.config import Defaults, read_json
+from jaxwan.pipelines.telling import warn
 
 MAX_TOKENS = 512  # the length every Wan model was trained with; image-to-video 2.1 even splits its context there
 
@@ -88,7 +88,7 @@ def tell_unknown_words(prompts: Sequence[str | None], defaults: Defaults) -> Non
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         example = f"; it knows those of {defaults.example_prompt!r}" if defaults.example_prompt else ""
-        warnings.warn(f"the model does not know the word{'s' * (len(unknown) > 1)} {shown}{example}", stacklevel=2)
+        warn(f"the model does not know the word{'s' * (len(unknown) > 1)} {shown}{example}")
 
 
 def lost_text(tokenizer: Tokenizer, text: str, length: int = MAX_TOKENS) -> str:

@@ -151,9 +151,10 @@ def test_clip_pixels_of_a_float_array_equal_diffusers_with_a_warning(processor_f
     pixels = noise(50, 70, 3).astype(np.float32) / 255
     theirs = AutoImageProcessor.from_pretrained(processor_folder)
     expected = theirs(images=torch.tensor(pixels).permute(2, 0, 1)[None], return_tensors="pt")["pixel_values"]
-    with pytest.warns(UserWarning, match="almost black"):
+    with pytest.warns(UserWarning, match="almost black") as caught:
         actual = clip_pixels(load_image(pixels), load_image_processor(processor_folder))
     np.testing.assert_array_equal(actual, expected[0].permute(1, 2, 0))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_folder_without_preprocessor_config_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """What a person sees of a run, and how its time is told apart."""
 
 import io
+import os
 import sys
 import threading
 
@@ -57,6 +58,13 @@ def test_a_long_phase_says_now_and_then_how_far_it_is(capsys, monkeypatch):
     run(8)
     said = ["denoise: 2 of 8 steps, 12 s", "denoise: 4 of 8 steps, 24 s", "denoise: 6 of 8 steps, 36 s"]
     assert capsys.readouterr().err.splitlines() == [*said, "denoise: 8 steps in 54.0 s"]
+
+
+def test_a_stderr_that_cannot_be_written_ends_no_phase(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        run()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is left to write
 
 
 def test_in_a_terminal_a_bar_fills(monkeypatch):

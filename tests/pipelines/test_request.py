@@ -578,6 +578,7 @@ def test_words_that_a_model_of_few_words_does_not_know_are_told():
     with pytest.warns(UserWarning) as caught:
         make_job(checkpoint, prompt=["a Cat, on the moon", "a red star, up-right; cat"], seed=1)
     (warning,) = caught
+    assert warning.filename == __file__  # the caller's line, not one of ours
     example = checkpoint.defaults.example_prompt
     assert str(warning.message) == f"the model does not know the words 'cat', 'moon'; it knows those of {example!r}"
     with pytest.warns(UserWarning, match="the words 'b', 'c', 'd', 'e', 'f' and 2 more; it"):

@@ -5,7 +5,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
 Image = Any  # PIL.Image.Image in RGB, or a float32 array (H, W, 3) in [0, 1]
@@ -92,9 +93,7 @@ def clip_pixels(image: Image, processor: Any) -> Float[np.ndarray, "h w 3"]:
     layout = {}
     if isinstance(image, np.ndarray):
         layout = {"input_data_format": "channels_last"}
-        warnings.warn(
-            "the image encoder sees a float image almost black, as in Diffusers; give uint8 or PIL", stacklevel=2
-        )
+        warn("the image encoder sees a float image almost black, as in Diffusers; give uint8 or PIL")
     return processor(images=image, return_tensors="np", **layout)["pixel_values"][0].transpose(1, 2, 0)
 
 
