@@ -31,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
@@ -120,10 +121,11 @@ def generate(args: argparse.Namespace) -> int:
     pipe = jaxwan.WanPipeline.from_pretrained(
         checkpoint, args.mesh, warmup=job, progress=not args.quiet, **dtypes(args, made)
     )
-    output = pipe.run(job)
+    output = pipe.run(job, output_type="latent")
     start = time.perf_counter()
-    saved = write(args, output, targets)
-    for phases in (pipe.seconds, output.seconds, {"write": time.perf_counter() - start}):
+    saved, decoding = write(args, pipe, output, targets)
+    ending = {"decode": decoding, "write": time.perf_counter() - start - decoding}
+    for phases in (pipe.seconds, output.seconds, ending):
         seconds |= {name: seconds.get(name, 0.0) + taken for name, taken in phases.items()}
     tell_end(args, output, saved, seconds, pipe)
     return 1 if any(file.error for file in saved) else 0
@@ -228,22 +230,41 @@ def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
         raise ValueError(f"--save-npz {args.save_npz} is also where the video goes: choose another name")
 
 
-def write(args: argparse.Namespace, output: "jaxwan.Output", targets: list[Path]) -> list[Saved]:
-    """The videos, then the arrays. What cannot be written where it was asked for goes elsewhere, of a video at least
-    its latents, and costs no other file."""
-    saved = []
+def write(
+    args: argparse.Namespace, pipe: "jaxwan.WanPipeline", output: "jaxwan.Output", targets: list[Path]
+) -> tuple[list[Saved], float]:
+    """Each video of an output of latents as soon as it is decoded, then the arrays; and the seconds of decoding.
+
+    What cannot be written where it was asked for goes elsewhere, of a video at least its latents, and costs no other.
+    """
+    saved, decoded, seconds = [], [], 0.0
     for i, path in enumerate(targets):
-        video = save(path, lambda p, i=i: output[i].save(p, overwrite=args.overwrite, metadata=not args.no_metadata))
-        if video.path is None:
-            latents = save(
-                path.with_suffix(".npz"), lambda p, i=i: output[i].save_npz(p, overwrite=False, frames=False)
-            )
-            what = "and neither could its latents" if latents.path is None else f"its latents are {latents.path}"
-            video = Saved(None, f"{video.error}; {what}")
-        saved.append(video)
+        file, video = write_video(args, pipe, output[i], path)
+        saved.append(file)
+        seconds += video.seconds.get("decode", 0.0)
+        if args.save_npz is not None:
+            decoded.append(video)
     if args.save_npz is not None:
-        saved.append(save(Path(args.save_npz), lambda p: output.save_npz(p, overwrite=args.overwrite)))
-    return saved
+        whole = all(video.frames is not video.latents for video in decoded)
+        arrays = replace(output, frames=[frames for video in decoded for frames in video.frames])
+        saved.append(save(Path(args.save_npz), lambda p: arrays.save_npz(p, overwrite=args.overwrite, frames=whole)))
+    return saved, seconds
+
+
+def write_video(
+    args: argparse.Namespace, pipe: "jaxwan.WanPipeline", video: "jaxwan.Output", path: Path
+) -> tuple[Saved, "jaxwan.Output"]:
+    """Decode a video and write it, else its latents; the video as far as it came."""
+    try:
+        video = pipe.decode(video)
+        file = save(path, lambda p: video.save(p, overwrite=args.overwrite, metadata=not args.no_metadata))
+    except Exception as error:  # such as for want of memory
+        file = Saved(None, f"{path} could not be decoded ({reason(error)})")
+    if file.path is not None:
+        return file, video
+    latents = save(path.with_suffix(".npz"), lambda p: video.save_npz(p, overwrite=False, frames=False))
+    kept = "and neither could its latents" if latents.path is None else f"its latents are {latents.path}"
+    return Saved(None, f"{file.error}; {kept}"), video
 
 
 def save(path: Path, write: Callable[[Path], Any]) -> Saved:
@@ -261,8 +282,14 @@ def save(path: Path, write: Callable[[Path], Any]) -> Saved:
                 write(target)
                 return Saved(target, said and f"{said}: it is {target}")
         except Exception as error:  # whatever it is: computing what would be lost may have taken hours
-            said = said or f"{path} could not be written ({getattr(error, 'strerror', None) or error})"
+            said = said or f"{path} could not be written ({reason(error)})"
     return Saved(None, said)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def described(call: dict[str, Any]) -> str:

@@ -247,9 +247,11 @@ class WanPipeline:
     def decode(self, latents: Any) -> Any:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w); of an Output of latents, one that has
         its frames too. ValueError for another shape."""
+        progress = Progress(visible=self.progress)
         if isinstance(latents, Output):
-            return replace(latents, frames=self.decode(latents.latents))
-        return self._decode(self._checked(latents), Progress(visible=False))
+            progress.seconds |= latents.seconds
+            return replace(latents, frames=self._decode(latents.latents, progress), seconds=progress.seconds)
+        return self._decode(self._checked(latents), progress)
 
     def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
         return decode_videos(self.parts.coder, self.checkpoint.geometry, latents, progress)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ def made(monkeypatch, parts):
     """The jobs that reach the pipeline, and what it makes of them without loading or computing anything."""
     seen = Made([], [])
 
-    def run(self, job, **_):
+    def run(self, job, *, output_type):
         count, (num_frames, height, width) = len(job.requests), job.size
         latents = np.random.default_rng(0).standard_normal((count, 16, 2, 4, 4)).astype(np.float32)
         ramp = np.linspace(0, 0.9, width, dtype=np.float32)[:, None]
@@ -97,9 +98,14 @@ def made(monkeypatch, parts):
         frames = np.broadcast_to((video + ramp) / count, (count, num_frames, height, width, 3))
         seen.jobs.append(job)
         seen.outputs.append(Output(frames, latents, job.requests[0].fps, self._settings(job), {}))
-        return seen.outputs[-1]
+        return replace(seen.outputs[-1], frames=latents)
+
+    def decode(self, video):
+        (i,) = (i for i, latents in enumerate(seen.outputs[-1].latents) if (latents == video.latents[0]).all())
+        return seen.outputs[-1][i]
 
     monkeypatch.setattr(WanPipeline, "run", run)
+    monkeypatch.setattr(WanPipeline, "decode", decode)
     monkeypatch.setattr("jaxwan.pipelines.pipeline.load_parts", lambda *_, **__: parts)
     return seen
 
@@ -452,6 +458,26 @@ def test_of_a_video_that_cannot_be_encoded_the_latents_are_kept(run, made, spoil
             np.testing.assert_array_equal(arrays["latents"], made.outputs[0].latents[i : i + 1])
     with np.load("all.npz") as arrays:
         assert arrays["frames"].shape == (2, 5, 64, 96, 3)
+
+
+def test_a_video_that_cannot_be_decoded_costs_none_that_is_there(run, made, monkeypatch):
+    decode, there = WanPipeline.decode, []
+
+    def without_memory(self, video):
+        there.append(sorted(path.name for path in Path().iterdir()))
+        if video.settings[0]["call"]["prompt"] == "b":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmuch more")
+        return decode(self, video)
+
+    monkeypatch.setattr(WanPipeline, "decode", without_memory)
+    status, out, err = run(*TWO, "-o", "clip.mp4", "-q", "--save-npz", "all.npz")
+    assert (status, out) == (1, "clip-0-seed5.mp4\n") and there == [[], ["clip-0-seed5.mp4"]]
+    reason = "clip-1-seed5.mp4 could not be decoded (RESOURCE_EXHAUSTED: Out of memory)"
+    assert err == f"error: {reason}; its latents are clip-1-seed5.npz\n"
+    for name, latents in {"clip-1-seed5.npz": made.outputs[0].latents[1:], "all.npz": made.outputs[0].latents}.items():
+        with np.load(name) as arrays:
+            assert arrays.files == ["latents"]
+            np.testing.assert_array_equal(arrays["latents"], latents)
 
 
 def test_a_folder_that_is_gone_since_it_was_checked_costs_nothing(run, made, monkeypatch):
