@@ -95,7 +95,7 @@ def take_memory() -> None:
 def plan(args: argparse.Namespace) -> int:
     """Say what it would take."""
     made = like(args)
-    checkpoint = open_model(args)
+    checkpoint = open_model(args, made)
     report = jaxwan.dry_run(
         checkpoint, mesh=args.mesh, device_memory=args.device_memory, **dtypes(args, made), **arguments(args, made)
     )
@@ -106,7 +106,7 @@ def plan(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Check all that can be checked from configurations, then load, generate and write."""
     made = like(args)
-    checkpoint = open_model(args)
+    checkpoint = open_model(args, made)
     call = arguments(args, made)
     if "prompt" not in call:
         call["prompt"] = example_prompt(args, checkpoint)
@@ -174,11 +174,14 @@ def dtypes(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def open_model(args: argparse.Namespace) -> "jaxwan.Checkpoint":
-    """The named checkpoint, or the bundled one."""
+def open_model(args: argparse.Namespace, made: dict[str, Any]) -> "jaxwan.Checkpoint":
+    """The named checkpoint, or the bundled one; that of --like's file in the variant that made it."""
     if args.model is None:
         log.info("no --model: the tiny bundled one, which knows coloured shapes that move over a background")
-    return jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL if args.model is None else args.model, args.variant)
+    checkpoint = jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL if args.model is None else args.model, args.variant)
+    if args.variant is None and made.get("model") == checkpoint.name:
+        return jaxwan.open_checkpoint(checkpoint, made.get("variant"))
+    return checkpoint
 
 
 def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") -> str:

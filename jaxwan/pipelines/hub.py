@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from jaxwan.convert.files import check_variant, list_files, read_index, weight_files
+from jaxwan.convert.rules import some
 
 
 def fetch_file(repo: str, name: str) -> Path:
@@ -17,7 +18,7 @@ def fetch_file(repo: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    with _asking(repo):
+    with _asking(f"{repo} is no local folder"):
         try:
             return Path(hf_hub_download(repo, name))
         except LocalEntryNotFoundError:
@@ -32,8 +33,10 @@ def fetch_files(repo: str, folder: Path, names: Sequence[str], *, optional: Sequ
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    with _asking(repo):
-        snapshot_download(repo, revision=folder.name, allow_patterns=list(names))
+    missing = [name for name in names if not (folder / name).is_file()]
+    with _asking(f"{repo} is not all here (no {some(missing)})"):
+        if missing:
+            snapshot_download(repo, revision=folder.name, allow_patterns=list(names))
         for name in optional:
             with suppress(EntryNotFoundError):
                 hf_hub_download(repo, name, revision=folder.name)
@@ -90,14 +93,18 @@ def _list_files(repo: str, revision: str) -> dict[str, list[str]]:
 
 
 @contextmanager
-def _asking(repo: str) -> Iterator[None]:
+def _asking(lacking: str) -> Iterator[None]:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
         yield
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
-        raise OSError(f"{repo} is no local folder, and the hub did not give it: {_reason(error)}") from error
+        raise OSError(f"{lacking}, and the hub did not give it: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return shorten(str(error.__cause__), 400, placeholder=" …")  # the error says no more than that there was one
     return shorten(str(error), 400, placeholder=" …")

@@ -193,6 +193,8 @@ class WanPipeline:
         """What made each video: the call's settings, the model and its numbers."""
         vae_dtype = jax.tree.leaves(self.parts.coder.state)[0].dtype
         made_by = {"model": self.checkpoint.name, "dtype": str(self.parts.denoiser.dtype), "vae_dtype": str(vae_dtype)}
+        if self.checkpoint.weights_variant is not None:
+            made_by["variant"] = self.checkpoint.weights_variant
         return tuple(made_by | settings for settings in job.settings())
 
     def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **call: Any) -> Warmup:

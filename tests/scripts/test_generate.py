@@ -749,6 +749,25 @@ def test_a_broken_checkpoint_is_explained_before_a_tensor_is_read(run, tmp_path,
     assert os.listdir() == []
 
 
+def test_the_variant_of_the_weights_is_a_flag_and_one_of_the_settings_that_make_a_file_again(
+    run, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "model"))
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    assert run("--model", folder, "--dry-run", "--variant", "fp16")[0] == 0
+    for flags, words in (
+        ([], "give --variant fp16"),
+        (["--variant", "bf16"], "no weights of variant='bf16'; those th"),
+    ):
+        status, _, err = run("--model", folder, "--dry-run", *flags)
+        assert status == 1 and words in err
+    for model, expected in (("model", 0), ("another", 1)):
+        made = {"jaxwan": "0", "model": model, "variant": "fp16", "call": {"prompt": "a"}}
+        monkeypatch.setattr(jaxwan, "read_settings", lambda path, made=made: made)
+        assert run("--model", folder, "--dry-run", "--like", "x.mp4")[0] == expected
+
+
 # Hub ids
 
 
