@@ -23,6 +23,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if path.read_bytes().startswith(b"version https://git-lfs"):  # tokenizers are large enough to be kept so
+            raise ConfigError(f"{path} is a git-lfs pointer and not the file: fetch it with `git lfs pull`") from error
         raise ConfigError(f"{path} is no JSON file ({error})") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, not an object")

@@ -31,6 +31,7 @@ from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
 from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.snapshot import identity, load_entry, save_entry
 from jaxwan.pipelines.steps import StepState, checked_latents
+from jaxwan.pipelines.telling import warn
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
@@ -224,15 +225,15 @@ class WanPipeline:
     def encode_prompt(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Context rows (B, 512, C), float32, of one prompt or several: cleaned, zero behind each prompt's end.
 
-        Of one that is longer than 512 tokens the end is lost, and logged. Raises ValueError for a checkpoint without a
-        text encoder.
+        Of one that is longer than 512 tokens the end is lost, with a warning. Raises ValueError for a checkpoint
+        without a text encoder.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.parts.encode_text is None or self.parts.tokenizer is None:
             raise ValueError(f"{self.checkpoint.name} has no text encoder: encode prompts with another pipeline")
         for text in texts:
             if lost := lost_text(self.parts.tokenizer, text):
-                log.warning(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")
+                warn(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")
         return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:

@@ -12,6 +12,7 @@ from published import PUBLISHED, edit, write_configs
 
 from jaxwan.config import VARIANTS, ConfigError, ImageInput
 from jaxwan.pipelines.checkpoint import ensure_weights, find_checkpoint, open_checkpoint, read_checkpoint
+from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -283,6 +284,12 @@ def test_a_missing_or_broken_configuration_is_named(t2v, file, broken):
     assert isinstance(caught.value, FileNotFoundError) == (broken is None)
 
 
+def test_a_pointer_of_git_lfs_is_no_configuration(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match="tokenizer.json is a git-lfs pointer and not the file: .*git lfs pull"):
+        load_tokenizer(tmp_path)
+
+
 def test_other_layouts_are_told_apart(tmp_path):
     for name in ("empty", "original", "older", "orbax", "comfy", "whole/vae"):
         (tmp_path / name).mkdir(parents=True)
@@ -371,7 +378,7 @@ class Hub:
 def hub(written, tmp_path, monkeypatch):
     """The hub, with a repository of files that are read and of others."""
     source = Path(shutil.copytree(written["Wan2.2-T2V-A14B"], tmp_path / "repository"))
-    for name in (*WEIGHTS, *OTHERS):
+    for name in (*CONFIGS, *WEIGHTS, *OTHERS):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).touch()
     shards = [name.removeprefix("transformer/") for name in WEIGHTS if "-of-" in name]
@@ -383,13 +390,13 @@ def hub(written, tmp_path, monkeypatch):
 
 CONFIGS = (
     "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "transformer_2/config.json",
-    "vae/config.json", "text_encoder/config.json",
+    "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
 )  # fmt: skip
 WEIGHTS = (
     "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
     "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
     "transformer_2/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+    "text_encoder/model.safetensors",
     "transformer/diffusion_pytorch_model.safetensors.index.json",
 )  # fmt: skip
 OTHERS = (

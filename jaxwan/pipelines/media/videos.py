@@ -5,7 +5,6 @@ many frames as are asked for, each brought to its size before the next. Colours 
 command; that pixels need not be square and that HDR is brighter than white, ffmpeg leaves to the player.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxwan.pipelines.media.reading import _check_size, _checked, _reading, _upright_rgb
+from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
 VideoSource = Any  # a path, a sequence of PIL images, or an array (F, H, W, 3): uint8, or float in [0, 1]
@@ -65,7 +65,7 @@ class Video:
         images = islice(self._images(faults), count)
         frames = np.stack([np.asarray(image.resize((width, height), lanczos)) for image in images])
         if faults and not self.ends_early:
-            warnings.warn(f"{self.what} {self.source} is damaged: frames lost or faulty: {len(faults)}", stacklevel=2)
+            warn(f"{self.what} {self.source} is damaged: frames lost or faulty: {len(faults)}")
         return frames
 
     def blank(self, count: int, height: int, width: int) -> Frames:
@@ -157,7 +157,7 @@ def _open_file(path: Path, what: str, most: int | None) -> Video:
     fps = _average(times[:most], header)
     ends_early = fps is not None and missing > 1.2 / fps  # ASF counts a frame too many
     if ends_early:
-        warnings.warn(f"{what} {path} ends early: {missing:.2g} s that its header promises are missing", stacklevel=4)
+        warn(f"{what} {path} ends early: {missing:.2g} s that its header promises are missing")
     # pixels that are not square make the picture wider or higher, so that none is lost
     height, width = round(first.height / min(aspect, 1)), round(first.width * max(aspect, 1))
     orientation = _orientation(first)
