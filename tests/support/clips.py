@@ -24,7 +24,7 @@ def write_clip(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, mat
         if matrix is not None:
             stream.set_display_matrix(matrix)
         for i, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "gbrp16le")
             if tags:
                 frame = frame.reformat(format=pix_fmt, dst_colorspace=tags[0], dst_color_range=tags[1])
             frame.pts, frame.time_base = (i, Fraction(1, 8)) if times is None else (times[i], Fraction(1, 1000))

@@ -120,7 +120,7 @@ def load_video(
 ) -> tuple[Frames, Fraction | None]:
     """The first `max_frames` frames (all by default) and, of a file, its frame rate; later frames are not decoded.
 
-    Raises as `open_video` does.
+    As players show them: upright, with square pixels, and HDR as sRGB. Raises as `open_video` does.
     """
     video = open_video(source, what, most=max_frames)
     return video.read(max_frames), video.fps
@@ -289,7 +289,7 @@ def _colours(frame: Any) -> str | None:
 
 def _to_srgb(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
     """HDR or BT.2020 with diffuse white as white; what is brighter, or out of BT.709's gamut, is clipped."""
-    light = _light(frame.color_trc)[frame.to_ndarray(format="rgb48le")]
+    light = _light(frame.color_trc)[frame.to_ndarray(format="gbrp16le")]  # rgb48le has wrong rows in ffmpeg 8.0
     if frame.color_trc == _HLG:  # a display's gamma, of luminance alone
         light *= (light @ _LUMINANCE)[..., None] ** 0.2 * (_PEAK / _WHITE)
     if frame.color_primaries != _BT709:
