@@ -52,7 +52,7 @@ PER_PROMPT = (  # flags that may be repeated
 ).split()
 CALL = (
     *PER_PROMPT,
-    *"strength height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
+    *"strength latents height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
     "max_sequence_length".split(),
 )
 
@@ -144,8 +144,6 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
         if args.negative_prompt is not None:
             raise ValueError("--negative-prompt and --official-negative-prompt are both given: give one of them")
         call["negative_prompt"] = jaxwan.OFFICIAL_NEGATIVE_PROMPT
-    if args.latents is not None:
-        call["latents"] = load_latents(args.latents)
     gone = {"sampler": ["timesteps"], "seed": ["index"], "timesteps": ["num_inference_steps"],
             "num_inference_steps": ["timesteps"]}  # what another value of a flag makes meaningless  # fmt: skip
     stale = {name for given in call for name in gone.get(given, [])}
@@ -191,19 +189,6 @@ def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") ->
         raise ValueError('--prompt is missing (an empty one, --prompt "", is allowed)')
     log.info("no --prompt: %r", example)
     return example
-
-
-def load_latents(path: str) -> Any:
-    """The array of a .npy file, which is never unpickled."""
-    import numpy as np
-
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"--latents {path} is no .npy file of plain numbers ({error})") from error
-    except OSError as error:
-        raise OSError(f"--latents {path} cannot be read ({error.strerror})") from error
 
 
 # Results

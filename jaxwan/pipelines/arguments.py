@@ -1,7 +1,11 @@
-"""Names and plain values of a call's arguments: misspelt names, those that other programs use, and kinds of values."""
+"""Names and plain values of a call's arguments: misspelt names, those that other programs use, kinds of values, paths
+and arrays."""
 
 import difflib
+import os
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,8 +97,8 @@ def per_prompt(name: str, value: Any, count: int, kind: type | tuple[type, ...],
 
     Raises ValueError for another number of values, another kind, or numbers that are not finite.
     """
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    if isinstance(value, np.ndarray | jax.Array) or hasattr(value, "detach"):
+        value = as_array(value, name).tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} is a list of {len(values)} for {count} prompts: give one value, or one a prompt")
@@ -119,3 +123,42 @@ def whole(name: str, value: Any, least: int) -> int:
     if value is None or value < least:
         raise ValueError(f"{name}={value} must be a whole number from {least}")
     return value
+
+
+# Paths and arrays
+
+
+def local_path(path: str | Path, what: str, instead: str = "give a path of this machine (download it first)") -> Path:
+    """A path of this machine, with ~ and ~user opened. Raises ValueError for a URL, saying what to do `instead`."""
+    text = str(path)
+    if re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/", text):  # one letter is a drive of Windows
+        url = re.sub(r":/+", "://", text, count=1) if isinstance(path, Path) else text  # a Path has lost a slash of it
+        raise ValueError(f"{what} {url if len(url) <= 100 else url[:100] + '…'} is a URL: {instead}")
+    return Path(os.path.expanduser(path))  # unlike Path.expanduser it leaves a ~ before no user's name, as shells do
+
+
+def as_array(value: Any, what: str) -> np.ndarray:
+    """NumPy's array of an array of any library (a torch tensor of any device and dtype too), or of lists of them.
+
+    Numbers that NumPy has no type for, such as bfloat16, become float32. Raises ValueError for complex numbers, whose
+    imaginary part would be lost, and for what are no numbers.
+    """
+    try:
+        array = np.asarray(_on_host(value))
+        array = array.astype(np.float32) if array.dtype.kind == "V" else array  # JAX's bfloat16 and smaller ones
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} must be an array of numbers: {str(error).splitlines()[0]}") from error
+    if array.dtype.kind not in "biuf":
+        why = "are complex: give real ones" if array.dtype.kind == "c" else "are none"
+        raise ValueError(f"{what} must be an array of numbers, and those of dtype {array.dtype} {why}")
+    return array
+
+
+def _on_host(value: Any) -> Any:
+    """torch tensors, alone or in lists, as NumPy's; torch is not imported for that."""
+    if isinstance(value, list | tuple):
+        return [_on_host(one) for one in value]
+    if not hasattr(value, "detach"):
+        return value
+    small = value.is_floating_point() and value.element_size() < 4  # of these NumPy knows float16 alone
+    return (value.float() if small else value).numpy(force=True)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwan.config import ImageInput
-from jaxwan.pipelines.arguments import Number, check_kind, number, per_prompt, refuse_unknown, whole
+from jaxwan.pipelines.arguments import Number, as_array, check_kind, number, per_prompt, refuse_unknown, whole
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import choose_expert
-from jaxwan.pipelines.media import Video, fit_size, load_image, open_video, resize_image
+from jaxwan.pipelines.media import Video, fit_size, load_image, load_latents, open_video, resize_image
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, lost_text, tell_unknown_words
 from jaxwan.pipelines.request import Job, Request, Sampling
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
@@ -183,10 +183,7 @@ def _texts(
 
 
 def _embeds(checkpoint: Checkpoint, name: str, value: Any, count: int | None, rows: int) -> np.ndarray:
-    try:
-        value = np.asarray(value, np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers: {error}") from error
+    value = as_array(value, name).astype(np.float32)
     wanted = (count if count is not None else "B", rows, checkpoint.transformer.text_dim)
     if value.ndim != 3 or value.shape[1:] != wanted[1:] or len(value) == 0 or count not in (None, len(value)):
         raise ValueError(f"{name} has shape {value.shape}, expected ({', '.join(map(str, wanted))})")
@@ -382,7 +379,7 @@ def _check_pixels(images: list, lasts: list, videos: list[Video], size: tuple[in
 def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, int, int]) -> np.ndarray | None:
     if latents is None:
         return None
-    latents = np.asarray(latents)
+    latents = load_latents(latents) if isinstance(latents, str | Path) else as_array(latents, "latents")
     wanted = (batch, checkpoint.geometry.z_dim, *checkpoint.geometry.latent_shape(*size))
     if latents.shape != wanted or not jnp.issubdtype(latents.dtype, jnp.floating):
         raise ValueError(f"latents are {latents.dtype} of shape {latents.shape}, expected floats of shape {wanted}")
@@ -423,7 +420,7 @@ def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timest
 def _timesteps(given: Any) -> list | None:
     if given is None:
         return None
-    if not isinstance(given, (list, tuple, np.ndarray)):
+    if not isinstance(given, (list, tuple)) and not np.ndim(given):
         raise ValueError(f"timesteps={given!r} must be a list of numbers, such as 1000 750 500 250")
     return per_prompt("timesteps", given, len(given), (int, float), float("nan"))
 

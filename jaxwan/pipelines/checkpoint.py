@@ -21,7 +21,7 @@ from jaxwan.config import (
 )
 from jaxwan.convert.files import is_weights, list_files
 from jaxwan.geometry import Geometry
-from jaxwan.pipelines.arguments import check_kind
+from jaxwan.pipelines.arguments import check_kind, local_path
 from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
 from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
@@ -143,8 +143,7 @@ def find_checkpoint(model: str | Path) -> Path:
 
 
 def _local(model: str | Path) -> Path:
-    path = Path(model)
-    return path.expanduser() if path.parts[:1] == ("~",) else path
+    return local_path(model, "model", "give a folder or a hub id, owner/name")
 
 
 def _fetch_configs(repo: str) -> Path:

@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
-from jaxwan.pipelines.arguments import Number, no_attribute, refuse_unknown, whole
+from jaxwan.pipelines.arguments import Number, as_array, local_path, no_attribute, refuse_unknown, whole
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, ensure_weights, open_checkpoint
@@ -152,7 +151,8 @@ class WanPipeline:
         boundary_ratio: where the low-noise expert takes over, in timesteps / 1000.
         seed: of the noise; drawn when left out, and in the output's `seeds`. num_videos_per_prompt: their noise is that
             of (seed, index) with index from `index` on.
-        latents: unit noise to start from, (B, C, T, h, w). prompt_embeds, negative_prompt_embeds: (B, 512, C).
+        latents: unit noise to start from, (B, C, T, h, w), or a .npy file. prompt_embeds, negative_prompt_embeds:
+            (B, 512, C). Arrays may be torch tensors too.
         max_sequence_length: rows of each text, 1 to 512, that the model attends to: 512 in training, fewer are quicker
             in small models and another result; longer prompts lose their end.
         output_type: "np" (frames as float32), "pil" or "latent" (nothing is decoded).
@@ -236,12 +236,12 @@ class WanPipeline:
                 warn(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")
         return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
-    def encode(self, frames: ArrayLike) -> np.ndarray:
+    def encode(self, frames: Any) -> np.ndarray:
         """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3), uint8 or float in [0, 1].
 
         Raises ValueError for another rank, sizes that do not fit the VAE, or values outside the range.
         """
-        pixels = np.asarray(frames)
+        pixels = as_array(frames, "frames")
         if pixels.ndim != 5 or pixels.shape[-1] != 3 or not len(pixels):
             raise ValueError(f"frames have shape {pixels.shape}, expected (B, F, H, W, 3)")
         videos = [2 * to_unit_range(load_video(video)[0]) - 1 for video in pixels]
@@ -259,14 +259,14 @@ class WanPipeline:
     def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
         return decode_videos(self.parts.coder, self.checkpoint.geometry, latents, progress)
 
-    def _checked(self, latents: ArrayLike) -> np.ndarray:
-        array, channels = np.asarray(latents, np.float32), self.checkpoint.geometry.z_dim
+    def _checked(self, latents: Any) -> np.ndarray:
+        array, channels = as_array(latents, "latents").astype(np.float32), self.checkpoint.geometry.z_dim
         if array.ndim != 5 or array.shape[1] != channels or 0 in array.shape:
             raise ValueError(f"latents have shape {array.shape}, expected (B, {channels}, T, h, w)")
         return array
 
     def predict(
-        self, latents: ArrayLike, timestep: ArrayLike, prompt_embeds: ArrayLike, image: Any = None,
+        self, latents: Any, timestep: Any, prompt_embeds: Any, image: Any = None,
         last_image: Any = None,
     ) -> np.ndarray:  # fmt: skip
         """Velocity (B, C, T, h, w) of one model evaluation, exactly as in the loop, without guidance.
@@ -277,7 +277,7 @@ class WanPipeline:
         latents = self._checked(latents)
         x = to_internal(latents)
         count, frames, geometry = len(x), x.shape[1], self.checkpoint.geometry
-        embeds = np.asarray(prompt_embeds, np.float32)
+        embeds = as_array(prompt_embeds, "prompt_embeds").astype(np.float32)
         blank = make_job(
             self.checkpoint, prompt_embeds=embeds, image=image, last_image=last_image, seed=0, latents=latents,
             max_sequence_length=embeds.shape[1] if embeds.ndim == 3 else MAX_TOKENS,
@@ -333,7 +333,7 @@ class WanPipeline:
         loop.advance()
         return to_public(loop.velocities())
 
-    def step_scheduler(self, state: StepState, velocity: ArrayLike) -> StepState:
+    def step_scheduler(self, state: StepState, velocity: Any) -> StepState:
         """After a step of each video's sampler along `velocity` (B, C, T, h, w), as `denoise_step` gives it; videos
         that are done stay as they are. Within 2e-5 of `advance`, which computes both in one program."""
         return state.stepped(velocity)
@@ -363,7 +363,7 @@ class WanPipeline:
         differ.
         """
         files = [file for path in paths for file in ([path] if isinstance(path, str | Path) else path)]
-        loaded = [load_entry(Path(file), self.checkpoint, self._identity) for file in files]
+        loaded = [load_entry(local_path(file, "state"), self.checkpoint, self._identity) for file in files]
         return StepState.join(*(StepState((entry,), (settings,)) for entry, settings in loaded))
 
     @cached_property
@@ -415,9 +415,9 @@ def check_output_type(value: str) -> None:
         raise ValueError(f"output_type={value!r} is not one of {', '.join(OUTPUT_TYPES)}")
 
 
-def _per_sample(timestep: ArrayLike, count: int, frames: int, tokens: int) -> np.ndarray:
+def _per_sample(timestep: Any, count: int, frames: int, tokens: int) -> np.ndarray:
     """[B, Q] timesteps from a number, [B], [B, T] or [B, S]."""
-    t = np.asarray(timestep, np.float64)
+    t = as_array(timestep, "timestep").astype(np.float64)
     if t.ndim < 2:
         t = np.broadcast_to(t, (count,))[:, None] if t.shape in ((), (count,)) else t
     if t.shape not in ((count, 1), (count, frames), (count, tokens)):

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from jaxwan.pipelines.arguments import number
+from jaxwan.pipelines.arguments import as_array, number
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.denoise import Bucket, Entry
 from jaxwan.pipelines.dit import RENOISINGS
@@ -99,7 +98,7 @@ class StepState:
     def replace(
         self,
         *,
-        latents: ArrayLike | None = None,
+        latents: Any | None = None,
         guidance_scale: Any = None,
         guidance_scale_2: Any = None,
     ) -> "StepState":
@@ -133,7 +132,7 @@ class StepState:
             settings = tuple(edited(m) if c else m for m, c in zip(settings, changed, strict=True))
         return StepState(tuple(entries), settings)
 
-    def stepped(self, velocity: ArrayLike) -> "StepState":
+    def stepped(self, velocity: Any) -> "StepState":
         """After each video's own sampler step along a velocity. Raises ValueError as `replace` does."""
         rows = to_internal(checked_latents(velocity, self.latents.shape, "velocity"))
         return self.after([_step(entry, v) for entry, v in zip(self.entries, rows, strict=True)])
@@ -141,7 +140,7 @@ class StepState:
 
 def checked_latents(value: Any, shape: tuple[int, ...], name: str = "latents") -> Float[np.ndarray, "b c t h w"]:
     """The array, float32. ValueError for another shape than `shape`, or values that are not finite."""
-    array = np.asarray(value, np.float32)
+    array = as_array(value, name).astype(np.float32)
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
     if not np.isfinite(array).all():

@@ -128,6 +128,9 @@ def test_encode_and_decode_equal_diffusers_vae_with_normalisation(reference, pip
     ]  # fmt: skip
     print("measured", *errors)
     assert frames.shape == pixels.shape and max(errors) < VAE
+    tensors = torch.tensor(pixels, requires_grad=True), torch.tensor(actual, requires_grad=True)
+    np.testing.assert_array_equal(pipeline(family).encode(tensors[0]), actual)
+    np.testing.assert_array_equal(pipeline(family).decode(tensors[1]), frames)
 
 
 def test_predict_chooses_the_expert_by_each_samples_timestep(reference, pipeline):
@@ -137,6 +140,8 @@ def test_predict_chooses_the_expert_by_each_samples_timestep(reference, pipeline
     assert relative_error(pipe.predict(x, 875, text), high) < FORWARD
     mixed = pipe.predict(x, np.array([874.5, 875.0]), text)
     assert relative_error(mixed[0], low[0]) < FORWARD and relative_error(mixed[1], high[1]) < FORWARD
+    tensors = torch.tensor(x, requires_grad=True), torch.tensor([874.5, 875]), torch.tensor(text)
+    np.testing.assert_array_equal(pipe.predict(*tensors), mixed)
 
 
 def test_predict_takes_timesteps_of_samples_latent_frames_and_tokens(reference, pipeline):

@@ -4,20 +4,24 @@ import inspect
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from clips import damage, write_clip
 from PIL import Image
 from published import PUBLISHED, edit, write_configs
 from tokenizer_files import write_tokenizer
 
+from jaxwan.pipelines.arguments import local_path
 from jaxwan.pipelines.call import ARGUMENTS, make_job
-from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
+from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, open_checkpoint, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
 from jaxwan.pipelines.load import check_mesh, parse_dtype
-from jaxwan.pipelines.media import load_video, save_video, videos
+from jaxwan.pipelines.media import check_writable, load_video, read_settings, save_output, save_video, videos
+from jaxwan.pipelines.output import check_save
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.sharding.mesh import MeshSpec
 
@@ -452,6 +456,108 @@ def test_strength_of_renoise_counts_its_timesteps(job):
     assert request.table.timesteps[:3].tolist() == [500, 250, 0]
 
 
+# Paths and arrays
+
+URLS = ["https://example.com/a/b.png", "s3://bucket/clip.mp4", "file:///tmp/a.npy", "data:image/png;base64,iVBO"]
+TAKE_PATHS = {
+    "image": lambda job, path: job(I2V, image=path),
+    "last_image": lambda job, path: job(I2V, image=PHOTO, last_image=path),
+    "video": lambda job, path: job(video=path),
+    "latents": lambda job, path: job(latents=path, **SIZE),
+    "output": lambda job, path: check_save(job(), path),
+    "file": lambda job, path: read_settings(path),
+    "model": lambda job, path: open_checkpoint(path),
+}
+
+
+@pytest.mark.parametrize("what", TAKE_PATHS)
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_refused_as_one_and_not_as_a_missing_file(job, what, kind, url):
+    if kind is Path and not url.startswith(("http", "s3")):
+        url = URLS[0]  # of the others a Path keeps too little
+    with pytest.raises(ValueError) as caught:
+        TAKE_PATHS[what](job, kind(url))
+    assert str(caught.value).startswith(f"{what} {url} is a URL: give a ")
+    assert_one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("home", ["~", "~user"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_every_path_knows_the_home_folder(job, tmp_path, monkeypatch, home, kind):
+    monkeypatch.setattr("os.path.expanduser", lambda path: str(path).replace(home, str(tmp_path)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    PHOTO.save(tmp_path / "a.png")
+    save_video(CLIP, tmp_path / "a.mp4", 8)
+    save_output(CLIP, tmp_path / "a.gif", 8, {"comment": json.dumps({"jaxwan": "0", "call": {}})})
+    np.save(tmp_path / "a.npy", np.full((1, 16, 3, 8, 12), 0.5, np.float16))
+    write_configs(tmp_path / "model", T2V, tiny=True)
+    own = kind(home)
+    job(I2V, image=kind(f"{home}/a.png"), last_image=kind(f"{home}/a.png"), **SIZE)
+    assert job(video=kind(f"{home}/a.mp4"), seed=1).size[0] == 9
+    assert (job(latents=kind(f"{home}/a.npy"), **SIZE).requests[0].latents == 0.5).all()
+    assert read_settings(kind(f"{home}/a.gif"))["call"] == {}
+    assert open_checkpoint(kind(f"{home}/model")).folder == tmp_path / "model"
+    assert check_save(job(), kind(f"{home}/b.mp4")) == [tmp_path / "b.mp4"]
+    assert check_writable(kind(f"{home}/b.npz")) == tmp_path / "b.npz"
+    assert local_path(own, "x") == tmp_path
+
+
+def test_a_tilde_before_no_users_name_is_part_of_the_name():
+    assert local_path("~no-such-user/a.png", "image") == Path("~no-such-user/a.png")
+    assert local_path("a/~/b~.png", "image") == Path("a/~/b~.png")
+
+
+def test_a_latents_file_is_plain_numbers(job, tmp_path):
+    np.save(tmp_path / "pickled.npy", np.array([{}], object))
+    np.save(tmp_path / "whole.npy", np.zeros((1, 16, 3, 8, 12)))
+    (tmp_path / "half.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:500])
+    for name in ("pickled", "half"):
+        with pytest.raises(OSError, match=f"latents {tmp_path}/{name}.npy is no readable .npy file of plain numbers"):
+            job(latents=tmp_path / f"{name}.npy", **SIZE)
+
+
+TENSORS = {
+    "bfloat16 with a gradient": lambda x: torch.tensor(x, dtype=torch.bfloat16, requires_grad=True),
+    "float16": lambda x: torch.tensor(x, dtype=torch.float16),
+    "float8": lambda x: torch.tensor(x, dtype=torch.float32).to(torch.float8_e4m3fn),
+    "a view, negated": lambda x: torch.complex(torch.tensor(x), torch.tensor(-x)).conj().imag,
+    "JAX's bfloat16": lambda x: jnp.asarray(x, jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("tensor", TENSORS.values(), ids=TENSORS)
+def test_tensors_of_torch_and_jax_are_arrays(job, tensor):
+    """Values that all of these types have."""
+    values = lambda *shape: np.random.default_rng(0).integers(0, 9, shape).astype(np.float32) / 8  # noqa: E731
+    image, latents, embeds = values(64, 96, 3), values(1, 16, 3, 8, 12), values(1, 512, 24)
+    (request,) = job(
+        I2V, prompt=None, image=tensor(image), last_image=[tensor(image)], latents=tensor(latents),
+        prompt_embeds=tensor(embeds), negative_prompt_embeds=[tensor(embeds[0])], **SIZE,
+    ).requests  # fmt: skip
+    for got, given in ((request.image, image), (request.last_image, image), (request.latents, latents[0]),
+                       (request.prompt_embeds, embeds[0]), (request.negative_prompt_embeds, embeds[0])):  # fmt: skip
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, given)
+    clip = np.stack([image] * 9)
+    np.testing.assert_array_equal(job(video=tensor(clip), **SIZE).requests[0].video, clip)
+
+
+def test_a_uint8_tensor_is_an_image_and_a_video(job):
+    np.testing.assert_array_equal(job(I2V, image=torch.tensor(np.asarray(PHOTO)), **SIZE).requests[0].image, PHOTO)
+    (ours,), (theirs,) = (job(video=clip, **SIZE).requests for clip in (CLIP, torch.tensor(CLIP)))
+    np.testing.assert_array_equal(ours.video, theirs.video)
+
+
+def test_values_of_each_prompt_may_be_a_tensor(checkpoints):
+    plain = inspect.unwrap(make_job)  # signatures name numbers and lists alone
+    given = {"seed": torch.tensor([1, 2]), "guidance_scale": jnp.array([2.5, 3])}
+    a, b = plain(checkpoints[T2V], prompt=["a", "b"], **given).requests
+    assert (a.seed, b.seed, a.guidance_scale, b.guidance_scale) == (1, 2, 2.5, 3)
+    (request,) = plain(checkpoints[T2V], prompt="a", sampler="renoise", timesteps=torch.tensor([1000, 500.5])).requests
+    assert request.sampling.timesteps == (1000, 500.5)
+
+
 # Names, words, settings
 
 
@@ -682,6 +788,15 @@ BAD = [
     ({"latents": floats(1, 3, 8, 12, 16), **SIZE}, "expected floats of shape (1, 16, 3, 8, 12)"),
     ({"latents": np.zeros((1, 16, 3, 8, 12), int), **SIZE}, "latents are int64"),
     ({"latents": np.full((1, 16, 3, 8, 12), np.inf), **SIZE}, "latents hold values that are not finite"),
+    # arrays
+    ({"latents": np.zeros((1, 16, 3, 8, 12), complex), **SIZE}, "latents must be an array of numbers, and those of d"),
+    ({"prompt_embeds": np.zeros((1, 512, 24), complex)}, "dtype complex128 are complex: give real ones"),
+    ({"prompt_embeds": [["a"]]}, "dtype <U1 are none"),
+    ({"prompt_embeds": [[1], [1, 2]]}, "prompt_embeds must be an array of numbers: setting an array element with"),
+    ({"latents": torch.zeros(1, 16, 3, 8, 12).to_sparse(), **SIZE}, "latents must be an array of numbers: can't conv"),
+    ({"latents": torch.zeros(1, 16, 3, 8, 12, device="meta"), **SIZE}, "latents must be an array of numbers: Cannot"),
+    ({"video": torch.zeros(9, 3, 64, 96)}, "video has shape (9, 3, 64, 96), must be (F, H, W, 3): the colours come la"),
+    ({"video": torch.zeros(64, 96, 3)}, "must be (F, H, W, 3): give a picture as image"),
     # images and videos
     ({"image": PHOTO}, "this is a text-to-video model (built like Wan2.2-T2V-A14B): it takes no image"),
     ({"last_image": PHOTO}, "takes no last image"),
@@ -724,6 +839,8 @@ BAD_FOR = [
     (I2V, {"image": PHOTO, "last_image": floats(9, 9, 3), **SIZE}, "last_image is a float array of 9 x 9"),
     (I2V, {"image": floats(64, 96, 3) + 2, **SIZE}, "image has values from 2.0 to 2.0"),
     (I2V, {"image": floats(64, 96)}, "image has shape (64, 96), must be (H, W, 3)"),
+    (I2V, {"image": torch.zeros(3, 64, 96)}, "image has shape (3, 64, 96), must be (H, W, 3): the colours come last"),
+    (I2V, {"image": np.zeros((64, 96, 3), complex)}, "image must be an array of numbers, and those of dtype complex12"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from diffusers import WanPipeline as Reference
 from oracle import relative_error
 from runs import IMAGE, NEGATIVES, PROMPTS, compilations, run_ours, unit_noise
@@ -78,6 +79,8 @@ def test_the_velocity_is_that_of_the_model(pipe):
     after = pipe.step_scheduler(state, velocity)
     width = (after.sigmas - state.sigmas)[:, None, None, None, None]
     assert (width < 0).all() and relative_error(after.latents, x + width * velocity) < APART
+    of_torch = pipe.step_scheduler(state.replace(latents=torch.tensor(x)), torch.tensor(velocity, requires_grad=True))
+    np.testing.assert_array_equal(of_torch.latents, after.latents)
 
 
 def test_videos_of_different_states_go_on_together_with_the_bits_that_they_have_alone(pipe):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from jaxwan.pipelines.arguments import as_array, local_path
 from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
@@ -29,7 +30,7 @@ def load_image(source: ImageSource, what: str = "image") -> Image:
     import PIL.Image
 
     if isinstance(source, str | Path):
-        return _read_image(Path(source), what)
+        return _read_image(local_path(source, what), what)
     if isinstance(source, PIL.Image.Image):
         return _upright_rgb(source, what)
     pixels = _checked(source, ("H", "W", 3), what)
@@ -108,7 +109,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import av.error
     import PIL.Image
 
-    path = Path(path)
+    path = local_path(path, "file")
     if path.suffix.lower() == ".mp4":
         reading = _reading(path, "file", "mp4", av.error.InvalidDataError, av.error.FFmpegError)
         with reading, path.open("rb") as file, av.open(file, "r") as container:
@@ -127,6 +128,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not right or not {"jaxwan", "call"} <= given.keys():
         raise ValueError(f"{path} does not say how it was made: jaxwan wrote no settings into it")
     return given
+
+
+def load_latents(path: str | Path) -> np.ndarray:
+    """The array of a .npy file, which is never unpickled. Raises OSError for a file that is none of these."""
+    path = local_path(path, "latents")
+    with _reading(path, "latents", ".npy file of plain numbers", ValueError, MemoryError), path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _read_image(path: Path, what: str) -> Image:
@@ -166,9 +174,11 @@ def _upright_rgb(image: Any, what: str) -> Image:
 
 def _checked(source: Any, axes: tuple, what: str) -> UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]:
     """`source` as uint8 or float32 array, proved to have `axes` and, if float, values in [0, 1]."""
-    pixels = np.asarray(source)
+    pixels = as_array(source, what)
     if pixels.ndim != len(axes) or pixels.shape[-1] != 3 or not pixels.size:
-        raise ValueError(f"{what} has shape {pixels.shape}, must be ({', '.join(map(str, axes))})")
+        first = pixels.ndim == len(axes) and pixels.shape[-3] == 3
+        hint = ": the colours come last, as np.moveaxis(x, -3, -1) puts them" if first else ""
+        raise ValueError(f"{what} has shape {pixels.shape}, must be ({', '.join(map(str, axes))}){hint}")
     if pixels.dtype == np.uint8:
         return pixels
     check_pixels(pixels, what)

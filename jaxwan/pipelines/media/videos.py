@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from jaxwan.pipelines.arguments import as_array, local_path
 from jaxwan.pipelines.media.reading import _check_size, _checked, _reading, _upright_rgb
 from jaxwan.pipelines.telling import warn
 
@@ -105,9 +106,11 @@ def open_video(source: VideoSource, what: str = "video", *, most: int | None = N
     import PIL.Image
 
     if isinstance(source, str | Path):
-        return _open_file(Path(source), what, most)
+        return _open_file(local_path(source, what), what, most)
     if isinstance(source, PIL.Image.Image) or (getattr(source, "ndim", 0) == 3 and source.shape[-1] == 3):
-        raise ValueError(f"{what} has shape {np.asarray(source).shape}, must be (F, H, W, 3): give a picture as image")
+        raise ValueError(
+            f"{what} has shape {as_array(source, what).shape}, must be (F, H, W, 3): give a picture as image"
+        )
     if isinstance(source, list | tuple):
         width, height = _one_size(source[:most], what)
         return Video(what, source, len(source), height, width)

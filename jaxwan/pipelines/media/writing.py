@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxwan.pipelines.arguments import as_array, local_path
 from jaxwan.pipelines.ending import leaving_nothing_half
 from jaxwan.pipelines.media.reading import check_pixels
 
@@ -22,7 +23,7 @@ def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
 
     Source: diffusers image_processor.py:VaeImageProcessor.numpy_to_pil.
     """
-    frames = np.asarray(frames)
+    frames = as_array(frames, what)
     if frames.dtype == np.uint8:
         return frames
     check_pixels(frames, what)
@@ -35,7 +36,7 @@ def check_output(path: str | Path, num_frames: int, overwrite: bool = True) -> P
     Raises ValueError for a suffix that is not .mp4 or .gif (or .png, for one frame), OSError where nothing can be
     written, or a file is that is not to be replaced.
     """
-    path = Path(path)
+    path = local_path(path, "output", "give a path of this machine")
     allowed = [".mp4", ".gif"] + [".png"] * (num_frames == 1)
     if path.suffix.lower() not in allowed:
         raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
@@ -53,7 +54,7 @@ def can_encode_h264() -> bool:
 
 def check_writable(path: str | Path, overwrite: bool = True) -> Path:
     """Prove that a file can be written as `path`, whose folder may have to be made first. Raises OSError."""
-    path = Path(path)
+    path = local_path(path, "output", "give a path of this machine")
     if path.is_dir():
         raise IsADirectoryError(f"output {path} is a folder")
     if path.exists() and not path.is_file():
@@ -151,7 +152,7 @@ def save_npz(path: str | Path, *, overwrite: bool = True, **arrays: np.ndarray) 
 
 def _on_host(frames: Iterable[Any]) -> Iterable[Any]:
     """A device array is fetched once and not frame by frame."""
-    return np.asarray(frames) if hasattr(frames, "__array__") else frames
+    return as_array(frames, "frames") if hasattr(frames, "__array__") else frames
 
 
 def _h264_stream(file: Any, rate: Fraction, shape: tuple[int, ...]) -> Any:
