@@ -15,6 +15,8 @@ import jaxwan
 
 ROOT = Path(__file__).parents[1]
 ARRAYS = {"jax", "numpy", "jaxtyping"}
+# heavy or optional: imported by the function that needs them, so that importing jaxwan stays quick
+IN_FUNCTIONS = set("transformers tokenizers huggingface_hub safetensors av PIL pillow_heif ftfy tqdm".split())
 # part of jaxwan -> (other parts it may import, other packages it may import), beside the standard library and itself
 ALLOWED = {
     "geometry": (set(), set()),
@@ -27,7 +29,7 @@ ALLOWED = {
     "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors"}),
     "pipelines": (
         {"models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
-        ARRAYS | {"flax", "transformers", "tokenizers", "huggingface_hub", "safetensors", "av", "PIL", "ftfy", "tqdm"},
+        ARRAYS | {"flax"} | IN_FUNCTIONS,
     ),
     "bench": (
         {"pipelines", "models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
@@ -38,8 +40,6 @@ ALLOWED = {
         ARRAYS | {"flax", "optax", "orbax", "tokenizers", "tqdm"},
     ),
 }
-# heavy or optional: imported by the function that needs them, so that importing jaxwan stays quick
-IN_FUNCTIONS = {"transformers", "tokenizers", "huggingface_hub", "safetensors", "av", "PIL", "ftfy", "tqdm"}
 ONLY_IN_TESTS = {"torch", "diffusers"}
 RIVALS = ROOT / "jaxwan/bench/torch_side.py"  # the process of the benchmark that runs Diffusers: in its functions too
 LINKS = ("kernels", "sharding", "convert")

@@ -2,12 +2,17 @@
 
 import errno
 import gc
+import io
 import json
 import os
 import re
 import resource
+import struct
+import sys
 import warnings
+import zlib
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,7 +23,8 @@ from clips import damage, write_clip
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image as diffusers_load_image
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
+from PIL import Image, ImageCms
+from profiles import ADOBE, P3, SRGB, cmyk_profile, gray_profile, rgb_profile, srgb_code, srgb_light
 from transformers import AutoImageProcessor
 
 from jaxwan.pipelines.media import (
@@ -75,20 +81,246 @@ def test_lanczos_equals_diffusers_for_videos():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1", "CMYK"])
-def test_a_file_is_read_as_diffusers_reads_it(tmp_path, mode):
+def test_a_file_is_read_as_diffusers_reads_it(tmp_path, recwarn, mode):
     path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
-    Image.fromarray(noise(20, 30, 4), "RGBA").convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)
+    pixels = noise(20, 30, 3)
+    Image.fromarray(pixels).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)
     for source in (str(path), path, Image.open(path)):
         np.testing.assert_array_equal(load_image(source), diffusers_load_image(str(path)))
+    # an alpha channel that hides nothing is not told
+    assert not [told for told in recwarn if "transparent in places" in str(told.message)]
 
 
-def test_a_photo_is_turned_upright_by_its_exif_tag(tmp_path):
+UPRIGHT = {  # of the EXIF tag's eight values
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", UPRIGHT)
+@pytest.mark.parametrize("format", ["png", "tiff", "webp"])
+def test_a_photo_is_turned_upright_by_its_exif_tag(tmp_path, format, value):
+    exif, path, pixels = Image.Exif(), tmp_path / f"photo.{format}", noise(20, 30, 3)
+    exif[0x0112] = value
+    Image.fromarray(pixels).save(path, exif=exif, **{"lossless": True} if format == "webp" else {})
+    for source in (path, Image.open(path)):
+        image = load_image(source)
+        np.testing.assert_array_equal(image, UPRIGHT[value](pixels))
+        np.testing.assert_array_equal(load_image(image), image)  # once and not twice
+    np.testing.assert_array_equal(image, diffusers_load_image(str(path)))
+
+
+COLOUR = np.array([200, 90, 30])
+PROFILES = {  # (profile, pixels, what they are in sRGB)
+    "Display P3": (rgb_profile(P3, srgb_light), Image.new("RGB", (8, 8), tuple(COLOUR)),
+                   srgb_code(np.linalg.solve(np.transpose(SRGB), np.transpose(P3) @ srgb_light(COLOUR / 255)))),
+    "Adobe RGB": (rgb_profile(ADOBE, lambda code: code**2.2), Image.new("RGB", (8, 8), tuple(COLOUR)),
+                  srgb_code(np.linalg.solve(np.transpose(SRGB), np.transpose(ADOBE) @ (COLOUR / 255) ** 2.2))),
+    "linear gray": (gray_profile(lambda code: code), Image.new("L", (8, 8), 128), srgb_code(np.full(3, 128 / 255))),
+    "gray with alpha": (gray_profile(lambda code: code), Image.new("LA", (8, 8), (128, 255)),
+                        srgb_code(np.full(3, 128 / 255))),
+    "ink": (cmyk_profile(), Image.new("CMYK", (8, 8), (0, 0, 0, 128)),
+            srgb_code(np.full(3, ((100 * 127 / 255 + 16) / 116) ** 3))),
+    "gray of a display": (rgb_profile(P3, lambda code: code), Image.new("L", (8, 8), 128),
+                          srgb_code(np.full(3, 128 / 255))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_colours_of_a_profile_are_read_as_srgb(tmp_path, recwarn, name):
+    profile, image, expected = PROFILES[name]
+    path = tmp_path / ("a.jpg" if image.mode == "CMYK" else "a.png")
+    image.save(path, icc_profile=profile, **{"quality": 100} if image.mode == "CMYK" else {})
+    assert np.abs(255 * expected - np.asarray(image.convert("RGB"))[0, 0]).max() > 5  # else it would prove nothing
+    for source in (path, Image.open(path)):
+        read = load_image(source)
+        assert np.abs(np.asarray(read) - 255 * expected).max() <= 1
+        np.testing.assert_array_equal(load_image(read), read)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("profile", ["ours", "PIL's"])
+def test_a_profile_of_srgb_itself_changes_nothing(tmp_path, profile):
+    made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.stack(np.meshgrid(*[np.arange(0, 256, 3, dtype=np.uint8)] * 3), axis=-1).reshape(-1, 86, 3)
+    profile = rgb_profile(SRGB, srgb_light) if profile == "ours" else made
+    Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), pixels)
+
+
+@pytest.mark.parametrize(
+    ("profile", "why"),
+    [
+        (b"nonsense" * 30, "cannot open profile"),
+        (rgb_profile(P3, srgb_light)[:300], ""),
+        (gray_profile(lambda code: code), "it is for GRAY, the pixels are RGB"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_left_aside(tmp_path, profile, why):
+    pixels = noise(20, 30, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=profile)
+    for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        with pytest.warns(UserWarning, match=f"image.* has a colour profile that is left aside: .*{why}"):
+            np.testing.assert_array_equal(load_image(source), pixels)
+
+
+def cut_out(mode):
+    """An image whose left half nobody sees, its middle half, and what of it is to be seen."""
+    pixels, alpha = noise(20, 30, 3), np.full((20, 30), 255, np.uint8)
+    alpha[:, :10], alpha[:, 10:20] = 0, 0 if mode in ("RGB", "L", "P") else 102
+    if mode in ("RGB", "L", "P"):  # one colour is transparent
+        pixels[:, :20], pixels[:, 20:] = (9, 9, 9), np.array([60, 60, 60])
+        image = Image.fromarray(pixels).convert(mode, palette=Image.Palette.ADAPTIVE)
+        image.info["transparency"] = (9, 9, 9) if mode == "RGB" else image.getpixel((0, 0))
+    else:
+        whole = Image.fromarray(np.dstack([pixels, alpha]), "RGBA")
+        image = whole.convert("LA").convert("La") if mode == "La" else whole.convert(mode)
+        pixels = np.asarray(image.convert("RGBA") if mode != "La" else image.convert("LA").convert("RGB"))[..., :3]
+    part = alpha[..., None] / 255
+    return image, pixels * part + 255 * (1 - part)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "RGB", "L", "P"])
+def test_what_is_transparent_lies_on_white_and_is_told(tmp_path, mode):
+    image, expected = cut_out(mode)
+    sources = [image]
+    if mode not in ("RGBa", "La"):  # which no file has
+        image.save(tmp_path / "cut.png", transparency=image.info.get("transparency"))
+        sources += [tmp_path / "cut.png", Image.open(tmp_path / "cut.png")]
+    for source in sources:
+        with pytest.warns(UserWarning, match="image.* is transparent in places, which are laid on white"):
+            read = np.asarray(load_image(source))
+        assert np.abs(read - expected).max() <= 1 and (read[:, :10] == 255).all()
+
+
+def test_frames_that_are_transparent_are_told_once():
+    image, expected = cut_out("RGBA")
+    with pytest.warns(UserWarning) as told:
+        warnings.simplefilter("default")
+        frames, _ = load_video([image] * 5)
+    assert len({str(warning.message) for warning in told}) == 1
+    assert np.abs(frames - expected).max() <= 1
+
+
+def test_an_animated_picture_begins_with_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    for format in ("png", "gif", "webp"):
+        frames[0].save(tmp_path / f"a.{format}", save_all=True, append_images=frames[1:])
+        assert np.abs(np.asarray(load_image(tmp_path / f"a.{format}")).astype(int) - [255, 0, 0]).max() < 5
+
+
+def png_with(kind, data, exif=b"", crc=0):
+    """A png with a chunk of its own behind the header, and the pixels in it."""
+    pixels, file = noise(20, 30, 3), io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", **{"exif": exif} if exif else {})
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ crc)
+    return file.getvalue()[:33] + chunk + file.getvalue()[33:], pixels
+
+
+def jpeg_with(marker, data):
+    file = io.BytesIO()
+    Image.fromarray(noise(20, 30, 3)).save(file, "JPEG")
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+    return file.getvalue()[:2] + segment + file.getvalue()[2:], np.asarray(Image.open(file))
+
+
+BROKEN = {
+    "EXIF of no TIFF": png_with(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
+    "EXIF that ends early": png_with(b"eXIf", b"II*"),
+    "too long a text": png_with(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20))),
+    "too many texts": png_with(b"tEXt", b"k\0" + b"a" * (65 << 20)),
+    "a text in no known packing": png_with(b"zTXt", b"k\0\x05abc"),
+    "a faulty checksum": png_with(b"tEXt", b"k\0abc", crc=1),
+    "half a resolution": png_with(b"pHYs", b"\0\0"),
+    "half a gamma": png_with(b"gAMA", b"\0"),
+    "half a white point": png_with(b"cHRM", b"\0"),
+    "half an animation": png_with(b"acTL", b"\0"),
+    "half a transparency": png_with(b"tRNS", b"\0"),
+    "too large a profile": png_with(b"iCCP", b"x\0\0" + zlib.compress(bytes(8 << 20))),
+    "half a JFIF header": jpeg_with(0xE0, b"JFIF\0\1"),
+    "half an Adobe header": jpeg_with(0xEE, b"Adobe\0"),
+    "half a profile": jpeg_with(0xE2, b"ICC_PROFILE\0"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_metadata_is_left_aside_with_a_warning(tmp_path, name):
+    data, pixels = BROKEN[name]
+    (tmp_path / "a").write_bytes(data)
+    with pytest.warns(UserWarning, match=f"image {tmp_path}/a has broken .*metadata, which is left aside"):
+        np.testing.assert_array_equal(load_image(tmp_path / "a"), pixels)
+
+
+def test_broken_exif_of_an_image_that_the_caller_opened_is_left_aside():
+    data, pixels = BROKEN["EXIF of no TIFF"]
+    with pytest.warns(UserWarning, match="image has broken EXIF metadata, which is left aside"):
+        np.testing.assert_array_equal(load_image(Image.open(io.BytesIO(data))), pixels)
+
+
+def test_one_broken_part_costs_no_other(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    Image.fromarray(noise(20, 30, 3)).save(tmp_path / "photo.png", exif=exif)
-    image = load_image(tmp_path / "photo.png")
-    assert image.size == (20, 30)
-    np.testing.assert_array_equal(image, diffusers_load_image(str(tmp_path / "photo.png")))
+    exif[0x0112] = 6
+    data, pixels = png_with(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20)), exif=exif.tobytes())
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.warns(UserWarning, match="broken metadata"):
+        np.testing.assert_array_equal(load_image(tmp_path / "a.png"), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "gif"])
+def test_a_picture_that_is_not_whole_is_refused(tmp_path, format):
+    file = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(file, format)
+    half = file.getvalue()[: len(file.getvalue()) // 2]
+    (tmp_path / "half").write_bytes(half)
+    with pytest.raises(OSError, match=f"image {tmp_path}/half is no readable image"):
+        load_image(tmp_path / "half")
+    if format in ("png", "jpeg", "gif"):  # of which PIL opens a half
+        with pytest.raises(OSError, match="image cannot be read"):
+            load_image(Image.open(io.BytesIO(half)))
+
+
+ELSE = {
+    "photo.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC, which is not read: convert it to png or jpeg, "),
+    "photo.jpg": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "it is HEIC"),  # as phones send it
+    "photo.NEF": (b"MM\0*\0\0\0\x08", "it is a camera's RAW file: develop it to png or jpeg"),
+    "pointer.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "it is a git-lfs pointer: fetch"),
+    "page.png": (b"\n<!DOCTYPE html><html><body>404", "it is a web page: download the file itself"),
+    "drawing.png": (b'<?xml version="1.0"?><svg width="9">', "it is a drawing, SVG: export it as png"),
+    "new.jxl": (b"\xff\x0a\xfa\x1f", "it is JPEG XL: convert it to png or jpeg"),
+    "clip.png": (b"\0\0\0\x18ftypisom\0\0\0\0isom", "it is a video: give a picture, such as one of its frames"),
+    "clip.webm": (b"\x1aE\xdf\xa3", "it is a video"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSE)
+def test_a_file_of_another_kind_is_named(tmp_path, name):
+    data, reason = ELSE[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(OSError) as caught:
+        load_image(tmp_path / name)
+    assert str(caught.value).startswith(f"image {tmp_path}/{name} is no readable image ({reason}")
+
+
+@pytest.mark.parametrize("name", ["pointer.png", "page.png"])
+def test_what_is_no_video_at_all_is_named_too(tmp_path, name):
+    (tmp_path / "clip.mp4").write_bytes(ELSE[name][0])
+    with pytest.raises(OSError, match=f"clip.mp4 is no readable video .{ELSE[name][1][:12]}"):
+        load_video(tmp_path / "clip.mp4")
+
+
+def test_heic_is_read_where_its_plug_in_is_installed(tmp_path, monkeypatch):
+    """The plug-in that stands for it knows one picture."""
+    data, pixels = ELSE["photo.heic"][0], noise(4, 6, 3)
+
+    def register_heif_opener():
+        Image.register_open("HEIF", lambda file, name: Image.fromarray(pixels), lambda head: head[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    (tmp_path / "photo.heic").write_bytes(data)
+    np.testing.assert_array_equal(load_image(tmp_path / "photo.heic"), pixels)
 
 
 def test_a_uint8_array_is_an_image_and_a_float_array_stays_as_it_is():

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxwan.pipelines.arguments import as_array, local_path
+from jaxwan.pipelines.media.pictures import open_picture, upright_rgb, what_else
 from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
@@ -22,7 +23,10 @@ ImageSource = Any  # a path, a PIL image, or an array (H, W, 3): uint8, or float
 
 
 def load_image(source: ImageSource, what: str = "image") -> Image:
-    """A PIL image in RGB, turned upright by its EXIF tag; float arrays come back as float32.
+    """A PIL image in RGB as viewers show it; float arrays come back as float32.
+
+    It is turned upright by its EXIF tag, and its colour profile is made sRGB. What is transparent lies on white, with a
+    warning; metadata that is broken is left aside, with one too. Diffusers looks at the EXIF tag alone.
 
     Raises OSError for a file that is missing or unreadable, ValueError for pixels of another shape, depth or range.
     Source: diffusers utils/loading_utils.py:load_image.
@@ -32,7 +36,7 @@ def load_image(source: ImageSource, what: str = "image") -> Image:
     if isinstance(source, str | Path):
         return _read_image(local_path(source, what), what)
     if isinstance(source, PIL.Image.Image):
-        return _upright_rgb(source, what)
+        return upright_rgb(source, what)
     pixels = _checked(source, ("H", "W", 3), what)
     return PIL.Image.fromarray(pixels) if pixels.dtype == np.uint8 else pixels
 
@@ -130,21 +134,19 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return given
 
 
+def _read_image(path: Path, what: str) -> Image:
+    import PIL.Image
+
+    with _reading(path, what, "image", PIL.UnidentifiedImageError, Exception):  # PIL raises whatever broken files cause
+        image = open_picture(path, what)
+    return upright_rgb(image, what, f"{what} {path}")
+
+
 def load_latents(path: str | Path) -> np.ndarray:
     """The array of a .npy file, which is never unpickled. Raises OSError for a file that is none of these."""
     path = local_path(path, "latents")
     with _reading(path, "latents", ".npy file of plain numbers", ValueError, MemoryError), path.open("rb") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _read_image(path: Path, what: str) -> Image:
-    import PIL.Image
-
-    errors = SyntaxError, PIL.Image.DecompressionBombError  # PIL tells broken PNGs by SyntaxError
-    reading = _reading(path, what, "image", PIL.UnidentifiedImageError, *errors)
-    with reading, PIL.Image.open(path) as image:
-        image.load()
-        return _upright_rgb(image, what)
 
 
 @contextmanager
@@ -155,21 +157,13 @@ def _reading(path: Path, what: str, kind: str, unknown: type[Exception], *errors
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what} {path} does not exist") from error
     except (OSError, unknown, *errors) as error:
-        if path.is_file() and not path.stat().st_size:
-            reason = "it is empty"
+        if foreign := what_else(path):
+            reason = foreign
         elif isinstance(error, unknown):
             reason = "damaged, or of an unknown format"
         else:
             reason = getattr(error, "strerror", None) or str(error)  # str of those that have both names the path again
         raise OSError(f"{what} {path} is no readable {kind} ({reason})") from error
-
-
-def _upright_rgb(image: Any, what: str) -> Image:
-    import PIL.ImageOps
-
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise ValueError(f"{what} has pixels of mode {image.mode}, which PIL would clip: convert it to 8 bits")
-    return PIL.ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _checked(source: Any, axes: tuple, what: str) -> UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]:

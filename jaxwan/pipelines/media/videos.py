@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxwan.pipelines.arguments import as_array, local_path
-from jaxwan.pipelines.media.reading import _check_size, _checked, _reading, _upright_rgb
+from jaxwan.pipelines.media.pictures import upright_rgb
+from jaxwan.pipelines.media.reading import _check_size, _checked, _reading
 from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
@@ -90,11 +91,14 @@ class Video:
             with _opened(self.source, self.what) as (container, stream):
                 for frame in _frames(container, stream, faults):
                     image = PIL.Image.fromarray(_shown(frame, *self.orientation))
-                    yield image if image.mode == "RGB" else _upright_rgb(image, self.what)
+                    yield image if image.mode == "RGB" else upright_rgb(image, self.what)
         elif isinstance(self.source, np.ndarray):
             yield from map(PIL.Image.fromarray, self.source)
         else:
-            yield from (_upright_rgb(image, f"frame {i} of {self.what}") for i, image in enumerate(self.source))
+            yield from (
+                upright_rgb(image, f"frame {i} of {self.what}", f"a frame of {self.what}")
+                for i, image in enumerate(self.source)
+            )
 
 
 def open_video(source: VideoSource, what: str = "video", *, most: int | None = None) -> Video:
@@ -139,7 +143,7 @@ def _one_size(images: Sequence[Any], what: str) -> tuple[int, int]:
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"the frames of {what} must have one size, got {sorted(sizes) or 'no frames'}")
-    return _upright_rgb(images[0], f"frame 0 of {what}").size
+    return upright_rgb(images[0], f"frame 0 of {what}", f"a frame of {what}").size
 
 
 # Files
