@@ -4,11 +4,12 @@ Metadata is what anyone may have written, and PIL's readers raise whatever that 
 """
 
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxwan.pipelines.telling import warn
 
 # PIL is imported where it is used, so its types cannot stand in signatures.
 _HEIC = "heic heix heim heis hevc hevx mif1 msf1".split()  # brands; the last two also of AVIF, which PIL reads
@@ -64,7 +65,7 @@ def open_picture(path: Path, what: str) -> Any:
                 raise
     image = PIL.Image.open(mended)
     image.load()
-    warnings.warn(f"{what} {path} has broken metadata, which is left aside", stacklevel=5)
+    warn(f"{what} {path} has broken metadata, which is left aside")
     return image
 
 
@@ -89,7 +90,7 @@ def upright_rgb(image: Any, what: str, tell: str | None = None) -> Any:
     try:
         orientation = image.getexif().get(Base.Orientation, 1)
     except Exception:
-        warnings.warn(f"{tell} has broken EXIF metadata, which is left aside", stacklevel=4)
+        warn(f"{tell} has broken EXIF metadata, which is left aside")
     transparent = image.has_transparency_data
     if image.mode in ("RGBa", "La"):  # colours times alpha
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
@@ -98,7 +99,7 @@ def upright_rgb(image: Any, what: str, tell: str | None = None) -> Any:
     shown = _in_srgb(image, tell)
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
     if alpha is not None and alpha.getextrema()[0] < 255:
-        warnings.warn(f"{tell} is transparent in places, which are laid on white", stacklevel=4)
+        warn(f"{tell} is transparent in places, which are laid on white")
         shown = PIL.Image.composite(shown, PIL.Image.new("RGB", shown.size, "white"), alpha)
     shown.info = {}  # else it would be converted again wherever it is given to
     shown.getexif()[Base.Orientation] = orientation
@@ -120,7 +121,7 @@ def _in_srgb(image: Any, tell: str) -> Any:
             raise ValueError(f"it is for {space}, the pixels are {image.mode}")
         transform = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB")
     except Exception as error:
-        warnings.warn(f"{tell} has a colour profile that is left aside: {error}", stacklevel=5)
+        warn(f"{tell} has a colour profile that is left aside: {error}")
         return plain
     if mode != "CMYK":  # the many profiles of sRGB itself are to change nothing, where rounding would
         levels = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
