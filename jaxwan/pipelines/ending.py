@@ -8,25 +8,30 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 leaving_nothing_half: list[Callable[[], object]] = []  # called before the end, for what is being written just then
 
 
 def end_on_signals() -> None:
     """From now on Ctrl-C, SIGTERM and SIGHUP end this process within a moment, with status 128 and the signal's number.
 
-    For commands, before they start other threads; in a notebook Ctrl-C stays a KeyboardInterrupt. Python's own handlers
-    wait for the main thread, which may compile for minutes, and its exit waits for other threads that do; so a thread
-    takes the signals here, and waits for none. What was ignored, as under nohup, stays ignored.
+    For commands, in their main thread; in a notebook Ctrl-C stays a KeyboardInterrupt. Python's own handlers wait for
+    the main thread, which may compile for minutes, and its exit waits for other threads that do; so a thread is woken
+    here, and waits for none. What was ignored, as under nohup, stays ignored.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return
-    numbers = {n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # in threads that are started later too
-    threading.Thread(target=_wait_for, args=(numbers,), daemon=True).start()
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)  # as Python demands
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_woken, args=(woken,), daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # any handler of Python's has the number written to `wake`
 
 
-def _wait_for(numbers: set[signal.Signals]) -> None:
-    number = signal.sigwait(numbers)
+def _end_when_woken(woken: int) -> None:
+    number = 0
+    while number not in SIGNALS:  # but another that someone handles
+        (number,) = os.read(woken, 1)
     try:
         for remove in leaving_nothing_half:
             with suppress(OSError):

@@ -15,18 +15,18 @@ from jaxwan.pipelines.media import writing
 
 HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests ignore it\n"
 BUSY = """
-import ctypes
+import hashlib, numpy  # which starts threads that a signal may come to
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jaxwan
 jaxwan.end_on_signals()
 from jaxwan.pipelines.media.writing import replacing
-native = ctypes.CDLL(None).sleep  # as a compiler: no handler of Python runs before it is back
-ThreadPoolExecutor().submit(native, 30)  # whom Python's exit would wait for
+native = lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)  # a minute, and no handler runs
+ThreadPoolExecutor().submit(native)  # whom Python's exit would wait for
 with replacing(Path("new", "clip.mp4")) as temporary:
     temporary.write_text("half")
     print("ready", flush=True)
-    native(30)
+    native()
 """
 
 
