@@ -36,6 +36,7 @@ from jaxwan.pipelines.media import (
     load_video,
     open_video,
     resize_image,
+    save_gif,
     save_image,
     save_npz,
     save_output,
@@ -898,6 +899,48 @@ def test_the_suffix_says_what_is_written(tmp_path):
         for i, frame in enumerate(frames):
             gif.seek(i)
             assert np.abs(np.asarray(gif.convert("RGB")) / 255 - frame).mean() < 0.02  # 256 of 3,072 colours are left
+
+
+def read_gif(path):
+    """(first pixel's red, delay in ms) of each frame in the file."""
+    with Image.open(path) as gif:
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            yield gif.convert("RGB").getpixel((0, 0))[0], gif.info["duration"]
+
+
+@pytest.mark.parametrize("fps", [0.5, 7, 12.5, 15, 16, 23.976, 24, Fraction(30000, 1001), 33, 49.9, 50])
+def test_a_gif_lasts_as_long_as_its_frames(tmp_path, recwarn, fps):
+    frames = np.arange(49, dtype=np.uint8)[:, None, None, None] * np.full((16, 16, 3), 5, np.uint8)
+    save_gif(frames, tmp_path / "a.gif", fps)
+    levels, delays = zip(*read_gif(tmp_path / "a.gif"), strict=True)
+    assert levels == tuple(range(0, 245, 5))
+    assert abs(sum(delays) - 49000 / fps) <= 5 and max(delays) - min(delays) <= 10 and min(delays) >= 20
+    late = np.cumsum(delays) - 1000 * np.arange(1, 50) / float(fps)
+    assert np.abs(late).max() <= 10 and not recwarn.list
+
+
+@pytest.mark.parametrize(("fps", "kept"), [(51, 48), (60, 41), (100, 24), (120, 20), (1000, 2)])
+def test_a_gif_of_many_frames_a_second_leaves_some_out(tmp_path, fps, kept):
+    """Browsers play a delay below 20 ms as 100 ms."""
+    frames = np.arange(49, dtype=np.uint8)[:, None, None, None] * np.full((16, 16, 3), 5, np.uint8)
+    with pytest.warns(UserWarning, match=f"at most 50 frames a second, not {fps}: {kept} of 49 frames are kept"):
+        save_gif(frames, tmp_path / "a.gif", fps)
+    levels, delays = zip(*read_gif(tmp_path / "a.gif"), strict=True)
+    assert len(levels) == kept and min(delays) >= 20 and abs(sum(delays) - 49000 / fps) <= 5
+    times = 1000 * np.array(levels) / 5 / fps  # when each was filmed, and when it is shown
+    assert np.abs(times - np.cumsum([0, *delays[:-1]])).max() <= max(20, 1000 / fps)
+
+
+def test_a_gif_of_frames_that_stand_still_lasts_as_long(tmp_path):
+    """PIL writes equal frames as one."""
+    frames = np.zeros((24, 16, 16, 3), np.uint8)
+    save_gif(frames, tmp_path / "still.gif", 24)
+    frames[12:] = 200
+    save_gif(frames, tmp_path / "two.gif", 24)
+    save_gif(frames[:1], tmp_path / "one.gif", 1000)
+    delays = [[delay for _, delay in read_gif(tmp_path / f"{name}.gif")] for name in ("still", "two", "one")]
+    assert delays == [[1000], [500, 500], [20]]
 
 
 def test_an_output_is_checked_beforehand_without_leaving_anything(tmp_path):

@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -103,14 +104,21 @@ def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None 
 def save_gif(
     frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, and delays in
-    hundredths of a second. Of the metadata it takes the comment. An existing file is replaced once all is written."""
+    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, 50 frames a second
+    at most. Of the metadata it takes the comment. An existing file is replaced once all is written."""
     import PIL.Image
 
-    images = [PIL.Image.fromarray(frame).quantize(dither=PIL.Image.Dither.NONE) for frame in to_uint8(frames)]
+    frames = to_uint8(frames)
+    if not len(frames):
+        raise ValueError(f"there are no frames to save as {path}")
+    shown, delays = _gif_times(len(frames), fps)
+    if len(shown) < len(frames):
+        rate = f"{len(shown)} of {len(frames)} frames are kept, which last as long"
+        warnings.warn(f"a gif has at most 50 frames a second, not {float(fps):g}: {rate}", stacklevel=2)
+    images = [PIL.Image.fromarray(frames[i]).quantize(dither=PIL.Image.Dither.NONE) for i in shown]
     with replacing(Path(path)) as temporary:
         images[0].save(
-            temporary, format="GIF", save_all=True, append_images=images[1:], duration=float(1000 / fps), loop=0,
+            temporary, format="GIF", save_all=True, append_images=images[1:], duration=delays, loop=0,
             comment=(metadata or {}).get("comment", "").encode(),
         )  # fmt: skip
 
@@ -125,8 +133,7 @@ def save_video(
     """
     import av
 
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be a positive number")
+    _check_fps(fps)
     rate = Fraction(fps).limit_denominator(1001)  # 23.976 and 30000/1001 stay what they are
     options = {"movflags": "+faststart"}
     with replacing(Path(path)) as temporary, av.open(f"file:{temporary}", "w", format="mp4", options=options) as file:
@@ -148,6 +155,26 @@ def save_npz(path: str | Path, *, overwrite: bool = True, **arrays: np.ndarray) 
     """Write named arrays as .npz; an existing file is replaced once all is written, or kept (FileExistsError)."""
     with replacing(Path(path), overwrite) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
+
+
+def _check_fps(fps: int | float | Fraction) -> None:
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps} must be a positive number")
+
+
+def _gif_times(count: int, fps: int | float | Fraction) -> tuple[list[int], list[int]]:
+    """(which of `count` frames a gif shows, for how many milliseconds each).
+
+    Files count hundredths of a second, and browsers play delays below two of them as ten: delays differ so that their
+    sum is right, and frames are left out where there are too many.
+
+    60 fps: 12 frames are 0.2 s and become 10: 0, 1, 2, 3, 4, 6, …, 20 ms each. 24 fps: 40, 40, 40, 50, 40, 40, …
+    """
+    _check_fps(fps)
+    total = max(2, round(100 * count / fps))
+    kept = min(count, total // 2)
+    ends = [round(total * i / kept) for i in range(kept + 1)]
+    return [i * count // kept for i in range(kept)], [10 * (b - a) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _on_host(frames: Iterable[Any]) -> Iterable[Any]:
