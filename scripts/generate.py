@@ -19,10 +19,7 @@ Several prompts are one batch: repeat --prompt; a flag marked [per prompt] is th
 """
 
 import argparse
-import codecs
 import contextlib
-import difflib
-import io
 import json
 import logging
 import os
@@ -35,12 +32,13 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 START = time.perf_counter()  # before JAX, whose start takes seconds
 
 try:
     import jaxwan  # its parts are imported when first used
+    from jaxwan.commands.terminal import Parser, Told, tell_error, tell_on_stderr
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: install it first, by `pip install -e .` in the clone")
 
@@ -311,89 +309,7 @@ def tell_end(
         } | ({"error": "; ".join(errors)} if errors else {}), indent=2))  # fmt: skip
 
 
-def escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A codec's answer to what cannot be encoded: the bytes of a file's name as they are, and escapes for all else."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
-
-
-codecs.register_error("escaped", escaped)
-
-
-class Told:
-    """stdout or stderr, of which a failure costs no video: whatever it cannot take is dropped from then on."""
-
-    def __init__(self, stream: Any):
-        self.stream = open(os.devnull, "w") if stream is None else stream  # closed by the caller
-        self.failure: OSError | None = None
-        if isinstance(self.stream, io.TextIOWrapper):
-            self.stream.reconfigure(errors="escaped")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        self._try(self.stream.write, text)
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, function: Callable, *arguments: str) -> None:
-        try:
-            function(*arguments)
-        except OSError as error:  # a reader that is gone, a terminal that was closed, a full disk
-            self.failure = error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # where Python writes the rest at its exit
-
-
-class Lines(logging.Handler):
-    """Plain lines on stderr, above the bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def tell_on_stderr(*, quiet: bool) -> None:
-    """What the library notes, and Python's warnings, without their lines of code; with `quiet` nothing."""
-    lines = Lines()
-    lines.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[lines], force=True)
-    logging.getLogger("jaxwan").setLevel(logging.ERROR if quiet else logging.INFO)
-    warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
-
-
-def tell_error(message: str, *, as_json: bool) -> None:
-    """What is wrong, in a line on stderr, and for scripts on stdout too."""
-    print(f"error: {message}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"error": message}))
-
-
 # Flags
-
-
-class Parser(argparse.ArgumentParser):
-    """Explains a mistake in one line, with the nearest flag."""
-
-    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.given = sys.argv[1:] if args is None else args
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            given = unknown[0].split("=")[0]
-            if not given.startswith("-"):
-                self.error(f"what is {given!r} for? Texts go behind a flag, in quotes: --prompt {' '.join(unknown)!r}")
-            flags = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(given, flags, 1)
-            self.error(f"there is no flag {given}: {f'did you mean {near[0]}?' if near else 'see --help'}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        tell_error(message, as_json="--json" in self.given)
-        self.exit(2)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
