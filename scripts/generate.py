@@ -50,7 +50,7 @@ PER_PROMPT = (  # flags that may be repeated
 ).split()
 CALL = (
     *PER_PROMPT,
-    *"strength latents height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
+    *"strength fit latents height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
     "max_sequence_length".split(),
 )
 
@@ -333,6 +333,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_argument_group("size (defaults: the model card's; with an image or video, its aspect ratio)")
     size.add_argument("--height", type=int, help="pixels, a multiple of 16 (TI2V-5B: 32)")
     size.add_argument("--width", type=int, help="pixels, a multiple of 16 (TI2V-5B: 32)")
+    size.add_argument("--fit", help="how an image or video of another shape is brought to it: stretch, the default, "
+                      "crop its middle, or pad it with black")  # fmt: skip
     size.add_argument("--num-frames", type=int, help="4k+1, such as 81; 1 makes a picture")
     size.add_argument("--fps", type=float, help="frames a second of the written video")
     size.add_argument("--num-videos-per-prompt", type=int, help="default 1")

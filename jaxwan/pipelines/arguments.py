@@ -36,6 +36,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("base_seed", "noise_seed"), "seed"),
     **dict.fromkeys(("callback", "callback_on_step"), "callback_on_step_end"),
     **dict.fromkeys(("device", "device_map"), "mesh"),
+    "resize_mode": "fit",
     "torch_dtype": "dtype",
     "frame_rate": "fps",
     "boundary": "boundary_ratio",

@@ -4,6 +4,7 @@ Everything here needs the configuration files alone. What the caller left open i
 decided that way and may surprise is kept in `Job.notes`, for the caller to be told.
 """
 
+import difflib
 import inspect
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from jaxwan.config import ImageInput
 from jaxwan.pipelines.arguments import Number, as_array, check_kind, number, per_prompt, refuse_unknown, whole
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import choose_expert
-from jaxwan.pipelines.media import Video, fit_size, load_image, load_latents, open_video, resize_image
+from jaxwan.pipelines.media import FITS, Video, fit_size, load_image, load_latents, open_video, resize_image
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, lost_text, tell_unknown_words
 from jaxwan.pipelines.request import Job, Request, Sampling
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
@@ -38,6 +39,7 @@ def make_job(
     last_image: Any = None,
     video: Any = None,
     strength: Number | None = None,
+    fit: str | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -79,7 +81,11 @@ def make_job(
     images, last_images = _images(checkpoint, count, image, last_image, video)
     videos = _videos(checkpoint, count, video, num_frames, strength)
     notes: list[str] = []
+    fit = _fit(fit, images, videos)
+    derived = height is None and width is None
     height, width = _size(checkpoint, height, width, images, videos, notes)
+    if fit == "stretch":
+        _tell_stretched(checkpoint, images, last_images, videos, (height, width), derived, notes)
     size = _num_frames(checkpoint, num_frames, videos), height, width
     checkpoint.geometry.check_size(*size)
     _check_rope(checkpoint, *size)
@@ -95,11 +101,11 @@ def make_job(
     latents = _latents(checkpoint, latents, count * num_videos, size)
     pixels = [None] * count
     if videos:
-        pixels, size = _pixels(checkpoint, videos, num_frames, size, notes, read)
+        pixels, size = _pixels(checkpoint, videos, num_frames, size, fit, notes, read)
         latents = _latents(checkpoint, latents, count * num_videos, size)  # a damaged video can be shorter than it says
     shared = dict(
         num_frames=size[0], height=height, width=width, fps=fps, boundary_ratio=boundary, strength=strength,
-        max_sequence_length=rows,
+        fit=fit, max_sequence_length=rows,
     )  # fmt: skip
     requests = tuple(
         Request(
@@ -291,14 +297,43 @@ def _size(
     if videos:
         name, h, w = _name(videos[0]), videos[0].height, videos[0].width
     elif image is not None:
-        name, (h, w) = "the image", image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+        name, (h, w) = "the image", _shape(image)
     else:
         return defaults.height, defaults.width
     fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride)
     notes.append(f"size {fitted[1]}x{fitted[0]}, from {name}'s {w}x{h}")
-    stretched = [v for v in dict.fromkeys(videos) if v.height * w != v.width * h]
-    notes.extend(f"{v.what} of {v.width}x{v.height} is stretched to it" for v in stretched)
     return fitted
+
+
+def _fit(given: Any, images: list, videos: list[Video]) -> str:
+    if given is None:
+        return FITS[0]
+    if given not in FITS:
+        near = difflib.get_close_matches(str(given).lower(), FITS, 1)
+        raise ValueError(f"fit={given!r} is not one of {', '.join(FITS)}{f': nearest is {near[0]}' if near else ''}")
+    if not videos and all(image is None for image in images):
+        raise ValueError(f"fit={given!r} is for images and videos of another shape: give one, or leave it out")
+    return given
+
+
+def _tell_stretched(
+    checkpoint: Checkpoint, images: list, lasts: list, videos: list[Video], size: tuple[int, int], derived: bool,
+    notes: list[str],
+) -> None:  # fmt: skip
+    """Note what changes its shape by more than the stride asks for; a derived size has that of the first."""
+    (height, width), stride = size, checkpoint.geometry.stride
+    sources = [(video.what, video.height, video.width) for video in videos]
+    for name, pictures in (("image", images), ("last_image", lasts)):
+        sources += [(name, *_shape(picture)) for picture in pictures if picture is not None]
+    for name, h, w in dict.fromkeys(sources):
+        nearest = min(abs(height - width * h / w), abs(width - height * w / h)) < stride / 2
+        if not nearest and not (derived and h * sources[0][2] == w * sources[0][1]):
+            notes.append(f"{name} of {w}x{h} is stretched to {width}x{height}: fit crop or pad would keep its shape")
+
+
+def _shape(image: Any) -> tuple[int, int]:
+    """(height, width) of what `load_image` returned."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
 
 
 def _num_frames(checkpoint: Checkpoint, num_frames: int | None, videos: list[Video]) -> int:
@@ -329,14 +364,14 @@ def _video_fps(checkpoint: Checkpoint, videos: list[Video], notes: list[str]) ->
 
 
 def _pixels(
-    checkpoint: Checkpoint, videos: list[Video], num_frames: int | None, size: tuple[int, int, int], notes: list[str],
-    read: bool,
+    checkpoint: Checkpoint, videos: list[Video], num_frames: int | None, size: tuple[int, int, int], fit: str,
+    notes: list[str], read: bool,
 ) -> tuple[list[np.ndarray], tuple[int, int, int]]:  # fmt: skip
     """(frames of each prompt's video, size of all), shorter than `size` where a video has fewer whole frames than its
     packets promise."""
     step, distinct = checkpoint.geometry.temporal, list(dict.fromkeys(videos))
     notes.extend(f"{_name(v)}: {v.colours} is read as sRGB, clipped at its white" for v in distinct if v.colours)
-    frames = {video: video.read(*size) if read else video.blank(*size) for video in distinct}
+    frames = {video: video.read(*size, fit) if read else video.blank(*size) for video in distinct}
     shortest = min(distinct, key=lambda video: (len(frames[video]), video.num_frames))
     name, found, total = _name(shortest), len(frames[shortest]), shortest.num_frames
     most = checkpoint.geometry.most_frames(found)

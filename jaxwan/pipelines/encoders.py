@@ -14,7 +14,7 @@ from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
 from jaxwan.pipelines.denoise import Entry, begin
 from jaxwan.pipelines.dit import RENOISINGS, Controls, Inputs
-from jaxwan.pipelines.media import clip_pixels, resize_image, to_unit_range
+from jaxwan.pipelines.media import clip_pixels, crop_image, resize_image, to_unit_range
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
@@ -70,13 +70,15 @@ class Encoders:
     def images(self, request: Request) -> dict[str, np.ndarray]:
         """The fields of `Inputs` that the request's images make, for a model that takes any."""
         kind, image, last = self.checkpoint.image_input, request.image, request.last_image
-        frames, *size = request.size
+        frames, size = request.num_frames, (request.height, request.width, request.fit)
         if kind is ImageInput.NONE:
             return {}
         if kind is ImageInput.FIRST_FRAME:
             return {"first": self._once(self._first, image, *size), "has_first": np.array(image is not None)}
         made = {"channels": self._once(self._channels, image, last, frames, *size)}
-        return made if self.parts.encode_image is None else made | {"image": self._once(self._clip_rows, image, last)}
+        if self.parts.encode_image is not None:
+            made["image"] = self._once(self._clip_rows, image, last, *size)
+        return made
 
     def latents(self, request: Request) -> Float[np.ndarray, "t h w z"]:
         """At the noise level of the request's first step."""
@@ -92,32 +94,38 @@ class Encoders:
         return np.asarray(add_noise(clean, noise, float(request.table.sigmas[0])))
 
     def _once(self, encode: Callable, *given: Any) -> Any:
-        key = encode.__name__, *(id(x) if not isinstance(x, int) else x for x in given)
+        key = encode.__name__, *(x if isinstance(x, int | str) else id(x) for x in given)
         if key not in self._made:
             self._made[key] = encode(*given)
         return self._made[key]
 
-    def _first(self, image: Any, height: int, width: int) -> Float[np.ndarray, "1 h w z"]:
+    def _first(self, image: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "1 h w z"]:
         """The clean first latent frame; zeros, not looked at, without an image."""
         if image is None:
             geometry = self.checkpoint.geometry
             return np.zeros((*geometry.latent_shape(1, height, width), geometry.z_dim), np.float32)
-        return encode_video(self.parts.coder, 2 * resize_image(image, height, width)[None, None] - 1)[0]
+        return encode_video(self.parts.coder, _resized(image, height, width, fit)[None, None])[0]
 
-    def _channels(self, image: Any, last: Any, frames: int, *size: int) -> Float[np.ndarray, "t h w y"]:
-        first, last = (None if i is None else 2 * resize_image(i, *size) - 1 for i in (image, last))
-        assert first is not None
-        return image_channels(self.parts.coder, first, last, frames)
+    def _channels(self, image: Any, last: Any, frames: int, *size: Any) -> Float[np.ndarray, "t h w y"]:
+        last = None if last is None else _resized(last, *size)
+        return image_channels(self.parts.coder, _resized(image, *size), last, frames)
 
-    def _clip_rows(self, image: Any, last: Any) -> Float[np.ndarray, "i e"]:
-        """CLIP rows of the image, which it sees unresized, followed by the last image's."""
+    def _clip_rows(self, image: Any, last: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "i e"]:
+        """CLIP rows of the image, which it sees unresized, followed by the last image's; of a crop what is shown, and
+        of a padded one no bars."""
         encode, processor = self.parts.encode_image, self.parts.image_processor
         assert encode is not None
-        pixels = [clip_pixels(i, processor)[None] for i in (image, last) if i is not None]
+        shown = [crop_image(i, height, width) if fit == "crop" else i for i in (image, last) if i is not None]
+        pixels = [clip_pixels(i, processor)[None] for i in shown]
         return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
 
     def _video(self, video: np.ndarray) -> Float[np.ndarray, "t h w z"]:
         return encode_video(self.parts.coder, 2 * to_unit_range(video)[None] - 1)[0]
+
+
+def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "h w 3"]:
+    """Pixels in [-1, 1]."""
+    return 2 * resize_image(image, height, width, fit=fit) - 1
 
 
 def image_channels(

@@ -117,6 +117,7 @@ class WanPipeline:
         last_image: Any = None,
         video: Any = None,
         strength: Number | None = None,
+        fit: str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -145,6 +146,8 @@ class WanPipeline:
         image, last_image: first and last frame: a path, PIL image or array (H, W, 3), uint8 or float in [0, 1]; or one
             a prompt. video, strength: source of video to video, a path, list of PIL images or array (F, H, W, 3), or
             one a prompt, and how far to go from it, (0, 1].
+        fit: how an image or video of another shape is brought to the size: "stretch", the default, "crop" its middle,
+            or "pad" it with black.
         height, width, num_frames, fps: of the video, in pixels and frames; num_frames is 4k+1.
         num_inference_steps, sampler, flow_shift, timesteps (of sampler "renoise"): docs/samplers.md.
         guidance_scale: of the high-noise expert (or the only one). guidance_scale_2: of the low-noise expert.
@@ -167,7 +170,7 @@ class WanPipeline:
             raise ValueError(f"callback_on_step_end={callback_on_step_end!r:.40} is no function")
         job = make_job(
             self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, image=image, last_image=last_image,
-            video=video, strength=strength, height=height, width=width, num_frames=num_frames, fps=fps,
+            video=video, strength=strength, fit=fit, height=height, width=width, num_frames=num_frames, fps=fps,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2,
             boundary_ratio=boundary_ratio, flow_shift=flow_shift, sampler=sampler, timesteps=timesteps, seed=seed,
             latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,

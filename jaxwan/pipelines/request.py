@@ -30,6 +30,7 @@ class Request:
     last_image: Any = None
     video: np.ndarray | None = None  # of video to video, (F, H, W, 3), uint8 or float
     strength: Number | None = None
+    fit: str = "stretch"  # images to the size: one of media.FITS; the video has it
     latents: np.ndarray | None = None  # public axis order (C, T, h, w)
     prompt_embeds: np.ndarray | None = None  # (512, C)
     negative_prompt_embeds: np.ndarray | None = None
@@ -58,6 +59,7 @@ class Request:
         }
         unused = ["guidance_scale_2"] * (self.boundary_ratio is None or not self.guided)
         unused += ["negative_prompt"] * (not self.guided) + ["index"] * (self.seed is None)
+        unused += ["fit"] * (self.fit == "stretch")
         call = {name: value for name, value in own.items() if value is not None and name not in unused}
         inputs = [name for name in _ARRAYS if getattr(self, name) is not None]
         return {"call": call} | ({"inputs": inputs} if inputs else {})
@@ -65,7 +67,7 @@ class Request:
 
 _PLAIN = (
     "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed index "
-    "strength max_sequence_length"
+    "strength fit max_sequence_length"
 ).split()
 _SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
 _ARRAYS = ("image", "last_image", "video", "latents", "prompt_embeds", "negative_prompt_embeds")

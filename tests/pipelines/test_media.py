@@ -23,13 +23,15 @@ from clips import damage, write_clip
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image as diffusers_load_image
 from diffusers.video_processor import VideoProcessor
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from profiles import ADOBE, P3, SRGB, cmyk_profile, gray_profile, rgb_profile, srgb_code, srgb_light
 from transformers import AutoImageProcessor
 
 from jaxwan.pipelines.media import (
+    FITS,
     check_output,
     clip_pixels,
+    crop_image,
     fit_size,
     load_image,
     load_image_processor,
@@ -68,6 +70,45 @@ def test_lanczos_equals_diffusers_for_images_of_any_aspect(size):
     actual = resize_image(load_image(image), 48, 64)
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(2 * actual - 1, expected[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("size", [(75, 50), (50, 75), (301, 40), (64, 48), (7, 300)])
+def test_crop_keeps_the_middle_and_pad_the_whole_of_an_image(size):
+    image, lanczos = Image.fromarray(noise(*size, 3)), Image.Resampling.LANCZOS
+    for height, width in ((48, 64), (64, 48), (32, 32)):
+        crop, pad = (resize_image(image, height, width, fit=fit) for fit in ("crop", "pad"))
+        np.testing.assert_array_equal(crop, np.asarray(ImageOps.fit(image, (width, height), lanczos), np.float32) / 255)
+        np.testing.assert_array_equal(pad, np.asarray(ImageOps.pad(image, (width, height), lanczos), np.float32) / 255)
+
+
+def test_an_image_of_the_sizes_shape_is_the_same_in_every_fit():
+    image = Image.fromarray(noise(30, 40, 3))
+    stretched, crop, pad = (resize_image(image, 48, 64, fit=fit) for fit in FITS)
+    np.testing.assert_array_equal(stretched, crop)
+    np.testing.assert_array_equal(stretched, pad)
+
+
+def test_a_crop_that_is_not_resized_is_the_middle_too():
+    x, y = np.meshgrid(np.arange(100), np.arange(50))
+    image = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
+    np.testing.assert_array_equal(np.asarray(crop_image(image, 64, 96))[:, :, 0], np.arange(12, 87)[None].repeat(50, 0))
+    np.testing.assert_array_equal(crop_image(image, 32, 64), image)
+    assert crop_image(image, 20, 80).size == (100, 25) and crop_image(image, 16, 16000).size == (100, 1)
+    floats = np.zeros((4, 6, 3), np.float32)
+    assert crop_image(floats, 4, 6) is floats
+
+
+def test_a_video_whose_pixels_are_not_square_is_fitted_as_it_is_shown(tmp_path):
+    """64 x 48 pixels, each twice as wide as high: shown as 128 x 48."""
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:, 16:48] = 255
+    write_clip(tmp_path / "wide.mp4", np.stack([frame] * 3), sar=Fraction(2))
+    video = open_video(tmp_path / "wide.mp4")
+    assert (video.height, video.width) == (48, 128)
+    assert video.read(1, 48, 64, "crop")[:, :, 1:-1].min() > 240  # its white middle
+    padded = video.read(1, 64, 64, "pad")[0]  # 64 x 24 in the middle
+    assert padded[:19].max() < 5 and padded[45:].max() < 5 and padded[24:40, 20:44].min() > 240
+    assert padded[24:40, :12].max() < 15
 
 
 def test_lanczos_equals_diffusers_for_videos():

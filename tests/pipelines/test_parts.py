@@ -10,6 +10,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers import WanPipeline as DiffusersPipeline
 from oracle import relative_error
+from PIL import Image, ImageOps
 from published import edit
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, compilations, picture, run_diffusers, run_ours, unit_noise
 
@@ -131,6 +132,23 @@ def test_encode_and_decode_equal_diffusers_vae_with_normalisation(reference, pip
     tensors = torch.tensor(pixels, requires_grad=True), torch.tensor(actual, requires_grad=True)
     np.testing.assert_array_equal(pipeline(family).encode(tensors[0]), actual)
     np.testing.assert_array_equal(pipeline(family).decode(tensors[1]), frames)
+
+
+def test_fit_is_what_the_models_see(pipeline):
+    """The VAE the crop or the bars, CLIP the crop or the whole image without bars."""
+    image, size = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8)), (48, 32)
+
+    def inputs(image, **fit):
+        call = dict(height=size[1], width=size[0], num_frames=5, num_inference_steps=2, seed=1)
+        return pipeline("2.1-i2v").prepare_encode("a", image=image, **call, **fit).entries[0].inputs
+
+    plain, lanczos = inputs(image), Image.Resampling.LANCZOS
+    crop, pad = inputs(image, fit="crop"), inputs(image, fit="pad")
+    np.testing.assert_array_equal(crop.channels, inputs(ImageOps.fit(image, size, lanczos)).channels)
+    np.testing.assert_array_equal(crop.image, inputs(image.crop((12, 0, 87, 50))).image)
+    np.testing.assert_array_equal(pad.channels, inputs(ImageOps.pad(image, size, lanczos)).channels)
+    np.testing.assert_array_equal(pad.image, plain.image)
+    assert not np.array_equal(crop.image, plain.image)
 
 
 def test_predict_chooses_the_expert_by_each_samples_timestep(reference, pipeline):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from clips import damage, write_clip
-from PIL import Image
+from PIL import Image, ImageOps
 from published import PUBLISHED, edit, write_configs
 from tokenizer_files import write_tokenizer
 
@@ -253,8 +253,56 @@ def test_the_size_follows_the_aspect_of_the_image_and_is_said(job):
     assert made.size[1:] == (672, 1344)  # 1:2 at 720 x 1280, multiples of 16
     assert made.notes == ("size 1344x672, from the image's 100x50",)
     given = job(I2V, image=PHOTO, seed=1, **SIZE)
-    assert (given.size[1:], given.notes) == ((64, 96), ())
+    assert (given.size[1:], given.notes) == (
+        (64, 96), ("image of 100x50 is stretched to 96x64: fit crop or pad would keep its shape",)
+    )  # fmt: skip
     assert job(TI2V, image=PHOTO).size[1] % 32 == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "height", "width", "told"),
+    [
+        ((1080, 1920), 464, 832, False),  # 468 is no multiple of 16, and 464 the nearest
+        ((1080, 1920), 480, 832, True),
+        ((1080, 1920), 720, 1280, False),
+        ((512, 512), 480, 832, True),
+        ((720, 1280), 1280, 720, True),
+        ((64, 96), 64, 96, False),
+    ],
+)
+def test_an_image_that_changes_its_shape_is_told(job, shape, height, width, told):
+    image, size = Image.new("RGB", shape[::-1]), dict(height=height, width=width, num_frames=5, seed=1)
+    note = f"of {shape[1]}x{shape[0]} is stretched to {width}x{height}: fit crop or pad would keep its shape"
+    assert job(I2V, image=image, **size).notes == (f"image {note}",) * told
+    assert job(I2V, prompt=["a", "b"], image=image, last_image=image, **size).notes == (
+        f"image {note}", f"last_image {note}",
+    ) * told  # fmt: skip
+    clip = np.zeros((5, *shape, 3), np.uint8)
+    assert job(T2V, video=clip, **size).notes == (f"video {note}",) * told
+    for fit in ("crop", "pad"):
+        assert job(I2V, image=image, fit=fit, **size).notes == ()
+
+
+def test_a_size_that_follows_the_image_does_not_stretch_it_but_others(job):
+    strip = Image.new("RGB", (130, 77))
+    assert job(I2V, image=strip, seed=1).notes == ("size 1232x736, from the image's 130x77",)
+    made = job(I2V, prompt=["a", "b"], image=[strip, PHOTO], seed=1)
+    assert made.notes[1:] == ("image of 100x50 is stretched to 1232x736: fit crop or pad would keep its shape",)
+
+
+def test_fit_is_a_setting_where_it_is_not_the_default(job):
+    made = job(I2V, image=PHOTO, fit="crop", **SIZE)
+    assert made.requests[0].fit == made.settings()[0]["call"]["fit"] == "crop"
+    for fit in (None, "stretch"):
+        made = job(I2V, image=PHOTO, fit=fit, **SIZE)
+        assert made.requests[0].fit == "stretch" and "fit" not in made.settings()[0]["call"]
+
+
+def test_a_video_is_fitted_frame_by_frame(job):
+    for fit, operation in (("crop", ImageOps.fit), ("pad", ImageOps.pad)):
+        (request,) = job(video=CLIP, fit=fit, **SIZE).requests
+        expected = [operation(Image.fromarray(frame), (96, 64), Image.Resampling.LANCZOS) for frame in CLIP[:9]]
+        np.testing.assert_array_equal(request.video, np.stack(expected))
 
 
 def test_one_image_is_for_all_prompts_or_one_for_each(job):
@@ -289,7 +337,8 @@ def test_a_video_gives_frames_rate_and_size(job, tmp_path):
     assert len(request.video) == 9
     short = job(T2V_21, video=str(tmp_path / "clip.mp4"), height=64, width=96, num_frames=5, fps=30, seed=1)
     (request,) = short.requests
-    assert (short.size[0], request.fps, len(request.video), short.notes) == (5, 30.0, 5, ())
+    stretched = "video of 64x48 is stretched to 96x64: fit crop or pad would keep its shape"
+    assert (short.size[0], request.fps, len(request.video), short.notes) == (5, 30.0, 5, (stretched,))
     of_images = job(T2V, video=[PHOTO] * 5, seed=1)
     assert (of_images.size[0], of_images.requests[0].fps) == (5, 16.0)  # no rate of its own: the table's
 
@@ -305,11 +354,11 @@ def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp
     images = [Image.fromarray(frame) for frame in CLIP] * 10
     note = "the first 81 frames of the video's 100, this model's own length: give num_frames for more"
     for video in (path, images, np.concatenate([CLIP] * 10)):
-        made = job(T2V_21, video=video, seed=1, height=64, width=96)
+        made = job(T2V_21, video=video, seed=1, height=48, width=64)
         assert (made.size[0], len(made.requests[0].video), made.notes) == (81, 81, (note,))
-        more = job(T2V_21, video=video, seed=1, height=64, width=96, num_frames=97)
+        more = job(T2V_21, video=video, seed=1, height=48, width=64, num_frames=97)
         assert (more.size[0], len(more.requests[0].video), more.notes) == (97, 97, ())
-    whole = job(T2V_21, video=images[:81], seed=1, height=64, width=96)
+    whole = job(T2V_21, video=images[:81], seed=1, height=48, width=64)
     assert whole.notes == ("81 frames, the largest 4k+1 in the video's 81",)
     assert job(TI2V, video=path, seed=1, height=64, width=96).size[0] == 97  # its own length is 121
 
@@ -383,7 +432,7 @@ def test_videos_of_several_kinds_get_one_size_length_and_rate(job, tmp_path):
     assert (made.size, made.requests[1].fps) == ((5, 544, 720), 8)
     assert made.notes == (
         "size 720x544, from video[0]'s 64x48",
-        "video[1] of 32x48 is stretched to it",
+        "video[1] of 32x48 is stretched to 720x544: fit crop or pad would keep its shape",
         "fps 8, video[0]'s: video[1] has 12",
         "5 frames, the largest 4k+1 in video[1]'s 7",
     )
@@ -798,6 +847,10 @@ BAD = [
     ({"video": torch.zeros(9, 3, 64, 96)}, "video has shape (9, 3, 64, 96), must be (F, H, W, 3): the colours come la"),
     ({"video": torch.zeros(64, 96, 3)}, "must be (F, H, W, 3): give a picture as image"),
     # images and videos
+    ({"video": CLIP, "fit": "cover"}, "fit='cover' is not one of stretch, crop, pad"),
+    ({"video": CLIP, "fit": "Crop"}, "fit='Crop' is not one of stretch, crop, pad: nearest is crop"),
+    ({"fit": "crop"}, "fit='crop' is for images and videos of another shape: give one, or leave it out"),
+    ({"fit": "stretch"}, "fit='stretch' is for images and videos"),
     ({"image": PHOTO}, "this is a text-to-video model (built like Wan2.2-T2V-A14B): it takes no image"),
     ({"last_image": PHOTO}, "takes no last image"),
     ({"strength": 0.5}, "strength=0.5 is for video to video: give a video, or leave it out"),

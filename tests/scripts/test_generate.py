@@ -288,7 +288,7 @@ def test_every_flag_is_in_the_help(run):
     status, out, _ = run("--help")
     assert status == 0
     for flag in (
-        "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength "
+        "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength --fit "
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
         "--vae-dtype -o --overwrite --no-metadata --save-npz --json -q --version --like --no-compilation-cache "

@@ -1,10 +1,12 @@
 """Images (`reading`) and videos (`videos`) that are read, and what is written (`writing`)."""
 
 from jaxwan.pipelines.media.reading import (
+    FITS,
     Image,
     ImageSource,
     check_pixels,
     clip_pixels,
+    crop_image,
     fit_size,
     load_image,
     load_image_processor,
@@ -28,6 +30,7 @@ from jaxwan.pipelines.media.writing import (
 )
 
 __all__ = [
+    "FITS",
     "Image",
     "ImageSource",
     "Video",
@@ -37,6 +40,7 @@ __all__ = [
     "check_pixels",
     "check_writable",
     "clip_pixels",
+    "crop_image",
     "fit_size",
     "load_image",
     "load_image_processor",

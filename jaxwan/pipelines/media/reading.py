@@ -19,6 +19,7 @@ from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
 Image = Any  # PIL.Image.Image in RGB, or a float32 array (H, W, 3) in [0, 1]
+FITS = ("stretch", "crop", "pad")  # how an image of another shape is brought to a size: `fit_image`
 ImageSource = Any  # a path, a PIL image, or an array (H, W, 3): uint8, or float in [0, 1]
 
 
@@ -41,19 +42,53 @@ def load_image(source: ImageSource, what: str = "image") -> Image:
     return PIL.Image.fromarray(pixels) if pixels.dtype == np.uint8 else pixels
 
 
-def resize_image(image: Image, height: int, width: int, what: str = "image") -> Float[np.ndarray, "{height} {width} 3"]:
-    """Pixels in [0, 1] of what `load_image` returned, stretched to the size by Lanczos (aspect not kept).
+def resize_image(
+    image: Image, height: int, width: int, what: str = "image", fit: str = "stretch"
+) -> Float[np.ndarray, "{height} {width} 3"]:
+    """Pixels in [0, 1] of what `load_image` returned, brought to the size by Lanczos. fit: one of FITS.
 
     Raises ValueError for a float array of another size: Diffusers would sample it to the nearest pixel.
-    Source: diffusers image_processor.py:VaeImageProcessor.preprocess.
+    Source: diffusers image_processor.py:VaeImageProcessor.preprocess, which stretches.
     """
-    import PIL.Image
-
     if isinstance(image, np.ndarray):
         _check_size(image.shape[:2], height, width, what)
         return image
-    resized = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
-    return np.asarray(resized).astype(np.float32) / 255.0
+    return np.asarray(fit_image(image, height, width, fit)).astype(np.float32) / 255.0
+
+
+def fit_image(image: Any, height: int, width: int, fit: str = "stretch", aspect: float | None = None) -> Any:
+    """A PIL image brought to a size by Lanczos.
+
+    fit: "stretch", which does not keep its shape; "crop" takes the largest part from its middle that has the size's
+    shape; "pad" puts black bars beside the whole of it. aspect: its width / height as shown, if pixels are not square.
+    """
+    import PIL.Image
+
+    lanczos = PIL.Image.Resampling.LANCZOS
+    shape = aspect or image.width / image.height
+    if fit == "crop":
+        return image.resize((width, height), lanczos, box=_middle(image, width / height / shape))
+    if fit == "pad":
+        whole = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
+        padded = PIL.Image.new(image.mode, (width, height))
+        padded.paste(image.resize(whole, lanczos), (round((width - whole[0]) / 2), round((height - whole[1]) / 2)))
+        return padded
+    return image.resize((width, height), lanczos)
+
+
+def crop_image(image: Image, height: int, width: int) -> Image:
+    """What `fit_image` with "crop" shows, in whole pixels and not resized; float arrays as they are."""
+    if isinstance(image, np.ndarray):
+        return image
+    x, y, right, bottom = _middle(image, width / height * image.height / image.width)
+    left, top = round(x), round(y)
+    return image.crop((left, top, left + max(1, round(right - x)), top + max(1, round(bottom - y))))
+
+
+def _middle(image: Any, change: float) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of its largest part in the middle whose width / height is `change` times its own."""
+    x, y = image.width * (1 - min(change, 1)) / 2, image.height * (1 - min(1 / change, 1)) / 2
+    return x, y, image.width - x, image.height - y
 
 
 def to_unit_range(frames: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

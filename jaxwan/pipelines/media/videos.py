@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 
 from jaxwan.pipelines.arguments import as_array, local_path
 from jaxwan.pipelines.media.pictures import upright_rgb
-from jaxwan.pipelines.media.reading import _check_size, _checked, _reading
+from jaxwan.pipelines.media.reading import _check_size, _checked, _reading, fit_image
 from jaxwan.pipelines.telling import warn
 
 # PIL and av are imported where they are used, so their types cannot stand in signatures.
@@ -49,23 +49,22 @@ class Video:
     orientation: tuple[bool, int, int] = (False, 1, 1)  # `_orientation` of its first frame
     ends_early: bool = False  # and was told so
 
-    def read(self, count: int | None = None, height: int | None = None, width: int | None = None) -> Frames:
-        """The first `count` frames (all by default), or as many as there are, stretched by Lanczos to a size (as shown
-        by default); later ones are not decoded.
+    def read(
+        self, count: int | None = None, height: int | None = None, width: int | None = None, fit: str = "stretch"
+    ) -> Frames:
+        """The first `count` frames (all by default), or as many as there are, brought to a size (as shown by default)
+        as `fit_image` does; later ones are not decoded.
 
         What is damaged is left out, with a warning. Raises OSError for a file that became unreadable, ValueError for a
         float array of another size.
         """
-        import PIL.Image
-
         height, width = height or self.height, width or self.width
         self.check_size(height, width)
         if isinstance(self.source, np.ndarray) and self.source.dtype != np.uint8:
             return self.source[:count]
         faults: list[Any] = []
-        lanczos = PIL.Image.Resampling.LANCZOS
-        images = islice(self._images(faults), count)
-        frames = np.stack([np.asarray(image.resize((width, height), lanczos)) for image in images])
+        images, aspect = islice(self._images(faults), count), self.width / self.height
+        frames = np.stack([np.asarray(fit_image(image, height, width, fit, aspect)) for image in images])
         if faults and not self.ends_early:
             warn(f"{self.what} {self.source} is damaged: frames lost or faulty: {len(faults)}")
         return frames

@@ -104,8 +104,8 @@ def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None 
 def save_gif(
     frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, 50 frames a
-    second at most. Of the metadata it takes the comment. An existing file is replaced once all is written."""
+    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, and no more than
+    50 frames a second. Of the metadata it takes the comment. An existing file is replaced once all is written."""
     import PIL.Image
 
     frames = to_uint8(frames)
