@@ -13,7 +13,10 @@ from jaxwan.pipelines import ending
 from jaxwan.pipelines.compilation_cache import _drop_latest
 from jaxwan.pipelines.media import writing
 
-HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests ignore it\n"
+HEARD = (  # also where the tests ignore them
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+)
 BUSY = """
 import hashlib, numpy  # which starts threads that a signal may come to
 from concurrent.futures import ThreadPoolExecutor
