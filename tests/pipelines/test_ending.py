@@ -38,11 +38,14 @@ def test_a_signal_ends_it_at_once_in_native_code_too(tmp_path, number, times):
     process = subprocess.Popen(
         [sys.executable, "-c", HEARD + BUSY], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "ready\n" and len(os.listdir(tmp_path / "new")) == 1
-    start = time.monotonic()
-    for _ in range(times):
-        process.send_signal(number)
-    assert process.communicate(timeout=20)[1] == "interrupted\n"
+    try:
+        assert process.stdout.readline() == "ready\n" and len(os.listdir(tmp_path / "new")) == 1
+        start = time.monotonic()
+        for _ in range(times):
+            process.send_signal(number)
+        assert process.communicate(timeout=20)[1] == "interrupted\n"
+    finally:
+        process.kill()
     assert process.returncode == 128 + number and time.monotonic() - start < 2
     assert os.listdir(tmp_path / "new") == []
 
