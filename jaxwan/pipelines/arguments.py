@@ -163,3 +163,8 @@ def _on_host(value: Any) -> Any:
         return value
     small = value.is_floating_point() and value.element_size() < 4  # of these NumPy knows float16 alone
     return (value.float() if small else value).numpy(force=True)
+
+
+def first_given(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((v for v in values if v is not None), None)

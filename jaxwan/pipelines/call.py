@@ -4,23 +4,40 @@ Everything here needs the configuration files alone. What the caller left open i
 decided that way and may surprise is kept in `Job.notes`, for the caller to be told.
 """
 
-import difflib
 import inspect
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxwan.config import ImageInput
-from jaxwan.pipelines.arguments import Number, as_array, check_kind, number, per_prompt, refuse_unknown, whole
+from jaxwan.pipelines.arguments import (
+    Number,
+    as_array,
+    check_kind,
+    first_given,
+    number,
+    per_prompt,
+    refuse_unknown,
+    whole,
+)
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.condition import choose_expert
-from jaxwan.pipelines.media import FITS, Video, fit_size, load_image, load_latents, open_video, resize_image
-from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, lost_text, tell_unknown_words
+from jaxwan.pipelines.notes import cut_texts, equal_videos, without_effect
+from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
 from jaxwan.pipelines.request import Job, Request, Sampling
+from jaxwan.pipelines.sources import (
+    check_fit,
+    check_latents,
+    check_pixels,
+    check_rope,
+    choose_num_frames,
+    choose_size,
+    load_images,
+    open_videos,
+    read_videos,
+    tell_stretched,
+    video_fps,
+)
 from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
 
 SEEDS = 2**64
@@ -78,31 +95,33 @@ def make_job(
     index = whole("index", index, 0)
     check_range("index", index, 0, MAX_INDEX - num_videos)
     num_frames = None if num_frames is None else whole("num_frames", num_frames, 1)
-    images, last_images = _images(checkpoint, count, image, last_image, video)
-    videos = _videos(checkpoint, count, video, num_frames, strength)
+    images, last_images = load_images(checkpoint, count, image, last_image, video)
+    videos = open_videos(checkpoint, count, video, num_frames, strength)
     notes: list[str] = []
-    fit = _fit(fit, images, videos)
+    fit = check_fit(fit, images, videos)
     derived = height is None and width is None
-    height, width = _size(checkpoint, height, width, images, videos, notes)
+    height, width = choose_size(checkpoint, height, width, images, videos, notes)
     if fit == "stretch":
-        _tell_stretched(checkpoint, images, last_images, videos, (height, width), derived, notes)
-    size = _num_frames(checkpoint, num_frames, videos), height, width
+        tell_stretched(checkpoint, images, last_images, videos, (height, width), derived, notes)
+    size = choose_num_frames(checkpoint, num_frames, videos), height, width
     checkpoint.geometry.check_size(*size)
-    _check_rope(checkpoint, *size)
-    _check_pixels(images, last_images, videos, size)
+    check_rope(checkpoint, *size)
+    check_pixels(images, last_images, videos, size)
     if videos:
-        strength = number("strength", _first(strength, checkpoint.defaults.strength))
+        strength = number("strength", first_given(strength, checkpoint.defaults.strength))
     samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
     boundary = _boundary(checkpoint, boundary_ratio)
     guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
     draws = [latents is None or sampling.table.renoises for sampling in samplings]
     seeds = _seeds(seed, draws, notes)
-    fps = _fps(_video_fps(checkpoint, videos, notes) if fps is None else fps)
-    latents = _latents(checkpoint, latents, count * num_videos, size)
+    fps = _fps(video_fps(checkpoint, videos, notes) if fps is None else fps)
+    latents = check_latents(checkpoint, latents, count * num_videos, size)
     pixels = [None] * count
     if videos:
-        pixels, size = _pixels(checkpoint, videos, num_frames, size, fit, notes, read)
-        latents = _latents(checkpoint, latents, count * num_videos, size)  # a damaged video can be shorter than it says
+        pixels, size = read_videos(checkpoint, videos, num_frames, size, fit, notes, read)
+        latents = check_latents(
+            checkpoint, latents, count * num_videos, size
+        )  # a damaged video can be shorter than it says
     shared = dict(
         num_frames=size[0], height=height, width=width, fps=fps, boundary_ratio=boundary, strength=strength,
         fit=fit, max_sequence_length=rows,
@@ -120,12 +139,12 @@ def make_job(
     )  # fmt: skip
     _check_encoded(checkpoint, requests)
     firsts = requests[::num_videos]
-    notes += _cut_texts(checkpoint, firsts)
-    notes += _without_effect(
+    notes += cut_texts(checkpoint, firsts)
+    notes += without_effect(
         firsts, draws, negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
         guidance_scale_2=guidance_scale_2, flow_shift=flow_shift, seed=seed, index=index or None,
     )  # fmt: skip
-    notes += _equal_videos(requests)
+    notes += equal_videos(requests)
     return Job(requests, tuple(notes))
 
 
@@ -211,227 +230,15 @@ def _check_encoded(checkpoint: Checkpoint, requests: Sequence[Request]) -> None:
             )
 
 
-# Images, video, size
-
-
-def _images(checkpoint: Checkpoint, count: int, image: Any, last_image: Any, video: Any) -> tuple[list, list]:
-    """One image and one last image a prompt, loaded, or None."""
-    name, kind = checkpoint.variant.name, checkpoint.image_input
-    if image is not None and video is not None:
-        raise ValueError("image and video are both given: give one of them")
-    if video is not None and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
-        raise ValueError(f"this is an image-to-video model (built like {name}): it takes no video")
-    images = _media("image", image, count)
-    last_images = _media("last_image", last_image, count)
-    given = [i is not None for i in images]
-    if any(given) and kind is ImageInput.NONE:
-        raise ValueError(f"this is a text-to-video model (built like {name}): it takes no image")
-    if not all(given) and kind in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP):
-        raise ValueError(f"this is an image-to-video model (built like {name}): it needs an image for every prompt")
-    lasts = [i is not None for i in last_images]
-    if any(lasts) and not checkpoint.variant.last_image:
-        why = " (it has no pos_embed_seq_len)" if kind is ImageInput.CHANNELS_AND_CLIP else ""
-        raise ValueError(f"this model (built like {name}) takes no last image{why}")
-    if any(last and not first for first, last in zip(given, lasts, strict=True)):
-        raise ValueError("last_image needs an image too, the first frame")
-    if checkpoint.transformer.pos_embed_seq_len is not None and not all(lasts):
-        raise ValueError(f"this is a first-last-frame model (built like {name}): it needs a last image too")
-    return _loaded("image", images), _loaded("last_image", last_images)
-
-
-def _loaded(name: str, sources: list) -> list:
-    """The images; a source that several prompts share is loaded once and stays one object."""
-    made = {id(source): None if source is None else load_image(source, name) for source in sources}
-    return [made[id(source)] for source in sources]
-
-
-def _media(name: str, value: Any, count: int) -> list:
-    if isinstance(value, (list, tuple)):
-        if len(value) != count:
-            raise ValueError(f"{name} is a list of {len(value)} for {count} prompts: give one, or one a prompt")
-        return list(value)
-    return [value] * count
-
-
-def _videos(checkpoint: Checkpoint, count: int, video: Any, num_frames: int | None, strength: Any) -> list[Video]:
-    """One open video a prompt, or none at all; one that several prompts share is opened once.
-
-    At most the model's own length is taken if none is asked for.
-    """
-    if video is None:
-        if strength is not None:
-            raise ValueError(f"strength={strength} is for video to video: give a video, or leave it out")
-        return []
-    sources = _media("video", list(video), count) if _are_videos(video) else [video] * count
-    keys = [str(source) if isinstance(source, str | Path) else id(source) for source in sources]
-    most, videos = _first(num_frames, checkpoint.defaults.num_frames), {}
-    for i, (key, source) in enumerate(zip(keys, sources, strict=True)):
-        if source is None:
-            raise ValueError(f"video[{i}] is None: give one video for all prompts, or one for each")
-        if key not in videos:
-            videos[key] = open_video(source, "video" if len(set(keys)) == 1 else f"video[{i}]", most=most)
-    return [videos[key] for key in keys]
-
-
-def _are_videos(value: Any) -> bool:
-    """Whether it is one video a prompt, and not one video for all."""
-    if isinstance(value, (list, tuple)):
-        return any(v is None or isinstance(v, str | Path | list | tuple) or getattr(v, "ndim", 0) == 4 for v in value)
-    return getattr(value, "ndim", 0) == 5
-
-
-def _name(video: Video) -> str:
-    return "the video" if video.what == "video" else video.what
-
-
-def _size(
-    checkpoint: Checkpoint, height, width, images: list, videos: list[Video], notes: list[str]
-) -> tuple[int, int]:
-    """Height and width: as given, else the image's or video's aspect ratio at the variant's area, else the default."""
-    if (height is None) != (width is None):
-        missing, given = ("width", f"height={height}") if width is None else ("height", f"width={width}")
-        raise ValueError(f"{given} without {missing}: give both, or neither")
-    if height is not None:
-        return whole("height", height, 1), whole("width", width, 1)
-    defaults, image = checkpoint.defaults, _first(*images)
-    if videos:
-        name, h, w = _name(videos[0]), videos[0].height, videos[0].width
-    elif image is not None:
-        name, (h, w) = "the image", _shape(image)
-    else:
-        return defaults.height, defaults.width
-    fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride)
-    notes.append(f"size {fitted[1]}x{fitted[0]}, from {name}'s {w}x{h}")
-    return fitted
-
-
-def _fit(given: Any, images: list, videos: list[Video]) -> str:
-    if given is None:
-        return FITS[0]
-    if given not in FITS:
-        near = difflib.get_close_matches(str(given).lower(), FITS, 1)
-        raise ValueError(f"fit={given!r} is not one of {', '.join(FITS)}{f': nearest is {near[0]}' if near else ''}")
-    if not videos and all(image is None for image in images):
-        raise ValueError(f"fit={given!r} is for images and videos of another shape: give one, or leave it out")
-    return given
-
-
-def _tell_stretched(
-    checkpoint: Checkpoint, images: list, lasts: list, videos: list[Video], size: tuple[int, int], derived: bool,
-    notes: list[str],
-) -> None:  # fmt: skip
-    """Note what changes its shape by more than the stride asks for; a derived size has that of the first."""
-    (height, width), stride = size, checkpoint.geometry.stride
-    sources = [(video.what, video.height, video.width) for video in videos]
-    for name, pictures in (("image", images), ("last_image", lasts)):
-        sources += [(name, *_shape(picture)) for picture in pictures if picture is not None]
-    for name, h, w in dict.fromkeys(sources):
-        nearest = min(abs(height - width * h / w), abs(width - height * w / h)) < stride / 2
-        if not nearest and not (derived and h * sources[0][2] == w * sources[0][1]):
-            notes.append(f"{name} of {w}x{h} is stretched to {width}x{height}: fit crop or pad would keep its shape")
-
-
-def _shape(image: Any) -> tuple[int, int]:
-    """(height, width) of what `load_image` returned."""
-    return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-
-
-def _num_frames(checkpoint: Checkpoint, num_frames: int | None, videos: list[Video]) -> int:
-    """As given, else the checkpoint's, or what the shortest video has if that is less."""
-    own, geometry = checkpoint.defaults.num_frames, checkpoint.geometry
-    if not videos:
-        return _first(num_frames, own)
-    shortest = min(videos, key=lambda v: v.num_frames)
-    if num_frames is None:
-        return geometry.most_frames(min(own, shortest.num_frames))
-    if num_frames > shortest.num_frames:
-        raise _too_short(checkpoint, num_frames, f"{_name(shortest)} has {shortest.num_frames}", shortest.num_frames)
-    return num_frames
-
-
-def _video_fps(checkpoint: Checkpoint, videos: list[Video], notes: list[str]) -> Number:
-    """The first video's frame rate, else the default."""
-    if not videos or videos[0].fps is None:
-        return checkpoint.defaults.fps
-    first, fps = videos[0], float(videos[0].fps)
-    if first.header_fps is not None:
-        wrong = f"its header says {float(first.header_fps):.4g}"
-        notes.append(f"fps {fps:.4g}, from the times of {_name(first)}'s frames: {wrong}")
-    for video in dict.fromkeys(videos):
-        if video.fps not in (None, first.fps):
-            notes.append(f"fps {fps:.4g}, {_name(first)}'s: {video.what} has {float(video.fps):.4g}")
-    return fps
-
-
-def _pixels(
-    checkpoint: Checkpoint, videos: list[Video], num_frames: int | None, size: tuple[int, int, int], fit: str,
-    notes: list[str], read: bool,
-) -> tuple[list[np.ndarray], tuple[int, int, int]]:  # fmt: skip
-    """(frames of each prompt's video, size of all), shorter than `size` where a video has fewer whole frames than its
-    packets promise."""
-    step, distinct = checkpoint.geometry.temporal, list(dict.fromkeys(videos))
-    notes.extend(f"{_name(v)}: {v.colours} is read as sRGB, clipped at its white" for v in distinct if v.colours)
-    frames = {video: video.read(*size, fit) if read else video.blank(*size) for video in distinct}
-    shortest = min(distinct, key=lambda video: (len(frames[video]), video.num_frames))
-    name, found, total = _name(shortest), len(frames[shortest]), shortest.num_frames
-    most = checkpoint.geometry.most_frames(found)
-    if found < size[0]:
-        if num_frames is not None:
-            raise _too_short(checkpoint, num_frames, f"{name} has {found} whole", found)
-        notes.append(f"{most} frames, the largest {step}k+1 in {name}'s {found} whole ones")
-    elif num_frames is None and total <= checkpoint.defaults.num_frames:
-        notes.append(f"{most} frames, the largest {step}k+1 in {name}'s {total}")
-    elif num_frames is None:
-        notes.append(f"the first {most} frames of {name}'s {total}, this model's own length: give num_frames for more")
-    frames = {video: pixels[:most] for video, pixels in frames.items()}
-    return [frames[video] for video in videos], (most, *size[1:])
-
-
-def _too_short(checkpoint: Checkpoint, num_frames: int, has: str, found: int) -> ValueError:
-    most = checkpoint.geometry.most_frames(found)
-    return ValueError(f"num_frames={num_frames} but {has} frames: the largest is {most}")
-
-
-def _check_rope(checkpoint: Checkpoint, num_frames: int, height: int, width: int) -> None:
-    grid, most = checkpoint.geometry.token_grid(num_frames, height, width), checkpoint.transformer.rope_max_seq_len
-    if max(grid) > most:
-        raise ValueError(f"{num_frames}x{height}x{width} is {grid} tokens, and the model counts to {most} on each axis")
-
-
-def _check_pixels(images: list, lasts: list, videos: list[Video], size: tuple[int, int, int]) -> None:
-    """What could otherwise be told only when the pixels are encoded."""
-    num_frames, height, width = size
-    if num_frames == 1 and any(last is not None for last in lasts):
-        raise ValueError("num_frames=1 has no last frame beside the first: leave last_image out, or take 5 frames")
-    for name, values in (("image", images), ("last_image", lasts)):
-        for pixels in values:
-            if isinstance(pixels, np.ndarray):
-                resize_image(pixels, height, width, name)  # a float array is not resized: its size is checked
-    for video in videos:
-        video.check_size(height, width)
-
-
-def _latents(checkpoint: Checkpoint, latents: Any, batch: int, size: tuple[int, int, int]) -> np.ndarray | None:
-    if latents is None:
-        return None
-    latents = load_latents(latents) if isinstance(latents, str | Path) else as_array(latents, "latents")
-    wanted = (batch, checkpoint.geometry.z_dim, *checkpoint.geometry.latent_shape(*size))
-    if latents.shape != wanted or not jnp.issubdtype(latents.dtype, jnp.floating):
-        raise ValueError(f"latents are {latents.dtype} of shape {latents.shape}, expected floats of shape {wanted}")
-    if not np.isfinite(latents).all():
-        raise ValueError("latents hold values that are not finite")
-    return latents.astype(np.float32)
-
-
 # Sampling
 
 
 def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, strength) -> list[Sampling]:
     defaults, own = checkpoint.defaults, checkpoint.sampler
-    samplers = per_prompt("sampler", sampler, count, str, _first(defaults.sampler, own.sampler))
-    shifts = per_prompt("flow_shift", shift, count, (int, float), _first(defaults.flow_shift, own.shift))
+    samplers = per_prompt("sampler", sampler, count, str, first_given(defaults.sampler, own.sampler))
+    shifts = per_prompt("flow_shift", shift, count, (int, float), first_given(defaults.flow_shift, own.shift))
     if sampler is None and steps is None:
-        timesteps = _first(timesteps, defaults.timesteps)
+        timesteps = first_given(timesteps, defaults.timesteps)
     timesteps = _timesteps(timesteps)
     silent = defaults.num_inference_steps if timesteps is None else len(timesteps)
     counts = per_prompt("num_inference_steps", steps, count, int, silent)
@@ -475,14 +282,14 @@ def _guidance(
     for first, second in zip(highs, lows, strict=True):
         if first is None and second is None:
             second = defaults.guidance_scale_2
-        first = _first(first, defaults.guidance_scale)
-        pairs.append((float(first), float(_first(second, first))))
+        first = first_given(first, defaults.guidance_scale)
+        pairs.append((float(first), float(first_given(second, first))))
     return pairs
 
 
 def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
     if given is None:
-        own = _first(checkpoint.defaults.boundary_ratio, checkpoint.boundary_ratio)
+        own = first_given(checkpoint.defaults.boundary_ratio, checkpoint.boundary_ratio)
         return own if checkpoint.num_experts == 2 else None
     if checkpoint.num_experts == 1:
         raise ValueError(f"boundary_ratio={given} is for a second expert, and this model has one")
@@ -506,61 +313,3 @@ def _seeds(seed: Any, draws: list[bool], notes: list[str]) -> list[int | None]:
 def _fps(value: Any) -> float:
     check_range("fps", number("fps", value), *FPS_RANGE)
     return float(value)
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next((v for v in values if v is not None), None)
-
-
-# Notes on what a caller would else find out late, or never
-
-
-def _cut_texts(checkpoint: Checkpoint, requests: Sequence[Request]) -> Iterator[str]:
-    """On texts that are longer than what the model reads, if the checkpoint has its tokenizer."""
-    if checkpoint.tokenizer is None:
-        return
-    rows = requests[0].max_sequence_length
-    texts = [("prompt", r.prompt) for r in requests]
-    texts += [("negative prompt", r.negative_prompt) for r in requests if r.guided]
-    for name, text in dict.fromkeys(texts):
-        if lost := text and lost_text(checkpoint.tokenizer, text, rows):
-            yield f"the {name} is longer than {rows} tokens, its end is not read: {lost!r}"
-
-
-def _without_effect(requests: Sequence[Request], draws: Sequence[bool], **given: Any) -> Iterator[str]:
-    """On arguments that change no prompt's video; of those that are given one a prompt, on each that does not."""
-    for name, value in given.items():
-        several = isinstance(value, (list, tuple))
-        values = value if several else [value] * len(requests)
-        silent = [v is None or (isinstance(v, str) and not v) for v in values]
-        whys = [None if s else _why_idle(name, *of) for s, *of in zip(silent, requests, draws, strict=True)]
-        idle = [i for i, why in enumerate(whys) if why]
-        if len(idle) == len(requests):
-            yield f"{name} has no effect: {whys[0]}"
-        elif several:
-            yield from (f"{name} of prompt {i} has no effect: {whys[i]}" for i in idle)
-
-
-def _why_idle(name: str, request: Request, draws: bool) -> str | None:
-    """Why an argument that is given changes nothing of a video, or None."""
-    if name in ("seed", "index"):
-        return None if draws else "the noise is given, as latents"
-    if name == "flow_shift":
-        return None if request.sampling.timesteps is None else "timesteps are used as they are"
-    if not request.guided:
-        return f"guidance_scale={request.guidance_scale:g} turns guidance off (of both experts, if there are two)"
-    timesteps = request.table.timesteps[: request.table.num_steps]
-    if name == "guidance_scale_2" and not choose_expert(timesteps, request.boundary_ratio).any():
-        return "no step is the low-noise expert's"
-    return None
-
-
-def _equal_videos(requests: Sequence[Request]) -> Iterator[str]:
-    """On videos that will be equal, because all that makes them is."""
-    first: dict[tuple, int] = {}
-    for i, request in enumerate(requests):
-        settings = request.settings()
-        made_of = repr(settings["call"]), *(id(getattr(request, name)) for name in settings.get("inputs", ()))
-        if first.setdefault(made_of, i) != i:
-            yield f"videos {first[made_of]} and {i} will be the same: prompt, seed and all else are equal"
