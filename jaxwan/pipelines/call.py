@@ -119,9 +119,8 @@ def make_job(
     pixels = [None] * count
     if videos:
         pixels, size = read_videos(checkpoint, videos, num_frames, size, fit, notes, read)
-        latents = check_latents(
-            checkpoint, latents, count * num_videos, size
-        )  # a damaged video can be shorter than it says
+        # once more: a damaged video can be shorter than it says
+        latents = check_latents(checkpoint, latents, count * num_videos, size)
     shared = dict(
         num_frames=size[0], height=height, width=width, fps=fps, boundary_ratio=boundary, strength=strength,
         fit=fit, max_sequence_length=rows,
