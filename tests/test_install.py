@@ -1,10 +1,12 @@
 """What an installation gives from any folder: the package, its linked folders, the bundled model."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,7 @@ pytestmark = pytest.mark.slow  # pip builds in a fresh environment, for which it
 
 ROOT = Path(__file__).parents[1]
 NO_SOURCES = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "outputs", "__pycache__", "venv", "env")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORT = "import jaxwan.convert.load, jaxwan.kernels.attention, jaxwan.sharding.ring; print(jaxwan.__file__)"
 
 
@@ -88,3 +91,28 @@ def test_hugging_faces_kernels_are_seen_where_they_are_installed_and_never_ours(
             "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17\n"
         )
     assert run(tmp_path, installed.python, "-c", code).strip() == str(theirs)
+
+
+# As many as are quick and touch every package
+TELLING = [f"tests/pipelines/test_{name}.py" for name in "media request checkpoint prompt snapshot parity".split()]
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the lowest versions are for the lowest Python")
+def test_the_lowest_versions_that_are_allowed_make_a_video_and_pass_tests(tmp_path):
+    """All at once, which they must allow each other. What tests alone need is taken from this environment."""
+    python, lowest = (
+        tmp_path / "venv" / "bin" / "python",
+        [need.replace(">=", "==") for need in PROJECT["dependencies"]],
+    )
+    venv.create(tmp_path / "venv", symlinks=True)
+    run(tmp_path, sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *lowest)
+    site = Path(run(tmp_path, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "others.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}")
+    installed = run(
+        tmp_path, sys.executable, "-m", "pip", "--python", python, "list", "--path", site, "--format=freeze"
+    )
+    for name, version in (need.split("==") for need in lowest):
+        assert re.search(rf"^{name}=={re.escape(version)}(\.0)*$", installed, re.MULTILINE | re.IGNORECASE), installed
+    run(tmp_path, python, ROOT / "scripts/generate.py", "--mesh", "pp=4", "--output", "first.mp4")
+    assert (tmp_path / "first.mp4").stat().st_size > 1000
+    run(ROOT, python, "-m", "pytest", "-q", "-n", "0", *TELLING)
