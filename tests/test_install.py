@@ -9,6 +9,7 @@ import sysconfig
 import tomllib
 import venv
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
@@ -98,21 +99,19 @@ TELLING = [f"tests/pipelines/test_{name}.py" for name in "media request checkpoi
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the lowest versions are for the lowest Python")
-def test_the_lowest_versions_that_are_allowed_make_a_video_and_pass_tests(tmp_path):
+def test_the_lowest_versions_that_are_allowed_make_a_video_and_pass_tests():
     """All at once, which they must allow each other. What tests alone need is taken from this environment."""
-    python, lowest = (
-        tmp_path / "venv" / "bin" / "python",
-        [need.replace(">=", "==") for need in PROJECT["dependencies"]],
-    )
-    venv.create(tmp_path / "venv", symlinks=True)
-    run(tmp_path, sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *lowest)
-    site = Path(run(tmp_path, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (site / "others.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}")
-    installed = run(
-        tmp_path, sys.executable, "-m", "pip", "--python", python, "list", "--path", site, "--format=freeze"
-    )
-    for name, version in (need.split("==") for need in lowest):
-        assert re.search(rf"^{name}=={re.escape(version)}(\.0)*$", installed, re.MULTILINE | re.IGNORECASE), installed
-    run(tmp_path, python, ROOT / "scripts/generate.py", "--mesh", "pp=4", "--output", "first.mp4")
-    assert (tmp_path / "first.mp4").stat().st_size > 1000
-    run(ROOT, python, "-m", "pytest", "-q", "-n", "0", *TELLING)
+    lowest = [need.replace(">=", "==") for need in PROJECT["dependencies"]]
+    with TemporaryDirectory() as folder:  # a gigabyte, which pytest's own folders would keep
+        python = Path(folder, "venv", "bin", "python")
+        pip = sys.executable, "-m", "pip", "--python", python
+        venv.create(Path(folder, "venv"), symlinks=True)
+        run(folder, *pip, "install", "--quiet", *lowest)
+        site = Path(run(folder, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        (site / "others.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}")
+        installed = run(folder, *pip, "list", "--path", site, "--format=freeze")
+        for name, version in (need.split("==") for need in lowest):
+            assert re.search(rf"^{name}=={re.escape(version)}(\.0)*$", installed, re.MULTILINE | re.IGNORECASE), name
+        run(folder, python, ROOT / "scripts/generate.py", "--mesh", "pp=4", "--output", "first.mp4")
+        assert Path(folder, "first.mp4").stat().st_size > 1000
+        run(ROOT, python, "-m", "pytest", "-q", "-n", "0", *TELLING)
