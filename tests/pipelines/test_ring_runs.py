@@ -113,6 +113,8 @@ def test_noise_depends_on_seed_and_index_alone(pipeline, on_one_device):
     videos = pipeline("t2v-A14B")(**settings).latents
     np.testing.assert_array_equal(videos[0], on_one_device("t2v-A14B").latents[0])
     assert min(np.abs(videos[i] - videos[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1
+    third = pipeline("t2v-A14B")(**settings | dict(num_videos_per_prompt=1, index=2)).latents
+    np.testing.assert_array_equal(third, videos[2:])
 
 
 SECOND = dict(
