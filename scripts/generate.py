@@ -23,6 +23,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,9 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 START = time.perf_counter()  # before JAX, whose start takes seconds
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports too, without a word
 
 try:
     import jaxwan  # its parts are imported when first used

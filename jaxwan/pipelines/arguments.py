@@ -26,7 +26,7 @@ _OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "warmup", "progress")
 
 # What an argument is called in Diffusers, Wan's own scripts and other programs
 _ELSEWHERE = {
-    **dict.fromkeys(("steps", "sample_steps", "sampling_steps", "num_steps"), "num_inference_steps"),
+    **dict.fromkeys(("steps", "sample_steps", "sampling_steps", "num_steps", "num_step"), "num_inference_steps"),
     **dict.fromkeys(("cfg", "cfg_scale", "sample_guide_scale", "guide_scale"), "guidance_scale"),
     **dict.fromkeys(("shift", "sample_shift"), "flow_shift"),
     **dict.fromkeys(("scheduler", "sample_solver", "sampler_name"), "sampler"),
@@ -130,8 +130,11 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def local_path(path: str | Path, what: str, instead: str = "give a path of this machine (download it first)") -> Path:
-    """A path of this machine, with ~ and ~user opened. Raises ValueError for a URL, saying what to do `instead`."""
+    """A path of this machine, with ~ and ~user opened. Raises ValueError for an empty text, and for a URL, saying what
+    to do `instead`."""
     text = str(path)
+    if path == "":
+        raise ValueError(f"{what} is an empty text: give a path, or leave it out")
     if re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/", text):  # one letter is a drive of Windows
         url = re.sub(r":/+", "://", text, count=1) if isinstance(path, Path) else text  # a Path has lost a slash of it
         raise ValueError(f"{what} {url if len(url) <= 100 else url[:100] + '…'} is a URL: {instead}")
@@ -144,6 +147,8 @@ def as_array(value: Any, what: str) -> np.ndarray:
     Numbers that NumPy has no type for, such as bfloat16, become float32. Raises ValueError for complex numbers, whose
     imaginary part would be lost, and for what are no numbers.
     """
+    if hasattr(value, "read"):
+        raise ValueError(f"{what} is an open file: give its path, or what is in it as an array")
     try:
         array = np.asarray(_on_host(value))
         array = array.astype(np.float32) if array.dtype.kind == "V" else array  # JAX's bfloat16 and smaller ones
@@ -159,7 +164,7 @@ def _on_host(value: Any) -> Any:
     """torch tensors, alone or in lists, as NumPy's; torch is not imported for that."""
     if isinstance(value, list | tuple):
         return [_on_host(one) for one in value]
-    if not hasattr(value, "detach"):
+    if not hasattr(value, "is_floating_point") or not hasattr(value, "detach"):
         return value
     small = value.is_floating_point() and value.element_size() < 4  # of these NumPy knows float16 alone
     return (value.float() if small else value).numpy(force=True)

@@ -98,11 +98,12 @@ def make_job(
     images, last_images = load_images(checkpoint, count, image, last_image, video)
     videos = open_videos(checkpoint, count, video, num_frames, strength)
     notes: list[str] = []
+    warned: list[str] = []
     fit = check_fit(fit, images, videos)
     derived = height is None and width is None
     height, width = choose_size(checkpoint, height, width, images, videos, notes)
     if fit == "stretch":
-        tell_stretched(checkpoint, images, last_images, videos, (height, width), derived, notes)
+        tell_stretched(checkpoint, images, last_images, videos, (height, width), derived, warned)
     size = choose_num_frames(checkpoint, num_frames, videos), height, width
     checkpoint.geometry.check_size(*size)
     check_rope(checkpoint, *size)
@@ -138,13 +139,13 @@ def make_job(
     )  # fmt: skip
     _check_encoded(checkpoint, requests)
     firsts = requests[::num_videos]
-    notes += cut_texts(checkpoint, firsts)
-    notes += without_effect(
+    warned += cut_texts(checkpoint, firsts)
+    warned += without_effect(
         firsts, draws, negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
         guidance_scale_2=guidance_scale_2, flow_shift=flow_shift, seed=seed, index=index or None,
     )  # fmt: skip
-    notes += equal_videos(requests)
-    return Job(requests, tuple(notes))
+    warned += equal_videos(requests)
+    return Job(requests, tuple(notes), tuple(warned))
 
 
 def with_prompt(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,11 +298,12 @@ def _boundary(checkpoint: Checkpoint, given: Number | None) -> float | None:
 
 
 def _seeds(seed: Any, draws: list[bool], notes: list[str]) -> list[int | None]:
-    """A seed a prompt, drawn where there is none; None where no noise is `draws`n and none was given."""
+    """A seed a prompt, drawn where there is none; None where no noise is `draws`n."""
     seeds = per_prompt("seed", seed, len(draws), int)
     for value in seeds:
         if value is not None:
             check_range("seed", value, 0, SEEDS - 1)
+    seeds = [value if needed else None for value, needed in zip(seeds, draws, strict=True)]
     missing = [value is None and needed for value, needed in zip(seeds, draws, strict=True)]
     drawn = [secrets.randbelow(2**32) if absent else value for value, absent in zip(seeds, missing, strict=True)]
     if any(missing):

@@ -234,8 +234,9 @@ def _other_layout(folder: Path) -> str:
 
 
 def _component(folder: Path, name: str, cls: type) -> Any:
+    data = _read_json(folder, f"{name}/config.json")
     try:
-        return cls.from_json(_read_json(folder, f"{name}/config.json"))
+        return cls.from_json(data)
     except ConfigError as error:
         raise ConfigError(f"{folder}/{name}/config.json: {error}") from error
 

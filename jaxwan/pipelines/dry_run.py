@@ -188,7 +188,8 @@ def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]
         return call
     if call.get("height") is None and call.get("width") is None and call.get("image") is None:
         call |= {"height": checkpoint.defaults.height, "width": checkpoint.defaults.width}
-    blank = np.zeros((64, 64, 3), np.uint8)
+    size = call.get("height") or 64, call.get("width") or 64
+    blank = np.zeros((*(size if all(isinstance(side, int) for side in size) else (64, 64)), 3), np.uint8)
     names = ["image"] + ["last_image"] * (checkpoint.transformer.pos_embed_seq_len is not None)
     return call | {name: blank for name in names if call.get(name) is None}
 

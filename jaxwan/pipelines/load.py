@@ -147,6 +147,8 @@ def check_weights(checkpoint: Checkpoint) -> str:
         if checkpoint.hub_id is None:
             raise
         return f"not checked: not all are fetched ({error})"
+    if checkpoint.text_encoder is not None and checkpoint.tokenizer is None and checkpoint.hub_id is None:
+        load_tokenizer(checkpoint.folder / "tokenizer")  # raises: where there are weights, it is to be there too
     return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read"
 
 

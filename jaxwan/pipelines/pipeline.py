@@ -177,8 +177,7 @@ class WanPipeline:
             num_videos_per_prompt=num_videos_per_prompt, index=index,
             max_sequence_length=max_sequence_length, **unknown,
         )  # fmt: skip
-        for note in job.notes:
-            log.info(note)
+        tell(job)
         return self.run(job, output_type=output_type, callback_on_step_end=callback_on_step_end)
 
     def run(self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None) -> Output:
@@ -188,6 +187,8 @@ class WanPipeline:
         state = self._prepare(job, progress)
         state = self._advance(state, int(state.num_steps.max()), progress, callback_on_step_end)
         latents = state.results
+        if not np.isfinite(latents).all():
+            warn("the model computed NaN or infinity: is the checkpoint damaged, or its dtype too narrow for it?")
         frames = latents if output_type == "latent" else self._decode(latents, progress)
         if output_type == "pil":
             frames = [_to_pil(video) for video in frames]
@@ -317,8 +318,7 @@ class WanPipeline:
             if name in call:
                 raise TypeError(f"{name} is an argument of a call, and none of prepare_encode: it makes no output")
         job = make_job(self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, **call)
-        for note in job.notes:
-            log.info(note)
+        tell(job)
         return self._prepare(job, Progress(visible=self.progress))
 
     def advance(
@@ -410,6 +410,14 @@ class WanPipeline:
 
 
 # Small pure functions
+
+
+def tell(job: Job) -> None:
+    """Log what was decided, and warn of what is likely a mistake."""
+    for note in job.decided:
+        log.info(note)
+    for warning in job.warnings:
+        warn(warning)
 
 
 def check_output_type(value: str) -> None:

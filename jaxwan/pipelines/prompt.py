@@ -57,7 +57,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         instead = ", only spiece.model, which gives other tokens" if (folder / "spiece.model").is_file() else ""
-        raise FileNotFoundError(f"{folder} has no tokenizer.json{instead}: tokenizer.json is required")
+        raise FileNotFoundError(f"{folder} has no tokenizer.json{instead}, which prompts need")
     if "model" not in read_json(path):
         raise ValueError(f"{path} describes no tokenizer: it has no 'model'")
     try:

@@ -89,7 +89,13 @@ class Job:
     """A whole call: its videos, all of one size, prompt-major: prompt 0's, then prompt 1's, …"""
 
     requests: tuple[Request, ...]
-    notes: tuple[str, ...] = ()
+    decided: tuple[str, ...] = ()  # what the call left open and may surprise
+    warnings: tuple[str, ...] = ()  # what it gives in vain, or is likely not to mean
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All that the caller is to be told."""
+        return self.decided + self.warnings
 
     @property
     def guided(self) -> bool:

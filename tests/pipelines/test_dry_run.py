@@ -305,13 +305,15 @@ def test_what_would_fit_does(published, tmp_path):
 def test_a_plan_needs_neither_prompt_nor_image(published, name):
     checkpoint = published(name)
     told = dry_run(checkpoint, mesh="pp=4", device_memory="80GB")
-    image = {} if "T2V" in name or "TI2V" in name else dict(image=Image.new("RGB", (90, 90)))
+    defaults = checkpoint.defaults
+    shape = defaults.width // 16, defaults.height // 16
+    image = {} if "T2V" in name or "TI2V" in name else dict(image=Image.new("RGB", shape))
     if "FLF" in name:
         image["last_image"] = image["image"]
-    defaults = checkpoint.defaults
     size = dict(height=defaults.height, width=defaults.width)
     assert told == dry_run(str(checkpoint.folder), mesh="pp=4", device_memory=80 * GB, prompt="a", **size, **image)
     assert (told.height, told.width, told.num_frames) == (defaults.height, defaults.width, defaults.num_frames)
+    assert told.notes == ()
 
 
 def test_a_plan_of_an_image_follows_its_aspect(published):
@@ -356,6 +358,13 @@ def test_weights_that_are_here_are_checked_by_their_headers(folder):
     names = "vae, text_encoder, transformer, transformer_2"
     assert re.fullmatch(rf"checked by their headers: {names}, [1-9]\d* MB to read", told.weights)
     assert f"weights     {told.weights}\n" in str(told) and json.loads(told.to_json())["weights"] == told.weights
+
+
+def test_weights_without_a_tokenizer_are_refused_as_loading_does(folder, tmp_path):
+    shutil.copytree(folder("2.1-t2v"), tmp_path / "model")
+    (tmp_path / "model/tokenizer/tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer has no tokenizer.json, which prompts need"):
+        dry_run(tmp_path / "model")
 
 
 def test_configurations_alone_are_planned_with_and_it_is_said(tmp_path, published):

@@ -294,6 +294,24 @@ def test_broken_metadata_is_left_aside_with_a_warning(tmp_path, name):
         np.testing.assert_array_equal(load_image(tmp_path / "a"), pixels)
 
 
+def test_a_video_is_saved_as_what_its_name_says(tmp_path):
+    save_video(iter(smooth(3)), tmp_path / "clip.gif", 8)
+    assert Image.open(tmp_path / "clip.gif").n_frames == 3
+    for name in ("clip.webm", "clip.png", "clip"):
+        with pytest.raises(ValueError, match=f"output .*{name} must end in .mp4 or .gif"):
+            save_video(smooth(1), tmp_path / name, 8)
+
+
+def test_broken_exif_of_which_pil_only_warns_is_told_with_the_files_name(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_image(tmp_path / "a.jpg")
+    assert [str(one.message) for one in told] == [
+        f"image {tmp_path / 'a.jpg'} has broken EXIF metadata, which is left aside"
+    ]
+
+
 def test_broken_exif_of_an_image_that_the_caller_opened_is_left_aside():
     data, pixels = BROKEN["EXIF of no TIFF"]
     with pytest.warns(UserWarning, match="image has broken EXIF metadata, which is left aside"):
@@ -883,6 +901,8 @@ def broken(frames):
         (noise(2, 16, 16), 8, ValueError, r"shape \(16, 16\)"),
         (smooth(2), 0, ValueError, "fps=0 must be a positive number"),
         (smooth(2), float("nan"), ValueError, "fps=nan"),
+        (smooth(2), True, ValueError, "fps=True must be"),
+        (smooth(2)[None], 8, ValueError, r"a frame has shape \(2, 48, 64, 3\): give the frames of one video"),
     ],
 )
 def test_a_failed_mp4_leaves_the_folder_as_it_was(tmp_path, frames, fps, error, message):

@@ -1,6 +1,7 @@
 """The pipeline's parts on their own against diffusers' modules: texts, VAE and single model evaluations; bfloat16."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -249,3 +250,18 @@ def test_a_second_call_with_clip_and_other_images_compiles_nothing(pipeline):
     pipe(prompt=PROMPTS[0], image=IMAGE, last_image=LAST_IMAGE, guidance_scale=4.0, seed=1, **size)
     others = dict(image=picture(4, 100, 31), last_image=picture(5, 30, 99))
     assert compilations(lambda: pipe(prompt=PROMPTS[1], guidance_scale=2.0, seed=2, **others, **size)) == 0
+
+
+def test_what_a_model_made_nan_is_told_at_the_callers_line(pipeline):
+    """Of a damaged checkpoint, or one whose numbers are too large for the dtype."""
+    pipe = pipeline("2.1-t2v")
+    nan = jax.tree.map(lambda x: x * np.nan, pipe.parts.denoiser.weights.ends)
+    weights = pipe.parts.denoiser.weights._replace(ends=nan)
+    damaged = WanPipeline(pipe.checkpoint, pipe.parts._replace(denoiser=replace(pipe.parts.denoiser, weights=weights)))
+    call = dict(prompt="x", height=32, width=48, num_frames=5, num_inference_steps=1, seed=1, output_type="latent")
+    with pytest.warns(UserWarning, match="the model computed NaN") as told:
+        damaged(**call)
+    assert told[-1].filename == __file__
+    with pytest.warns(UserWarning, match="negative_prompt has no effect") as told:
+        pipe(**call, negative_prompt="y", guidance_scale=1.0)
+    assert told[-1].filename == __file__

@@ -125,7 +125,7 @@ def test_truncation_and_padding_stored_in_tokenizer_json_are_ignored(folder, tmp
 
 
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no tokenizer.json: tokenizer.json is required"):
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json, which prompts need"):
         load_tokenizer(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="only spiece.model, which gives other tokens"):

@@ -1,6 +1,7 @@
 """A call's arguments: what they mean and what is refused, from configurations alone (no folder here has a tensor)."""
 
 import inspect
+import io
 import json
 import warnings
 from dataclasses import replace
@@ -196,10 +197,21 @@ def test_a_text_that_will_be_cut_is_told_with_what_is_lost(checkpoints, tmp_path
     assert make_job(checkpoint, **call | dict(max_sequence_length=7)).notes == ()  # six words and the closing token
 
 
+@pytest.mark.parametrize("name", ["image", "last_image", "video", "latents", "prompt_embeds"])
+def test_open_files_are_refused_as_such(job, name):
+    call = {"image": PHOTO} if name == "last_image" else {}
+    model = I2V if "image" in name else T2V
+    with pytest.raises(ValueError, match=f"{name} is an open file: give its path"):
+        job(model, **call | {name: io.BytesIO(b"x")})
+    with pytest.raises(ValueError, match=f"{name} is an empty text" if name in ("image", "video", "latents") else ""):
+        job(model, **call | {name: ""})
+
+
 def test_no_seed_is_drawn_or_told_where_the_noise_is_given(job):
     latents = np.zeros((1, 16, 21, 90, 160))
     (request,) = (made := job(latents=latents)).requests
     assert request.seed is None and made.notes == () and not {"seed", "index"} & made.settings()[0]["call"].keys()
+    assert job(latents=latents, seed=3).requests[0].seed is None
     renoised = job(latents=latents, sampler="renoise", timesteps=[1000, 500])
     assert renoised.notes == (f"seed {renoised.requests[0].seed}",)
 
@@ -432,10 +444,11 @@ def test_videos_of_several_kinds_get_one_size_length_and_rate(job, tmp_path):
     assert (made.size, made.requests[1].fps) == ((5, 544, 720), 8)
     assert made.notes == (
         "size 720x544, from video[0]'s 64x48",
-        "video[1] of 32x48 is stretched to 720x544: fit crop or pad would keep its shape",
         "fps 8, video[0]'s: video[1] has 12",
         "5 frames, the largest 4k+1 in video[1]'s 7",
+        "video[1] of 32x48 is stretched to 720x544: fit crop or pad would keep its shape",
     )
+    assert made.warnings == made.notes[3:]  # the others were left open
 
 
 @pytest.mark.parametrize(

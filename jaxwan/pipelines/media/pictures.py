@@ -4,6 +4,7 @@ Metadata is what anyone may have written, and PIL's readers raise whatever that 
 """
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,13 @@ def open_picture(path: Path, what: str) -> Any:
             _read_heic()
         file.seek(0)
         try:
-            image = PIL.Image.open(file)
-            image.load()
+            with warnings.catch_warnings(record=True) as told:  # which name no file
+                warnings.simplefilter("always")
+                image = PIL.Image.open(file)
+                image.load()
+            for text in dict.fromkeys(str(warning.message).strip() for warning in told):
+                reason = " has broken EXIF metadata, which is left aside" if "EXIF" in text else f": {text}"
+                warn(f"{what} {path}{reason}")
             return image
         except Exception:
             file.seek(0)
@@ -85,7 +91,7 @@ def upright_rgb(image: Any, what: str, tell: str | None = None) -> Any:
     except Exception as error:
         raise OSError(f"{what} cannot be read ({error})") from error
     if image.mode in ("I", "F", "LAB") or image.mode.startswith("I;"):
-        raise ValueError(f"{what} has pixels of mode {image.mode}, which PIL would clip: convert it to 8 bits")
+        raise ValueError(f"{tell} has pixels of mode {image.mode}, which are not read: convert it to RGB of 8 bits")
     orientation = 1
     try:
         orientation = image.getexif().get(Base.Orientation, 1)

@@ -186,6 +186,7 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
             cover = " but a cover picture" if container.streams.video else ""
+            cover = cover or " that can be read: is it cut or damaged?" * (not container.streams.audio)
             raise ValueError(f"{what} {path} has no video stream{cover}")
         if streams[0].codec_context is None:
             raise OSError("its codec is unknown")

@@ -3,7 +3,6 @@
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -17,6 +16,7 @@ from jaxtyping import UInt8
 from jaxwan.pipelines.arguments import as_array, local_path
 from jaxwan.pipelines.ending import leaving_nothing_half
 from jaxwan.pipelines.media.reading import check_pixels
+from jaxwan.pipelines.telling import warn
 
 
 def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
@@ -56,6 +56,8 @@ def can_encode_h264() -> bool:
 def check_writable(path: str | Path, overwrite: bool = True) -> Path:
     """Prove that a file can be written as `path`, whose folder may have to be made first. Raises OSError."""
     path = local_path(path, "output", "give a path of this machine")
+    if (length := len(os.fsencode(path.name))) > 255:
+        raise OSError(f"output {path.name[:40]}… has a name of {length} bytes: file systems take 255")
     if path.is_dir():
         raise IsADirectoryError(f"output {path} is a folder")
     if path.exists() and not path.is_file():
@@ -86,7 +88,7 @@ def save_output(
         elif suffix == ".gif":
             save_gif(frames, temporary, fps, metadata)
         else:
-            save_video(frames, temporary, fps, metadata)
+            save_mp4(frames, temporary, fps, metadata)
 
 
 def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -114,7 +116,7 @@ def save_gif(
     shown, delays = _gif_times(len(frames), fps)
     if len(shown) < len(frames):
         rate = f"{len(shown)} of {len(frames)} frames are kept, which last as long"
-        warnings.warn(f"a gif has at most 50 frames a second, not {float(fps):g}: {rate}", stacklevel=2)
+        warn(f"a gif has at most 50 frames a second, not {float(fps):g}: {rate}")
     images = [PIL.Image.fromarray(frames[i]).quantize(dither=PIL.Image.Dither.NONE) for i in shown]
     with replacing(Path(path)) as temporary:
         images[0].save(
@@ -124,6 +126,23 @@ def save_gif(
 
 
 def save_video(
+    frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the frames of one video (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as .mp4
+    (`save_mp4`) or .gif. An existing file is replaced, once all is written.
+
+    Raises ValueError for another suffix, no frames, frames of several or odd sizes, or fps that is not positive.
+    """
+    path = local_path(path, "output", "give a path of this machine")
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise ValueError(f"output {path} must end in .mp4 or .gif")
+    if path.suffix.lower() == ".mp4":
+        save_mp4(frames, path, fps, metadata)
+    else:
+        save_gif(frames if hasattr(frames, "__array__") else np.stack(list(frames)), path, fps, metadata)
+
+
+def save_mp4(
     frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write frames (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as H.264 mp4.
@@ -158,8 +177,8 @@ def save_npz(path: str | Path, *, overwrite: bool = True, **arrays: np.ndarray) 
 
 
 def _check_fps(fps: int | float | Fraction) -> None:
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps={fps} must be a positive number")
+    if isinstance(fps, bool) or not isinstance(fps, int | float | Fraction | np.number) or not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps!r} must be a positive number")
 
 
 def _gif_times(count: int, fps: int | float | Fraction) -> tuple[list[int], list[int]]:
@@ -185,6 +204,8 @@ def _on_host(frames: Iterable[Any]) -> Iterable[Any]:
 def _h264_stream(file: Any, rate: Fraction, shape: tuple[int, ...]) -> Any:
     from av.video.reformatter import ColorRange, Colorspace
 
+    if len(shape) == 4:
+        raise ValueError(f"a frame has shape {shape}: give the frames of one video, such as output.frames[0]")
     if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"frames have shape {shape}, an mp4 needs (H, W, 3) with even H and W")
     # crf 18: the eye sees no loss. With mbtree, x264's assembly gives small frames other bits in one run of thirty.
