@@ -127,9 +127,9 @@ def find_checkpoint(model: str | Path) -> Path:
     """
     if not isinstance(model, str | Path):
         raise ValueError(f"model={model!r:.40} is no folder or hub id")
-    text, path = str(model), _local(model)
-    if not text:
+    if model == "":
         raise ValueError("model is an empty text: give a folder or a hub id, owner/name")
+    text, path = str(model), _local(model)
     if path.is_dir():
         return path
     if path.is_file():
