@@ -6,13 +6,13 @@ every mesh and emits no collective over an axis that is not there.
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,17 @@ def _too_few(mesh: MeshSpec, devices: list) -> str:
             f"mesh {mesh} needs {need} devices and JAX is already initialised with {have} on the CPU: "
             f"add jax.config.update('jax_num_cpu_devices', {need}) before the first use of JAX"
         )
-    others = need // mesh.pp
-    largest = f"the largest that fits is pp={have // others}" if have >= others else "no pp fits"
     return (
-        f"mesh {mesh} needs {need} devices and there are {have} ({devices[0].device_kind}): {largest}; "
-        "or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
+        f"mesh {mesh} needs {need} devices and there are {have} ({devices[0].device_kind}): "
+        f"what fits is {' or '.join(_that_fit(mesh, have))}; or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
     )
+
+
+def _that_fit(mesh: MeshSpec, devices: int) -> list[str]:
+    """Meshes for so many devices: with one axis as large as it can be and the others as they are, else pp alone."""
+    largest = {axis: devices * size // mesh.num_devices for axis, size in zip(AXES, mesh.sizes, strict=True)}
+    fit = [str(replace(mesh, **{axis: size})) for axis, size in largest.items() if size and getattr(mesh, axis) > 1]
+    return fit or [f"pp={devices}"]
 
 
 def spec(mesh: Mesh, *axes: str | None) -> PartitionSpec:
@@ -148,21 +153,3 @@ def spec(mesh: Mesh, *axes: str | None) -> PartitionSpec:
     while kept and kept[-1] is None:
         kept.pop()
     return PartitionSpec(*kept)
-
-
-def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """NamedSharding of `spec(mesh, *axes)`."""
-    return NamedSharding(mesh, spec(mesh, *axes))
-
-
-def shift(x: jax.Array, axis: str) -> jax.Array:
-    """Pass x to the next position along a mesh axis, the last to the first; inside shard_map. Size 1: x itself."""
-    size = jax.lax.axis_size(axis)
-    if size == 1:
-        return x
-    return jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
-
-
-def position(axis: str) -> jax.Array | int:
-    """This device's place along a mesh axis; inside shard_map. Size 1: plain 0, which varies over nothing."""
-    return jax.lax.axis_index(axis) if jax.lax.axis_size(axis) > 1 else 0

@@ -1,5 +1,8 @@
 """The pipeline ring: layers sharded over `pp`, micro-batches circling through the stages until their steps are done.
 
+Every rank of the other mesh axes has a ring, all in the same tick: those of `dp` other requests, those of `cfg` the
+other branch of the same ones.
+
 A micro-batch is one (request, branch) pair. Each tick, stage 0 takes in the micro-batch whose turn it is, every stage
 applies its layers to the one it holds, all pass theirs on, and what returns from the last stage is retired at stage 0,
 where it may finish a step of its request. Nothing waits for a step to end: requests enter again once they are back.
@@ -17,6 +20,7 @@ slots are in use, by how many branches, is data too: arrays may have room for mo
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +29,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from jaxwan.sharding.mesh import position, shift, spec
+from jaxwan.sharding.collectives import position, shift
+from jaxwan.sharding.rules import RULES
 from jaxwan.sharding.turns import RingPlan, Turn
 
 
@@ -40,23 +45,26 @@ class Slot(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """A plan and the turns of its requests (`turns.RingPlan`, `turns.Turn`), for R slots of up to G branches."""
+    """A plan and the turns of its requests (`turns.RingPlan`, `turns.Turn`), for R slots of up to G branches.
 
-    period: Int[Array, ""]
-    microbatches: Int[Array, ""]
-    owner: Int[Array, " m"]  # slot of each micro-batch, M = R G
-    branch: Int[Array, " m"]
-    branches: Int[Array, " r"]
-    start: Int[Array, " r"]
-    num_steps: Int[Array, " r"]
-    done: Int[Array, " r"]
+    The ring takes them with a leading axis of ranks, of which each has a plan of its own.
+    """
+
+    period: Int[Array, "*d"]
+    microbatches: Int[Array, "*d"]
+    owner: Int[Array, "*d m"]  # slot of each micro-batch, M = R G
+    branch: Int[Array, "*d m"]
+    branches: Int[Array, "*d r"]
+    start: Int[Array, "*d r"]
+    num_steps: Int[Array, "*d r"]
+    done: Int[Array, "*d r"]
 
 
 def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), *, slots: int, branches: int) -> Turns:
     """The turns as arrays, on the host, with room for `slots` of `branches`; those without a turn are empty."""
     pairs = [(slot, branch) for slot, count in enumerate(plan.branches) for branch in range(count)]
     room = np.zeros((2, slots * branches), np.int32)
-    room[:, : len(pairs)] = np.array(pairs).T
+    room[:, : len(pairs)] = np.array(pairs, np.int32).reshape(-1, 2).T
     given = np.zeros((4, slots), np.int32)
     given[0, : len(plan.branches)] = plan.branches
     given[1:, : len(turns)] = np.array(turns, np.int32).reshape(-1, 3).T
@@ -64,12 +72,12 @@ def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), *, slots: int, branch
 
 
 class RingState(NamedTuple):
-    """What a segment of ticks hands to the next. Leading axis pp: each stage's own; of `carry`, row 0 is the truth."""
+    """What a segment of ticks hands to the next. Leading axes: of hidden and held dp, cfg, pp; of carry pp, slots."""
 
     tick: Int[Array, ""]
     hidden: PyTree
     held: PyTree  # what a stage keeps from tick to tick, such as its layers' caches; () where they keep nothing
-    carry: PyTree
+    carry: PyTree  # each stage's own, of which the first one's is the truth
 
 
 class Stage(NamedTuple):
@@ -97,14 +105,15 @@ def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTre
     """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
 
     `ticks` is traced: one executable serves every segment length. weight_specs, input_specs: PartitionSpecs of
-    `weights` and `inputs`; turns are replicated. Idle positions compute on garbage that nothing reads: leaving the
-    work out would make control flow differ between devices, which deadlocks collectives.
+    `weights` and `inputs`; turns have a row for each rank of requests. Idle positions compute on garbage that nothing
+    reads: leaving the work out would make control flow differ between devices, which deadlocks collectives.
     """
-    staged, replicated, stages = spec(mesh, "pp"), PartitionSpec(), mesh.shape["pp"]
+    axis, stages = RULES.stage, mesh.shape[RULES.stage]
 
     def run(weights, inputs, turns, state, ticks):
-        own = jax.tree.map(lambda x: x[0], (state.hidden, state.held, state.carry))
-        place = position("pp")
+        turns, carry = jax.tree.map(lambda x: x[0], (turns, state.carry))
+        hidden, held = jax.tree.map(lambda x: x[0, 0, 0], (state.hidden, state.held))
+        place = position(axis)
 
         def tick(_, loop):
             t, hidden, held, carry = loop
@@ -115,22 +124,34 @@ def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTre
             carry = stage.retire(weights, inputs, carry, hidden, slot_at(turns, t - (stages - 1)))
             return t + 1, hidden, held, carry
 
-        t, *own = jax.lax.fori_loop(0, ticks, tick, (state.tick, *own))
-        return RingState(t, *jax.tree.map(lambda x: x[None], own))
+        t, hidden, held, carry = jax.lax.fori_loop(0, ticks, tick, (state.tick, hidden, held, carry))
+        hidden, held = jax.tree.map(lambda x: x[None, None, None], (hidden, held))
+        return RingState(t, hidden, held, jax.tree.map(lambda x: x[None], carry))
 
     def shift_tree(tree):
-        return jax.tree.map(lambda x: shift(x, "pp"), tree)
+        return jax.tree.map(lambda x: shift(x, axis), tree)
 
-    state_specs = RingState(replicated, staged, staged, staged)
+    specs = state_specs(mesh)
     sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(weight_specs, input_specs, replicated, state_specs, replicated),
-        out_specs=state_specs, check_vma=_check_types(mesh),
+        run, mesh=mesh, in_specs=(weight_specs, input_specs, turns_spec(mesh), specs, PartitionSpec()),
+        out_specs=specs, check_vma=check_types(mesh),
     )  # fmt: skip
-    out = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
     # fixed output shardings: inferred ones may be spelt differently from the inputs', and the second call recompiles
-    return jax.jit(sharded, donate_argnums=3, out_shardings=out)
+    return jax.jit(sharded, donate_argnums=3, out_shardings=jax.tree.map(partial(NamedSharding, mesh), specs))
 
 
-def _check_types(mesh: Mesh) -> bool:
+def turns_spec(mesh: Mesh) -> PartitionSpec:
+    """Of turns: each rank of requests has a row."""
+    return RULES.spec(mesh, "request")
+
+
+def state_specs(mesh: Mesh) -> RingState:
+    """Of a state: of hidden and held each device has its own, in a row of its own along three axes; carry goes by
+    stages and slots, and is that of both branches."""
+    own = RULES.spec(mesh, "request", "branch", "stage")
+    return RingState(RULES.spec(mesh), own, own, RULES.spec(mesh, "stage", "request"))
+
+
+def check_types(mesh: Mesh) -> bool:
     """Whether shard_map proves which values vary over which axis: on CPUs only, GPU kernels have no rules for it."""
     return mesh.devices.flat[0].platform == "cpu"

@@ -4,6 +4,8 @@ Slots are rows of the ring's arrays, each the place of one request at a time. A 
 as its request has branches, and those of all slots follow each other. The host puts requests in and takes them out
 between segments of ticks, while others run: their turns are data. All of it follows from two facts. Micro-batch m
 enters in the ticks whose place in the period is m, and it is back after as many ticks as there are stages.
+
+The mesh axis `dp` has a ring on each of its ranks. `deal` gives each its requests, and all one period.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +19,7 @@ class RingPlan:
 
     stages: int
     branches: tuple[int, ...]
+    least: int = 1  # ticks of a period, where other rings need so many
 
     @property
     def microbatches(self) -> int:
@@ -29,7 +32,7 @@ class RingPlan:
 
         A request's first branch may enter again only after its last branch, `branches - 1` ticks behind, came back.
         """
-        return max(self.microbatches, self.stages + max(self.branches) - 1)
+        return max(self.least, self.microbatches, self.stages + max(self.branches, default=1) - 1)
 
     def first(self, slot: int) -> int:
         """A slot's first micro-batch."""
@@ -37,15 +40,55 @@ class RingPlan:
 
     def ticks(self, num_steps: Sequence[int]) -> int:
         """Ticks until every request has finished its steps, when all start in round 0."""
-        return max(done_at(self, slot, Turn(0, n), n - 1) for slot, n in enumerate(num_steps))
+        return max((done_at(self, slot, Turn(0, n), n - 1) for slot, n in enumerate(num_steps)), default=0)
 
-    def evaluations(self, num_steps: Sequence[int]) -> int:
-        """Times that a micro-batch goes through all stages."""
-        return sum(count * steps for count, steps in zip(self.branches, num_steps, strict=True))
 
-    def utilisation(self, num_steps: Sequence[int]) -> float:
-        """Share of the stages' ticks in which they work on a micro-batch."""
-        return self.evaluations(num_steps) / self.ticks(num_steps)
+@dataclass(frozen=True)
+class Deal:
+    """Requests dealt to the rings of several ranks. `plans`: of each ring. `places`: (rank, slot) of each request.
+
+    A period is equally long in all rings. So they are in the same round, and none is a step ahead of another, whoever
+    looks at all requests after some ticks. The ring with the most micro-batches decides on the ticks in any case.
+    """
+
+    plans: tuple[RingPlan, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def period(self) -> int:
+        """Ticks from one step of a request to its next, in every ring."""
+        return self.plans[0].period
+
+    @property
+    def microbatches(self) -> int:
+        """Of all rings."""
+        return sum(plan.microbatches for plan in self.plans)
+
+    def at(self, request: int) -> tuple[RingPlan, int]:
+        """The plan of a request's ring, and its slot there."""
+        rank, slot = self.places[request]
+        return self.plans[rank], slot
+
+    def ticks(self, num_steps: Sequence[int]) -> int:
+        """Ticks until every request has finished its steps, when all start in round 0."""
+        return max(done_at(*self.at(request), Turn(0, n), n - 1) for request, n in enumerate(num_steps))
+
+
+def deal(branches: Sequence[int], *, ranks: int, stages: int) -> Deal:
+    """Deal requests of so many branches to ranks: as many to each, but for one more, and as many micro-batches.
+
+    Those with most branches go first, each to the rank that has the fewest micro-batches. What is left over of a number
+    that does not divide are idle slots.
+    """
+    most, held = -(-len(branches) // ranks), [[] for _ in range(ranks)]
+    for request in sorted(range(len(branches)), key=lambda r: -branches[r]):
+        free = [own for own in held if len(own) < most]
+        min(free, key=lambda own: sum(branches[r] for r in own)).append(request)
+    own = [tuple(branches[r] for r in sorted(requests)) for requests in held]
+    period = max(RingPlan(stages, counts).period for counts in own)
+    places = {r: (rank, slot) for rank, requests in enumerate(held) for slot, r in enumerate(sorted(requests))}
+    plans = tuple(RingPlan(stages, counts, least=period) for counts in own)
+    return Deal(plans, tuple(places[r] for r in range(len(branches))))
 
 
 class Turn(NamedTuple):

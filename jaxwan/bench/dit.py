@@ -19,10 +19,20 @@ from jaxwan.bench.report import Row
 from jaxwan.flops import TEXT_ROWS
 from jaxwan.pipelines.condition import frame_timesteps, to_float32
 from jaxwan.pipelines.denoise import Bucket, Denoiser, Entry, Loop, Running, begin
-from jaxwan.pipelines.dit import WEIGHT_AXES, Controls, Inputs, Weights, abstract_weights, guide, make_stage
+from jaxwan.pipelines.dit import (
+    WEIGHT_AXES,
+    Controls,
+    Inputs,
+    Weights,
+    abstract_weights,
+    guide,
+    make_stage,
+    num_stages,
+)
 from jaxwan.schedulers.table import SamplerState, make_table, step, table_row
-from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
 from jaxwan.sharding.ring import RingState, Slot
+from jaxwan.sharding.rules import RULES
 from jaxwan.sharding.turns import RingPlan
 
 PROMPT_ROWS = 40  # tokens of a typical prompt
@@ -58,10 +68,10 @@ def make_entries(preset: Preset, steps: int, videos: int = 1) -> list[Entry]:
 
 def random_weights(preset: Preset, mesh: jax.sharding.Mesh) -> Weights:
     """Random parameters of all experts as the ring holds them, made on their devices."""
-    _, abstract = abstract_weights(preset.transformer, preset.experts, mesh.shape["pp"], dtype())
+    _, abstract = abstract_weights(preset.transformer, preset.experts, num_stages(mesh), dtype())
     return Weights(
         *(
-            random_state(part, lead=lead, place=sharding(mesh, *axes))
+            random_state(part, lead=lead, place=RULES.sharding(mesh, *axes))
             for part, axes, lead in zip(abstract, WEIGHT_AXES, (2, 1), strict=True)
         )
     )
@@ -89,7 +99,7 @@ class Ring:
         """From the first tick again, with so many steps."""
         entries = make_entries(self.preset, steps, self.videos)
         self.programs = self.denoiser.programs(Bucket.of(entries))
-        self.running = self.programs.empty(self.plan)
+        self.running = self.programs.empty([self.plan])
         for slot, entry in enumerate(entries):
             self.running = self.programs.insert(self.running, slot, 0, entry)
 

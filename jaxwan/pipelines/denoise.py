@@ -7,30 +7,33 @@ arrays, indexed by what the ring says each device holds, and which slots are in 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import dynamic_update_index_in_dim
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.lax import dynamic_index_in_dim, dynamic_update_index_in_dim
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxwan.config import TransformerConfig
 from jaxwan.pipelines.dit import (
-    WEIGHT_AXES,
     Carry,
     Inputs,
     Weights,
     abstract_weights,
+    input_specs,
     make_stage,
     num_tokens,
     shapes_at,
+    weight_specs,
 )
 from jaxwan.schedulers.table import SamplerState
-from jaxwan.sharding.mesh import sharding, spec
-from jaxwan.sharding.ring import RingState, Turns, make_ring, make_turns
-from jaxwan.sharding.turns import RingPlan, Turn, done_at, first_start
+from jaxwan.sharding.collectives import position
+from jaxwan.sharding.ring import RingState, Turns, check_types, make_ring, make_turns, state_specs, turns_spec
+from jaxwan.sharding.rules import RULES
+from jaxwan.sharding.turns import RingPlan, Turn, deal, done_at, first_start
 
 KEPT = 8  # sets of programs that a Denoiser keeps, the latest used
 
@@ -78,23 +81,24 @@ def begin(latents: np.ndarray, inputs: Inputs) -> Entry:
 class Bucket:
     """What programs are compiled for: a number of slots, and shapes and dtypes of what each of their videos brings."""
 
-    slots: int
+    slots: int  # of each rank
     entry: Entry
 
     @classmethod
-    def of(cls, entries: Sequence[Entry]) -> "Bucket":
-        """The bucket of some videos, with slots for all (`room`). Of their arrays the shapes suffice.
+    def of(cls, entries: Sequence[Entry], *, ranks: int = 1, texts: int = 1) -> "Bucket":
+        """The bucket of some videos, with slots for all (`room`), and for so many texts at least. Of their arrays the
+        shapes suffice.
 
         Videos without guidance and those that do not renoise fit beside others; what else differs in shape is refused
         with a ValueError.
         """
         shapes = [shapes_at(None, entry) for entry in entries]
-        widest = max(shapes, key=lambda entry: entry.texts)
+        widest = shapes[0].inputs.text
+        widest = widest.update(shape=(max(texts, *(s.texts for s in shapes)), *widest.shape[1:]))
         noise = next((s.inputs.noise for s in shapes if s.inputs.noise is not None), None)
-        bucket = cls(room(len(entries)), _with(widest, widest.inputs.text, noise))
+        bucket = cls(room(-(-len(entries) // ranks)), _with(shapes[0], widest, noise))
         for shape in shapes:
-            text = widest.inputs.text
-            text = text if shape.inputs.text.shape[1:] == text.shape[1:] else shape.inputs.text
+            text = widest if shape.inputs.text.shape[1:] == widest.shape[1:] else shape.inputs.text
             if _with(shape, text, noise) != bucket.entry:
                 raise ValueError("videos of other sizes, numbers of text rows or kinds of input are denoised apart")
         return bucket
@@ -124,54 +128,70 @@ def room(videos: int) -> int:
 
 
 class Running(NamedTuple):
-    """A ring and the videos in its slots, on the devices. What changes it uses it up."""
+    """A ring on each rank and the videos in their slots, on the devices. What changes it uses it up.
 
-    inputs: Inputs  # replicated, with a leading axis of slots
+    Slots of all ranks follow each other: those of rank d are `d * Bucket.slots` and on.
+    """
+
+    inputs: Inputs  # with a leading axis of slots
     turns: Turns
-    state: RingState  # of Carry, with leading axes pp and slots
+    state: RingState  # of Carry, with a leading axis of slots
 
 
 class Programs:
     """The compiled programs of a bucket: a ring without videos, one put in, ticks, one read out."""
 
     def __init__(self, cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike, bucket: Bucket):
-        self.bucket, self.mesh, self.stages = bucket, mesh, mesh.shape["pp"]
-        entry, position, everywhere = bucket.entry, sharding(mesh, "pp"), sharding(mesh)
-        hidden = self.stages, 1, num_tokens(cfg, bucket.latent_shape), cfg.dim
-        specs = Weights(*(spec(mesh, *axes) for axes in WEIGHT_AXES))
-        graph, _ = abstract_weights(cfg, 1, self.stages, dtype)
+        self.bucket, self.mesh = bucket, mesh
+        self.ranks, branches, stages = (RULES.parts(mesh.shape, axis) for axis in ("request", "branch", "stage"))
+        self.branches = bucket.entry.texts // branches  # that follow each other in the ring
+        entry = bucket.entry
+        hidden = self.ranks, branches, stages, 1, num_tokens(cfg, bucket.latent_shape), cfg.dim
+        graph, _ = abstract_weights(cfg, 1, stages, dtype)
 
         def empty(turns: Turns) -> Running:
-            carry = Carry(entry.sampler, entry.sampler.x)
-            rows = _zeros((bucket.slots,), entry.inputs), _zeros((self.stages, bucket.slots), carry)
+            carry, slots = Carry(entry.sampler, entry.sampler.x), self.ranks * bucket.slots
+            rows = _zeros((slots,), entry.inputs), _zeros((stages, slots), carry)
             return Running(rows[0], turns, RingState(jnp.int32(0), jnp.zeros(hidden, dtype), (), rows[1]))
 
         def insert(running: Running, slot: Any, start: Any, entry: Entry) -> Running:
-            def put(rows: Any, row: Any) -> Any:
-                return jax.tree.map(lambda x, new: dynamic_update_index_in_dim(x, new, slot, 0), rows, row)
+            """On each device by itself: where the slot is another rank's, all stays as it is."""
+            row = slot - position(RULES.request) * bucket.slots
+            here, row = (row >= 0) & (row < bucket.slots), jnp.clip(row, 0, bucket.slots - 1)
+
+            def put(rows: Any, new: Any, axis: int = 0) -> Any:
+                def put_one(x: Any, y: Any) -> Any:
+                    y = jnp.where(here, y, dynamic_index_in_dim(x, row, axis, keepdims=False))
+                    return dynamic_update_index_in_dim(x, y, row, axis)
+
+                return jax.tree.map(put_one, rows, new)
 
             turns, state = running.turns, running.state
             turns = turns._replace(
-                start=put(turns.start, start), done=put(turns.done, entry.done),
-                num_steps=put(turns.num_steps, entry.inputs.controls.table.num_steps),
+                start=put(turns.start, start, 1), done=put(turns.done, entry.done, 1),
+                num_steps=put(turns.num_steps, entry.inputs.controls.table.num_steps, 1),
             )  # fmt: skip
-            new = Carry(entry.sampler, jnp.zeros_like(entry.sampler.x))
-            carry = jax.vmap(put, in_axes=(0, None))(state.carry, new)  # in every stage's copy
+            carry = put(state.carry, Carry(entry.sampler, jnp.zeros_like(entry.sampler.x)), 1)
             return Running(put(running.inputs, entry.inputs), turns, state._replace(carry=carry))
 
-        def read(carry: Carry, slot: Any) -> Carry:
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x[0], slot, keepdims=False), carry)
+        def read(carry: Carry, row: Any) -> Carry:
+            return jax.tree.map(lambda x: dynamic_index_in_dim(x[0], row, keepdims=False), carry)
 
-        placed = Running(everywhere, everywhere, RingState(everywhere, position, (), position))
-        self._empty = jax.jit(empty, out_shardings=placed)
-        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=placed)
-        self._ring = make_ring(mesh, make_stage(cfg, graph, bucket.latent_shape[:3]), specs, PartitionSpec())
+        specs, whole = Running(input_specs(mesh), turns_spec(mesh), state_specs(mesh)), PartitionSpec()
+        brought = Entry(whole, whole, jax.tree.map(lambda s: PartitionSpec(*s[1:]), specs.inputs))  # of a single slot
+        insert = jax.shard_map(
+            insert, mesh=mesh, in_specs=(specs, whole, whole, brought), out_specs=specs, check_vma=check_types(mesh)
+        )
+        self._placed = jax.tree.map(partial(NamedSharding, mesh), specs)
+        self._empty = jax.jit(empty, out_shardings=self._placed)
+        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=self._placed)
+        stage = make_stage(cfg, graph, bucket.latent_shape[:3])
+        self._ring = make_ring(mesh, stage, weight_specs(mesh), specs.inputs)
         self._read = jax.jit(read)
-        self._placed = placed
 
-    def empty(self, plan: RingPlan) -> Running:
-        """The ring before its first tick; the plan's slots have no videos yet."""
-        return self._empty(make_turns(plan, slots=self.bucket.slots, branches=self.bucket.entry.texts))
+    def empty(self, plans: Sequence[RingPlan]) -> Running:
+        """The rings of all ranks before their first tick; the plans' slots have no videos yet."""
+        return self._empty(self._turns(plans))
 
     def insert(self, running: Running, slot: int, start: int, entry: Entry) -> Running:
         """Put a video into a slot, to enter in round `start` (`turns.first_start`), whatever was there before."""
@@ -183,22 +203,36 @@ class Programs:
         return running._replace(state=state)
 
     def read(self, running: Running, slot: int) -> Carry:
-        """What a slot's video has become, on the first device."""
-        own = jax.tree.map(lambda x: x.addressable_data(0), running.state.carry)
-        return self._read(own, np.int32(slot))
+        """What a slot's video has become, on the first device of its rank."""
+        rank, row = divmod(slot, self.bucket.slots)
+        device = self._first(rank)
+
+        def own(x: jax.Array) -> jax.Array:
+            return next(shard.data for shard in x.addressable_shards if shard.device == device)
+
+        return self._read(jax.tree.map(own, running.state.carry), np.int32(row))
 
     def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
         number = jax.ShapeDtypeStruct((), np.int32)
-        room = {"slots": self.bucket.slots, "branches": self.bucket.entry.texts}
-        turns = shapes_at(None, make_turns(RingPlan(1, (1,)), **room))
+        turns = shapes_at(None, self._turns([RingPlan(1, ())] * self.ranks))
         running = jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty, turns))
         yield "ring", self._ring, (weights, running.inputs, running.turns, running.state, number)
         yield "the ring's slots", self._empty, (turns,)
         yield "a video into its slot", self._insert, (running, number, number, self.bucket.entry)
-        first = SingleDeviceSharding(self.mesh.devices.flat[0])
-        carry = jax.eval_shape(lambda carry: jax.tree.map(lambda x: x[:1], carry), running.state.carry)
-        yield "a video out of its slot", self._read, (shapes_at(first, carry), number)
+        carry = Carry(self.bucket.entry.sampler, self.bucket.entry.sampler.x)
+        carry = jax.tree.map(lambda x: x.update(shape=(1, self.bucket.slots, *x.shape)), carry)
+        for rank in range(self.ranks):
+            name = "a video out of its slot" + f" of rank {rank}" * (self.ranks > 1)
+            yield name, self._read, (shapes_at(SingleDeviceSharding(self._first(rank)), carry), number)
+
+    def _turns(self, plans: Sequence[RingPlan]) -> Turns:
+        each = [make_turns(plan, slots=self.bucket.slots, branches=self.branches) for plan in plans]
+        return jax.tree.map(lambda *rows: np.stack(rows), *each)
+
+    def _first(self, rank: int) -> jax.Device:
+        """The first device of a rank, a first stage."""
+        return self.mesh.devices[rank].flat[0]  # dp is the mesh's first axis
 
 
 def _zeros(lead: tuple[int, ...], tree: Any) -> Any:
@@ -215,6 +249,11 @@ class Denoiser:
     dtype: jnp.dtype
     _made: OrderedDict = field(default_factory=OrderedDict, repr=False)
 
+    def bucket(self, entries: Sequence[Entry]) -> Bucket:
+        """The bucket of some videos on this mesh. Its branches have a text each where each has devices of its own."""
+        ranks, branches = (RULES.parts(self.mesh.shape, axis) for axis in ("request", "branch"))
+        return Bucket.of(entries, ranks=ranks, texts=branches)
+
     def programs(self, bucket: Bucket) -> Programs:
         """The bucket's programs; those of the KEPT latest buckets are compiled once."""
         if bucket not in self._made:
@@ -230,12 +269,15 @@ class Loop:
 
     def __init__(self, denoiser: Denoiser, entries: Sequence[Entry]):
         self.entries, self.tick = list(entries), 0
-        self.plan = RingPlan(denoiser.mesh.shape["pp"], tuple(entry.branches for entry in entries))
+        ranks, branches, stages = (RULES.parts(denoiser.mesh.shape, a) for a in ("request", "branch", "stage"))
+        self.plan = deal([1 if branches > 1 else e.branches for e in entries], ranks=ranks, stages=stages)
         self.turns = [Turn(0, entry.num_steps, int(entry.done)) for entry in entries]
         self.done = [int(entry.done) for entry in entries]  # steps, of each video
-        self._weights, self._programs = denoiser.weights, denoiser.programs(Bucket.of(entries))
-        self._running = self._programs.empty(self.plan)
-        for slot, entry in enumerate(entries):
+        bucket = denoiser.bucket(entries)
+        self._slots = [rank * bucket.slots + slot for rank, slot in self.plan.places]
+        self._weights, self._programs = denoiser.weights, denoiser.programs(bucket)
+        self._running = self._programs.empty(self.plan.plans)
+        for slot, entry in zip(self._slots, entries, strict=True):
             self._running = self._programs.insert(self._running, slot, 0, entry)
 
     @property
@@ -246,40 +288,40 @@ class Loop:
     def advance(self) -> None:
         """Run until every video has made one step more, but for those that are done, and wait for it."""
         ends = [self.tick]
-        for slot, turn in enumerate(self.turns):
-            if self.done[slot] < turn.num_steps:
-                ends.append(done_at(self.plan, slot, turn, self.done[slot]))
-                self.done[slot] += 1
+        for video, turn in enumerate(self.turns):
+            if self.done[video] < turn.num_steps:
+                ends.append(done_at(*self.plan.at(video), turn, self.done[video]))
+                self.done[video] += 1
         ticks = max(ends) - self.tick
         self._running = jax.block_until_ready(self._programs.run(self._weights, self._running, ticks))
         self.tick += ticks
 
     def replace(self, latents: Mapping[int, np.ndarray]) -> None:
-        """Go on with other latents [T, H, W, Z] of some videos, by slot.
+        """Go on with other latents [T, H, W, Z] of some videos.
 
         In the ring they may be in their next step already, with the old ones, so that step is begun again: by all,
         since they are to advance together.
         """
-        start = max(first_start(self.plan, slot, self.tick) for slot in range(len(self.entries)))
-        for slot in range(len(self.entries)):
-            entry = self.entry(slot)
-            entry = entry.with_latents(latents[slot]) if slot in latents else entry
-            self.turns[slot] = Turn(start, entry.num_steps, self.done[slot])
+        start = max(first_start(*self.plan.at(video), self.tick) for video in range(len(self.entries)))
+        for video, slot in enumerate(self._slots):
+            entry = self.entry(video)
+            entry = entry.with_latents(latents[video]) if video in latents else entry
+            self.turns[video] = Turn(start, entry.num_steps, self.done[video])
             self._running = self._programs.insert(self._running, slot, start, entry)
 
-    def read(self, slot: int) -> Carry:
-        """A video's sampler and latest velocity, guided, on the device."""
-        return self._programs.read(self._running, slot)
+    def read(self, video: int) -> Carry:
+        """A video's sampler and latest velocity, guided, on a device."""
+        return self._programs.read(self._running, self._slots[video])
 
     def latents(self) -> np.ndarray:
         """x of all videos [B, T, H, W, Z], float32, on the host."""
-        return np.stack([np.asarray(self.read(slot).sampler.x) for slot in range(len(self.entries))])
+        return np.stack([np.asarray(self.read(video).sampler.x) for video in range(len(self.entries))])
 
     def velocities(self) -> np.ndarray:
         """Of each video's latest step, guided [B, T, H, W, Z]; zeros before the first."""
-        return np.stack([np.asarray(self.read(slot).velocity) for slot in range(len(self.entries))])
+        return np.stack([np.asarray(self.read(video).velocity) for video in range(len(self.entries))])
 
-    def entry(self, slot: int) -> Entry:
+    def entry(self, video: int) -> Entry:
         """A video as it is now, on the host."""
-        sampler = jax.tree.map(np.asarray, self.read(slot).sampler)
-        return self.entries[slot]._replace(sampler=sampler, done=np.array(self.done[slot], np.int32))
+        sampler = jax.tree.map(np.asarray, self.read(video).sampler)
+        return self.entries[video]._replace(sampler=sampler, done=np.array(self.done[video], np.int32))

@@ -22,8 +22,9 @@ from jaxwan.convert.load import OnBytes, fill, flat_shapes, load_arrays, prove
 from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.schedulers.table import SamplerState, Table, step, table_row
-from jaxwan.sharding.mesh import sharding
+from jaxwan.sharding.collectives import gather
 from jaxwan.sharding.ring import Slot, Stage
+from jaxwan.sharding.rules import RULES
 
 RENOISINGS = 8  # noise rows of a video: `renoise` takes at most nine steps, and the last needs none
 
@@ -42,7 +43,7 @@ class Inputs(NamedTuple):
     """All that a video's steps read and never change; in the ring with a leading axis R of slots."""
 
     controls: Controls
-    text: Float[Array, "*r g l c"]  # G = 2: cond, uncond
+    text: Float[Array, "*r g l c"]  # G = 2: cond, uncond; each rank of the mesh axis cfg has one of them
     image: Float[Array, "*r i e"] | None = None  # CLIP rows (Wan2.1 image to video)
     channels: Float[Array, "*r t h w y"] | None = None  # mask and image latents beside the noisy ones (36 channels)
     first: Float[Array, "*r 1 h w z"] | None = None  # first latent frame (TI2V)
@@ -58,13 +59,24 @@ class Carry(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters of all experts: blocks `[E, layers, …]`, their layers over pp; all else `[E, …]`, replicated."""
+    """Parameters of all experts: blocks `[E, layers, …]`; all else `[E, …]`, whole on every device."""
 
     blocks: Any
     ends: Any
 
 
-WEIGHT_AXES = Weights((None, "pp"), ())  # mesh axes of the leading axes of every parameter
+WEIGHT_AXES = Weights((None, "layer"), ())  # the leading axes of every parameter, as `sharding.rules` names them
+
+
+def input_specs(mesh: Mesh) -> Inputs:
+    """PartitionSpecs of what the ring's slots read: all of them by request, texts by branch too."""
+    slots = Inputs(*[RULES.spec(mesh, "request")] * len(Inputs._fields))
+    return slots._replace(text=RULES.spec(mesh, "request", "branch"))
+
+
+def weight_specs(mesh: Mesh) -> Weights:
+    """PartitionSpecs of the parameters."""
+    return Weights(*(RULES.spec(mesh, *axes) for axes in WEIGHT_AXES))
 
 
 # The weights
@@ -89,22 +101,24 @@ def abstract_weights(cfg: TransformerConfig, num_experts: int, stages: int, dtyp
 
 def placed_weights(cfg: TransformerConfig, num_experts: int, mesh: Mesh, dtype: DTypeLike) -> Weights:
     """Shapes, dtypes and shardings of what `load_weights` makes."""
-    _, shapes = abstract_weights(cfg, num_experts, mesh.shape["pp"], dtype)
-    return Weights(*(shapes_at(sharding(mesh, *axes), part) for part, axes in zip(shapes, WEIGHT_AXES, strict=True)))
+    _, shapes = abstract_weights(cfg, num_experts, num_stages(mesh), dtype)
+    return Weights(
+        *(shapes_at(RULES.sharding(mesh, *axes), part) for part, axes in zip(shapes, WEIGHT_AXES, strict=True))
+    )
 
 
 def load_weights(
     cfg: TransformerConfig, experts: Sequence[TensorFiles], mesh: Mesh, dtype: DTypeLike,
     progress: OnBytes | None = None,
 ) -> Weights:  # fmt: skip
-    """The experts' parameters, each tensor written straight into the row of the stage that holds its layer.
+    """The experts' parameters, each tensor written straight into the row of every device that holds its layer.
 
     Raises CheckpointError when a tensor is missing, extra or of another shape.
     """
-    _, shapes = abstract_weights(cfg, len(experts), mesh.shape["pp"], dtype)
+    _, shapes = abstract_weights(cfg, len(experts), num_stages(mesh), dtype)
     targets = {}
     for part, axes in zip(shapes, WEIGHT_AXES, strict=True):
-        targets |= {path: (leaf, sharding(mesh, *axes)) for path, leaf in flat_shapes(part).items()}
+        targets |= {path: (leaf, RULES.sharding(mesh, *axes)) for path, leaf in flat_shapes(part).items()}
     one = {path: (cfg.num_layers, *leaf.shape[2:]) for path, leaf in flat_shapes(shapes.blocks).items()}
     one |= {path: leaf.shape[1:] for path, leaf in flat_shapes(shapes.ends).items()}
     sources = [
@@ -113,6 +127,11 @@ def load_weights(
     ]
     arrays = load_arrays(targets, sources, progress)
     return Weights(*(fill(part, arrays) for part in shapes))
+
+
+def num_stages(mesh: Mesh) -> int:
+    """Into how many stages the layers are cut."""
+    return RULES.parts(mesh.shape, "layer")
 
 
 def shapes_at(place: Sharding | None, tree: Any) -> Any:
@@ -155,11 +174,15 @@ def make_stage(cfg: TransformerConfig, graph: Any, latent_shape: tuple[int, ...]
         temb, _ = dit.embed_time(timesteps)
         predicted = dit.head(hidden, temb, grid)[0].astype(jnp.float32)
         controls, old = inputs.controls, rows(carry, slot.request)
-        velocity = predicted
-        if inputs.text.shape[1] == 2:
-            guided = guide(old.velocity, predicted, controls.guidance[slot.request, slot.step])
+        scale, guided = controls.guidance[slot.request, slot.step], controls.guided[slot.request]
+        velocity, both = predicted, gather(predicted, RULES.branch)
+        if len(both) == 2:  # of this tick, from the ranks of cfg
+            cond, uncond = both
+            velocity = jnp.where(guided, guide(cond, uncond, scale), cond)
+        elif inputs.text.shape[1] == 2:  # one tick after the other
             cond = jnp.where(slot.branch == 0, predicted, old.velocity)
-            velocity = jnp.where(slot.last, jnp.where(controls.guided[slot.request], guided, cond), predicted)
+            velocity = jnp.where(guided, guide(old.velocity, predicted, scale), cond)
+            velocity = jnp.where(slot.last, velocity, predicted)
         noise = 0.0 if inputs.noise is None else inputs.noise[slot.request, jnp.minimum(slot.step, RENOISINGS - 1)]
         stepped = step(table_row(controls.table, slot.request, slot.step), old.sampler, velocity, noise)
         stepped = jax.tree.map(lambda new, kept: jnp.where(slot.last, new, kept), stepped, old.sampler)

@@ -30,12 +30,13 @@ from jaxwan.models.vae import VAE
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
-from jaxwan.pipelines.dit import RENOISINGS, abstract_weights
-from jaxwan.pipelines.load import check_mesh, check_weights, default_dtype, parse_dtype
+from jaxwan.pipelines.dit import RENOISINGS, WEIGHT_AXES, abstract_weights
+from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import MeshSpec, find_devices
-from jaxwan.sharding.turns import RingPlan
+from jaxwan.sharding.rules import RULES
+from jaxwan.sharding.turns import deal
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -55,8 +56,8 @@ class DryRun:
     width: int
     latent_shape: tuple[int, int, int]
     tokens: int
-    layers_per_stage: list[int]
-    microbatches: int
+    layers_per_stage: list[int]  # of each of the rings, one for each rank of dp and cfg
+    microbatches: int  # of a period, in all ranks of dp
     period: int
     ticks: int
     utilisation: float
@@ -103,11 +104,12 @@ class DryRun:
         return "\n".join(lines)
 
     def _use(self) -> str:
-        stages = len(self.layers_per_stage)
-        if stages == 1:
+        devices, stages = len(self.parameter_bytes), len(self.layers_per_stage)
+        if devices == 1:
             return " on one device"
+        rings = f" in each of {devices // stages} rings" if devices > stages else ""
         more = "" if self.utilisation > 0.99 else "; more prompts or videos in one call fill the idle time"
-        return f" on {stages} devices, each at work {self.utilisation:.0%} of the time{more}"
+        return f"{rings} on {devices} devices, each at work {self.utilisation:.0%} of the time{more}"
 
     def _memory(self) -> list[str]:
         """A line a device, or one for several that are alike."""
@@ -176,6 +178,7 @@ def dry_run(
     checkpoint = open_checkpoint(model, variant)
     check_mesh(spec, checkpoint)
     job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
+    check_use(spec, job)
     weights = check_weights(checkpoint)
     return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory), weights=weights)
 
@@ -216,10 +219,11 @@ def _report(
     fraction: float,
 ) -> DryRun:  # fmt: skip
     cfg, size = checkpoint.transformer, job.size
-    plan = RingPlan(mesh.pp, tuple(1 + r.guided for r in job.requests))
-    steps = [int(r.table.num_steps) for r in job.requests]
-    parameters = parameter_bytes(checkpoint, mesh.pp, dtype, vae_dtype)
-    activations = activation_bytes(checkpoint, job, dtype, vae_dtype)
+    branches, steps = [1 + r.guided for r in job.requests], [int(r.table.num_steps) for r in job.requests]
+    plan = deal([1] * len(steps) if mesh.cfg > 1 else branches, ranks=mesh.dp, stages=mesh.pp)
+    forwards, ticks = sum(n * count for n, count in zip(steps, branches, strict=True)), plan.ticks(steps)
+    parameters = parameter_bytes(checkpoint, mesh, dtype, vae_dtype)
+    activations = activation_bytes(checkpoint, mesh, job, dtype, vae_dtype)
     peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
     needed = [p + (max(peaks.values()) if i == 0 else peaks["denoise"]) for i, p in enumerate(parameters)]
     full = -(-cfg.num_layers // mesh.pp)
@@ -228,8 +232,8 @@ def _report(
         num_frames=size[0], height=size[1], width=size[2],
         latent_shape=checkpoint.geometry.latent_shape(*size), tokens=checkpoint.geometry.num_tokens(*size),
         layers_per_stage=[min(full, max(0, cfg.num_layers - i * full)) for i in range(mesh.pp)],
-        microbatches=plan.microbatches, period=plan.period, ticks=plan.ticks(steps),
-        utilisation=plan.utilisation(steps), forwards=plan.evaluations(steps),
+        microbatches=plan.microbatches, period=plan.period, ticks=ticks,
+        utilisation=forwards / (ticks * mesh.dp * mesh.cfg), forwards=forwards,
         forward_tflop=_forward_tflop(checkpoint, job),
         decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
         parameter_bytes=parameters, activation_bytes=activations,
@@ -306,11 +310,13 @@ def image_rows(cfg: TransformerConfig) -> int:
     return 0 if cfg.image_dim is None else cfg.pos_embed_seq_len or 257
 
 
-def parameter_bytes(checkpoint: Checkpoint, stages: int, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
-    """Bytes of parameters on each device: a stage's layers and the DiT's ends; the other models on the first."""
-    blocks, ends = _weight_bytes(checkpoint.transformer, checkpoint.num_experts, stages, jnp.dtype(dtype))
-    each = blocks // stages + ends
-    return [each + _first_device_bytes(checkpoint, jnp.dtype(dtype), jnp.dtype(vae_dtype)), *[each] * (stages - 1)]
+def parameter_bytes(checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
+    """Bytes of parameters on each device, in the mesh's order: a share of the DiT; the other models on the first."""
+    stages = RULES.parts(asdict(mesh), "layer")
+    parts = _weight_bytes(checkpoint.transformer, checkpoint.num_experts, stages, jnp.dtype(dtype))
+    each = sum(size // RULES.parts(asdict(mesh), *axes) for size, axes in zip(parts, WEIGHT_AXES, strict=True))
+    first = _first_device_bytes(checkpoint, jnp.dtype(dtype), jnp.dtype(vae_dtype))
+    return [each + first, *[each] * (mesh.num_devices - 1)]
 
 
 @cache  # like what else traces a model: a search for what fits asks for the same again and again
@@ -326,21 +332,22 @@ def _first_device_bytes(checkpoint: Checkpoint, dtype: np.dtype, vae_dtype: np.d
 
 
 def activation_bytes(
-    checkpoint: Checkpoint, job: Job, dtype: DTypeLike, vae_dtype: DTypeLike
+    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: DTypeLike, vae_dtype: DTypeLike
 ) -> dict[str, dict[str, int]]:
     """Named buffers of each phase that live at once; phases follow one another, so a device needs the largest.
 
     Encoding texts (0.1 GiB of UMT5's) and images comes before them, and takes less than decoding.
     """
     return {
-        "denoise": _denoise_bytes(checkpoint, job, jnp.dtype(dtype)),
+        "denoise": _denoise_bytes(checkpoint, mesh, job, jnp.dtype(dtype)),
         "decode": _decode_bytes(checkpoint, job, jnp.dtype(vae_dtype)),
     }
 
 
-def _denoise_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[str, int]:
+def _denoise_bytes(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.dtype) -> dict[str, int]:
     """What a tick keeps, and the larger of a layer's two moments: in attention, or in the MLP."""
-    cfg, geometry, slots = checkpoint.transformer, checkpoint.geometry, room(len(job.requests))
+    cfg, geometry = checkpoint.transformer, checkpoint.geometry
+    slots, texts = room(-(-len(job.requests) // mesh.dp)), max(1 + job.guided, mesh.cfg) // mesh.cfg
     renoises = any(r.table.renoises for r in job.requests)
     latent = 4 * math.prod(geometry.latent_shape(*job.size)) * geometry.z_dim
     tokens = geometry.num_tokens(*job.size)
@@ -362,7 +369,7 @@ def _denoise_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[st
     return {
         "latents, x0 history and velocity of all videos (6 x float32)": 6 * slots * latent,
         "noise of renoise (8 x float32)": RENOISINGS * slots * latent * renoises,
-        "text rows, all branches": 4 * slots * (1 + job.guided) * job.requests[0].max_sequence_length * cfg.text_dim,
+        "text rows, all branches": 4 * slots * texts * job.requests[0].max_sequence_length * cfg.text_dim,
         "image rows and channels": slots * (image + latent * extra // geometry.z_dim),
         "hidden state": hidden,
         moment: moments[moment],

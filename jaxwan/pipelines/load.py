@@ -3,6 +3,7 @@
 import difflib
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def load_parts(
     tensors that do not fit.
     """
     start = time.perf_counter()
-    devices = place(checkpoint, mesh)
+    devices = place(checkpoint, mesh, job)
     folder = checkpoint.folder
     tokenizer = checkpoint.tokenizer
     if tokenizer is None and checkpoint.text_encoder is not None:
@@ -83,26 +84,46 @@ def load_tensors(
     return states, load_weights(checkpoint.transformer, experts, mesh, dtype, progress)
 
 
-def place(checkpoint: Checkpoint, mesh: MeshSpec) -> Mesh:
-    """The devices for a checkpoint. Raises ValueError for a mesh it does not fit, or too few devices."""
+def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None) -> Mesh:
+    """The devices for a checkpoint. Raises ValueError for a mesh that it or its first job does not fit, or too few."""
     check_mesh(mesh, checkpoint)
+    if job is not None:
+        check_use(mesh, job)
     return make_mesh(mesh)
 
 
 def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
     """Raises ValueError for a mesh that this checkpoint cannot be laid out on, or that is not built yet."""
-    others = [f"{axis}={size}" for axis, size in zip(("dp", "cfg", "sp", "tp"), _others(mesh), strict=True) if size > 1]
+    others = [f"{axis}={size}" for axis, size in (("sp", mesh.sp), ("tp", mesh.tp)) if size > 1]
     if others:
         raise ValueError(
-            f"mesh {mesh}: {', '.join(others)} is not built yet, only pp may exceed 1 (such as pp={mesh.pp})"
+            f"mesh {mesh}: {', '.join(others)} is not built yet, only dp, cfg and pp may exceed 1 "
+            f"(such as {replace(mesh, sp=1, tp=1)})"
         )
+    if mesh.cfg > 2:
+        raise ValueError(f"mesh {mesh}: cfg={mesh.cfg} is for the two branches of guidance, the largest is cfg=2")
     layers = checkpoint.transformer.num_layers
     if mesh.pp > layers:
         raise ValueError(f"mesh {mesh} has {mesh.pp} stages for {layers} layers: the largest is pp={layers}")
 
 
-def _others(mesh: MeshSpec) -> tuple[int, int, int, int]:
-    return mesh.dp, mesh.cfg, mesh.sp, mesh.tp
+def check_use(mesh: MeshSpec, job: Job, *, loaded: bool = False) -> None:
+    """Raises ValueError where devices would have nothing to do in a call.
+
+    A pipeline that is loaded takes fewer videos than it has ranks for, since its next call may have more.
+    """
+    videos = len(job.requests)
+    if mesh.dp > videos and not loaded:
+        fits = f"dp={videos} is the most" if videos > 1 else "leave dp out"
+        raise ValueError(
+            f"mesh {mesh} deals videos to dp={mesh.dp} groups of devices and this call has {videos}: {fits}, or ask "
+            "for more prompts or num_videos_per_prompt"
+        )
+    if mesh.cfg > 1 and not job.guided:
+        raise ValueError(
+            f"mesh {mesh} has devices for the negative prompts and no video of this call is guided: leave cfg out, or "
+            "give a guidance_scale above 1"
+        )
 
 
 def prove_components(

@@ -21,7 +21,7 @@ from jaxwan.pipelines.decode import decode_videos
 from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, encode_video, prepare
-from jaxwan.pipelines.load import load_parts, parse_dtype, place
+from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place
 from jaxwan.pipelines.media import check_writable, load_video, to_unit_range
 from jaxwan.pipelines.output import Output, numbered
 from jaxwan.pipelines.parts import Parts
@@ -83,7 +83,7 @@ class WanPipeline:
         job = warmup
         if not isinstance(warmup, Job | None):
             job = make_job(checkpoint, False, **with_prompt(checkpoint, warmup))
-        place(checkpoint, spec)
+        place(checkpoint, spec, job)
         keep_compiled_programs()
         ensure_weights(checkpoint)
         parts = load_parts(checkpoint, spec, dtype, vae_dtype or "float32", job, progress=progress)
@@ -98,10 +98,13 @@ class WanPipeline:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        denoiser = self.parts.denoiser
-        mesh = MeshSpec(**denoiser.mesh.shape)
+        denoiser, mesh = self.parts.denoiser, self._mesh
         kind = denoiser.mesh.devices.flat[0].device_kind
         return f"WanPipeline({self.checkpoint.name}, {denoiser.dtype}, mesh {mesh}, {mesh.num_devices} x {kind})"
+
+    @property
+    def _mesh(self) -> MeshSpec:
+        return MeshSpec(**self.parts.denoiser.mesh.shape)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -215,6 +218,7 @@ class WanPipeline:
         """
         check_output_type(output_type)
         job = make_job(self.checkpoint, False, **with_prompt(self.checkpoint, {"prompt": prompt} | call))
+        check_use(self._mesh, job, loaded=True)
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
         phases, seconds = Progress(visible=self.progress), {}
@@ -374,6 +378,7 @@ class WanPipeline:
         return identity(self.checkpoint, self.parts.denoiser.dtype)
 
     def _prepare(self, job: Job, progress: Progress) -> StepState:
+        check_use(self._mesh, job, loaded=True)
         return StepState(tuple(prepare(self.checkpoint, self.parts, job.requests, progress)), self._settings(job))
 
     def _advance(self, state: StepState, count: int, progress: Progress, callback: Callback | None) -> StepState:
@@ -384,7 +389,7 @@ class WanPipeline:
                 update(1)
                 if callback is not None:
                     state = self._call_back(callback, loop, state)
-            return state.after([loop.entry(slot) for slot in range(len(state))])
+            return state.after([loop.entry(video) for video in range(len(state))])
 
     def _call_back(self, callback: Callback, loop: Loop, state: StepState) -> StepState:
         """The loop goes on with the latents that the callback returns, if those are others."""
@@ -405,7 +410,7 @@ class WanPipeline:
         new = checked_latents(returned["latents"], latents.shape, "latents that callback_on_step_end returned")
         changed = [not np.array_equal(a, b) for a, b in zip(new, latents, strict=True)]
         if any(changed):
-            loop.replace({slot: to_internal(new[slot]) for slot in range(len(new)) if changed[slot]})
+            loop.replace({video: to_internal(new[video]) for video in range(len(new)) if changed[video]})
         return state.after(state.entries, changed)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from jaxwan.config import ImageInput
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import noise_program
-from jaxwan.pipelines.denoise import Bucket
 from jaxwan.pipelines.encoders import abstract_entry, latent_shape
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
@@ -41,7 +40,7 @@ def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool
     """Every program that a job runs on these parts, whose parameters may be shapes; those that take long first."""
     size, requests = job.size, job.requests
     shape = latent_shape(checkpoint, requests[0])
-    bucket = Bucket.of([abstract_entry(checkpoint, request) for request in requests])
+    bucket = parts.denoiser.bucket([abstract_entry(checkpoint, request) for request in requests])
     yield from parts.denoiser.programs(bucket).listed(parts.denoiser.weights)
     if decode:
         yield from parts.coder.programs("decode", (1, *shape))

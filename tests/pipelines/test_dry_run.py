@@ -76,14 +76,17 @@ def resident_bytes(load):
 
 
 @pytest.mark.parametrize(
-    ("family", "stages", "dtype"),
-    [("t2v-A14B", 1, "float32"), ("t2v-A14B", 2, "bfloat16"), ("t2v-A14B", 3, "float32"), ("2.1-i2v", 2, "bfloat16")],
-)
-def test_parameter_bytes_are_those_on_each_device_after_loading(folder, family, stages, dtype):
-    path = folder(family)
-    expected = parameter_bytes(read_checkpoint(path), stages, dtype, "float32")
-    pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, f"pp={stages}", dtype, progress=False))
-    assert [resident[device.id] for device in jax.devices()[:stages]] == expected
+    ("family", "mesh", "dtype"),
+    [
+        ("t2v-A14B", "pp=1", "float32"), ("t2v-A14B", "pp=2", "bfloat16"), ("t2v-A14B", "pp=3", "float32"),
+        ("2.1-i2v", "pp=2", "bfloat16"), ("t2v-A14B", "dp=2,cfg=2,pp=2", "float32"),
+    ],
+)  # fmt: skip
+def test_parameter_bytes_are_those_on_each_device_after_loading(folder, family, mesh, dtype):
+    path, count = folder(family), MeshSpec.parse(mesh).num_devices
+    expected = parameter_bytes(read_checkpoint(path), MeshSpec.parse(mesh), dtype, "float32")
+    pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, mesh, dtype, progress=False))
+    assert [resident[device.id] for device in jax.devices()[:count]] == expected
     assert sum(resident.values()) == sum(expected)
     assert pipe.checkpoint.folder == path
 
@@ -105,25 +108,28 @@ def test_ticks_are_those_executed(pipeline, steps):
 
 
 @pytest.mark.parametrize(
-    ("stages", "arguments"),
+    ("mesh", "arguments"),
     [
-        (1, {"num_inference_steps": 5}),
-        (4, {"num_inference_steps": 5, "guidance_scale": 1.0}),
-        (3, {"prompt": ["a", "b"], "num_inference_steps": [7, 2], "num_videos_per_prompt": 2}),
-        (4, {"prompt": ["a", "b"], "guidance_scale": [1.0, 2.0], "num_inference_steps": 3}),
-        (2, {"video": np.zeros((5, 32, 48, 3), np.uint8), "strength": 0.5, "num_inference_steps": 6}),
-        (3, {"sampler": "renoise", "timesteps": [1000, 500]}),
+        ("pp=1", {"num_inference_steps": 5}),
+        ("pp=4", {"num_inference_steps": 5, "guidance_scale": 1.0}),
+        ("pp=3", {"prompt": ["a", "b"], "num_inference_steps": [7, 2], "num_videos_per_prompt": 2}),
+        ("pp=4", {"prompt": ["a", "b"], "guidance_scale": [1.0, 2.0], "num_inference_steps": 3}),
+        ("pp=2", {"video": np.zeros((5, 32, 48, 3), np.uint8), "strength": 0.5, "num_inference_steps": 6}),
+        ("pp=3", {"sampler": "renoise", "timesteps": [1000, 500]}),
+        ("cfg=2,pp=2", {"num_inference_steps": 5}),
+        ("dp=2", {"prompt": ["a", "b", "c"], "guidance_scale": [1.0, 2.0, 3.0], "num_inference_steps": [5, 3, 4]}),
+        ("dp=2,cfg=2,pp=2", {"num_videos_per_prompt": 5, "num_inference_steps": 3}),
     ],
 )
-def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, stages, arguments):
+def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, mesh, arguments):
     """With a ring that only counts."""
     checkpoint = read_checkpoint(folder("t2v-A14B"))
     size = {"height": 32, "width": 48, "num_frames": 5}
-    expected = report(checkpoint, MeshSpec(pp=stages), **size, **arguments)
+    expected = report(checkpoint, MeshSpec.parse(mesh), **size, **arguments)
     job = make_job(checkpoint, **{"prompt": "a cat"} | size | arguments)
     handed = []
     programs = mock.Mock(run=lambda weights, running, ticks: handed.append(ticks))
-    mesh = make_mesh(MeshSpec(pp=stages))
+    mesh = make_mesh(MeshSpec.parse(mesh))
     denoiser = Denoiser(checkpoint.transformer, Weights(None, None), mesh, jnp.dtype("float32"))
     with mock.patch.object(Denoiser, "programs", lambda *_: programs):
         loop = Loop(denoiser, [abstract_entry(checkpoint, request) for request in job.requests])
@@ -217,7 +223,9 @@ def test_the_work_of_a_forward_and_of_decoding(told, name, forward, decode, text
 
 
 def test_float32_takes_twice_the_bytes_of_the_dit(published):
-    half, full = (parameter_bytes(published("Wan2.1-T2V-1.3B"), 4, dtype, "float32")[1] for dtype in DTYPES)
+    half, full = (
+        parameter_bytes(published("Wan2.1-T2V-1.3B"), MeshSpec(pp=4), dtype, "float32")[1] for dtype in DTYPES
+    )
     assert 1.9 * half < full < 2 * half  # some modules are float32 in either
 
 
@@ -235,6 +243,34 @@ def test_more_videos_fill_the_ring(published, told):
     assert eight.microbatches == 16
     name = "latents, x0 history and velocity of all videos (6 x float32)"
     assert eight.activation_bytes["denoise"][name] == 8 * alone.activation_bytes["denoise"][name]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "videos", "counts", "utilisation", "slots"),
+    [
+        # microbatches, period, ticks of 50 steps; slots and text rows of a rank
+        ("cfg=2", 1, (1, 1, 50), 1.0, (1, 1)),
+        ("cfg=2,pp=2", 1, (1, 2, 100), 0.5, (1, 1)),
+        ("dp=2", 2, (4, 2, 100), 1.0, (1, 2)),
+        ("dp=2", 3, (6, 4, 200), 0.75, (2, 4)),
+        ("dp=4,cfg=2,pp=2", 12, (12, 3, 151), 600 / 604, (4, 4)),
+    ],
+)
+def test_rings_side_by_side_each_have_a_share(published, mesh, videos, counts, utilisation, slots):
+    checkpoint, mesh = published("Wan2.1-T2V-1.3B"), MeshSpec.parse(mesh)
+    alone, told = (
+        report(checkpoint, m, num_videos_per_prompt=n) for m, n in ((MeshSpec(pp=mesh.pp), 1), (mesh, videos))
+    )
+    assert (told.microbatches, told.period, told.ticks) == counts
+    assert told.utilisation == pytest.approx(utilisation) and told.forwards == 100 * videos
+    assert len(told.parameter_bytes) == len(told.needed_bytes) == mesh.num_devices
+    assert told.parameter_bytes[-1] == alone.parameter_bytes[-1] or mesh.pp == 1
+    latents, text = "latents, x0 history and velocity of all videos (6 x float32)", "text rows, all branches"
+    shares = told.activation_bytes["denoise"], alone.activation_bytes["denoise"]
+    assert shares[0][latents] == slots[0] * shares[1][latents] and shares[0][text] * 2 == slots[1] * shares[1][text]
+    layers = "30" if mesh.pp == 1 else "15 + 15"
+    rings = mesh.num_devices // mesh.pp
+    assert f"layers      {layers} in each of {rings} rings on {mesh.num_devices} devices, each at work" in str(told)
 
 
 def test_an_image_model_has_its_channels_and_clip(published):

@@ -20,7 +20,7 @@ from jaxwan.pipelines.arguments import local_path
 from jaxwan.pipelines.call import ARGUMENTS, make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, open_checkpoint, read_checkpoint
 from jaxwan.pipelines.condition import choose_expert
-from jaxwan.pipelines.load import check_mesh, parse_dtype
+from jaxwan.pipelines.load import check_mesh, check_use, parse_dtype
 from jaxwan.pipelines.media import check_writable, load_video, read_settings, save_output, save_video, videos
 from jaxwan.pipelines.output import check_save
 from jaxwan.pipelines.pipeline import WanPipeline
@@ -954,9 +954,12 @@ def test_a_second_scale_needs_a_boundary(tmp_path):
     [
         (MeshSpec(pp=6), "mesh pp=6 has 6 stages for 5 layers: the largest is pp=5"),
         (MeshSpec(pp=40), "the largest is pp=5"),
-        (MeshSpec(tp=2), "mesh tp=2: tp=2 is not built yet, only pp may exceed 1 (such as pp=1)"),
-        (MeshSpec(dp=2, cfg=2, pp=4), "dp=2, cfg=2 is not built yet, only pp may exceed 1 (such as pp=4)"),
-        (MeshSpec(sp=2), "sp=2 is not built yet"),
+        (MeshSpec(tp=2), "mesh tp=2: tp=2 is not built yet, only dp, cfg and pp may exceed 1 (such as pp=1)"),
+        (
+            MeshSpec(dp=2, pp=4, sp=2, tp=3),
+            "sp=2, tp=3 is not built yet, only dp, cfg and pp may exceed 1 (such as dp=2,pp=4)",
+        ),
+        (MeshSpec(cfg=3, pp=2), "mesh cfg=3,pp=2: cfg=3 is for the two branches of guidance, the largest is cfg=2"),
     ],
 )
 def test_a_mesh_that_a_checkpoint_does_not_fit_is_refused(checkpoints, mesh, words):
@@ -964,7 +967,29 @@ def test_a_mesh_that_a_checkpoint_does_not_fit_is_refused(checkpoints, mesh, wor
         check_mesh(mesh, checkpoints[T2V])
     assert words in str(caught.value)
     assert_one_sentence(str(caught.value))
-    check_mesh(MeshSpec(pp=5), checkpoints[T2V])  # as many stages as layers
+    check_mesh(MeshSpec(dp=7, cfg=2, pp=5), checkpoints[T2V])  # as many stages as layers
+
+
+@pytest.mark.parametrize(
+    ("mesh", "call", "words"),
+    [
+        (MeshSpec(dp=2, pp=2), {}, "deals videos to dp=2 groups of devices and this call has 1: leave dp out, or ask"),
+        (MeshSpec(dp=4), {"num_videos_per_prompt": 3}, "this call has 3: dp=3 is the most, or ask for more prompts"),
+        (MeshSpec(cfg=2, pp=2), {"guidance_scale": 1}, "no video of this call is guided: leave cfg out, or give"),
+    ],
+)  # fmt: skip
+def test_a_mesh_with_devices_that_a_call_leaves_idle_is_refused(checkpoints, mesh, call, words):
+    with pytest.raises(ValueError) as caught:
+        check_use(mesh, make_job(checkpoints[T2V], **{"prompt": "a"} | call))
+    assert words in str(caught.value)
+    assert_one_sentence(str(caught.value))
+
+
+def test_a_mesh_with_work_for_each_device_is_taken(checkpoints):
+    some = make_job(checkpoints[T2V], prompt=["a", "b", "c"], guidance_scale=[1, 1, 2])
+    check_use(MeshSpec(dp=3, cfg=2), some)  # one video is guided
+    check_use(MeshSpec(dp=2), some)
+    check_use(MeshSpec(dp=4), some, loaded=True)  # its next call may have more
 
 
 @pytest.mark.parametrize(

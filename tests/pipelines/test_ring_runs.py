@@ -46,13 +46,13 @@ def alone(batch: dict, i: int) -> dict:
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    """(family, stages) -> a pipeline; those with several stages share all but the DiT with the one on one device."""
+    """(family, mesh) -> a pipeline; those on several devices share all but the DiT with the one on one device."""
 
     @cache
-    def load(family, stages=1):
-        if stages == 1:
+    def load(family, mesh=None):
+        if mesh is None:
             return WanPipeline.from_pretrained(folder(family), progress=False)
-        single, mesh = load(family), make_mesh(MeshSpec(pp=stages))
+        single, mesh = load(family), make_mesh(MeshSpec.parse(mesh))
         cfg, experts = single.checkpoint.transformer, single.checkpoint.experts
         weights = load_weights(cfg, [TensorFiles.find(folder(family) / name) for name in experts], mesh, jnp.float32)
         parts = single.parts._replace(denoiser=Denoiser(cfg, weights, mesh, jnp.dtype(jnp.float32)))
@@ -67,18 +67,23 @@ def on_one_device(pipeline):
     return cache(lambda family: run_ours(pipeline(family), **BATCHES[family]))
 
 
-slow = pytest.mark.slow
-MESHES = [
-    ("t2v-A14B", 2),
-    pytest.param("i2v-A14B", 2, marks=slow), ("i2v-A14B", 3), pytest.param("i2v-A14B", 4, marks=slow),
-    pytest.param("ti2v-5B", 2, marks=slow), pytest.param("ti2v-5B", 3, marks=slow), ("ti2v-5B", 4),
-    ("2.1-flf2v", 2), ("2.1-t2v", 2),
+USUAL = [
+    ("t2v-A14B", "pp=2"), ("i2v-A14B", "pp=3"), ("ti2v-5B", "pp=4"), ("2.1-flf2v", "pp=2"), ("2.1-t2v", "pp=2"),
+    ("t2v-A14B", "dp=2,cfg=2,pp=2"), ("i2v-A14B", "dp=2"), ("ti2v-5B", "cfg=2,pp=2"), ("2.1-flf2v", "cfg=2"),
+    ("2.1-t2v", "dp=2,pp=2"),
 ]  # fmt: skip
+MORE = [
+    ("i2v-A14B", "pp=2"), ("i2v-A14B", "pp=4"), ("ti2v-5B", "pp=2"), ("ti2v-5B", "pp=3"), ("t2v-A14B", "dp=2"),
+    ("t2v-A14B", "cfg=2"), ("t2v-A14B", "dp=3,pp=2"), ("t2v-A14B", "cfg=2,pp=4"), ("i2v-A14B", "cfg=2,pp=3"),
+    ("i2v-A14B", "dp=2,pp=2"), ("ti2v-5B", "dp=2,cfg=2,pp=2"), ("ti2v-5B", "dp=2"), ("ti2v-5B", "dp=3,cfg=2"),
+    ("2.1-flf2v", "dp=2,cfg=2,pp=2"), ("2.1-flf2v", "dp=2,pp=3"), ("2.1-t2v", "dp=4"), ("2.1-t2v", "dp=2,cfg=2"),
+]  # fmt: skip
+MESHES = USUAL + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE]
 
 
-@pytest.mark.parametrize(("family", "stages"), MESHES)
-def test_a_mixed_batch_on_several_stages_equals_one_device_bit_for_bit(pipeline, on_one_device, family, stages):
-    result = pipeline(family, stages)(**BATCHES[family], output_type="latent")
+@pytest.mark.parametrize(("family", "mesh"), MESHES)
+def test_a_mixed_batch_on_a_mesh_equals_one_device_bit_for_bit(pipeline, on_one_device, family, mesh):
+    result = pipeline(family, mesh)(**BATCHES[family], output_type="latent")
     np.testing.assert_array_equal(result.latents, on_one_device(family).latents)
 
 
@@ -90,7 +95,7 @@ def test_a_pipeline_loaded_onto_a_mesh_equals_one_device_bit_for_bit(folder, on_
 
 ALONE = [  # request 1 is not guided: alone it has a program of its own
     ("t2v-A14B", (0, 1, 2)), ("i2v-A14B", (0, 2)), ("ti2v-5B", (0, 2)),
-    pytest.param("i2v-A14B", (1,), marks=slow), pytest.param("ti2v-5B", (1,), marks=slow),
+    pytest.param("i2v-A14B", (1,), marks=pytest.mark.slow), pytest.param("ti2v-5B", (1,), marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -123,17 +128,17 @@ SECOND = dict(
 )  # fmt: skip
 OTHER, OTHER_LAST = picture(4, 100, 31), picture(5, 30, 99)
 SECONDS = {
-    "t2v-A14B": (2, SECOND | dict(guidance_scale_2=2.0, boundary_ratio=0.7)),
-    "i2v-A14B": (3, SECOND | dict(image=[IMAGE, OTHER, OTHER], last_image=[None, OTHER_LAST, None])),
-    "ti2v-5B": (4, SECOND | dict(image=[OTHER, None, IMAGE])),
+    "t2v-A14B": ("dp=2,cfg=2,pp=2", SECOND | dict(guidance_scale_2=2.0, boundary_ratio=0.7)),
+    "i2v-A14B": ("pp=3", SECOND | dict(image=[IMAGE, OTHER, OTHER], last_image=[None, OTHER_LAST, None])),
+    "ti2v-5B": ("pp=4", SECOND | dict(image=[OTHER, None, IMAGE])),
 }
 
 
 @pytest.mark.filterwarnings("ignore:the prompt is longer")
 @pytest.mark.parametrize("family", SECONDS)
 def test_a_second_call_of_the_same_size_compiles_nothing(pipeline, family):
-    stages, second = SECONDS[family]
-    pipe, first = pipeline(family, stages), BATCHES[family]
+    mesh, second = SECONDS[family]
+    pipe, first = pipeline(family, mesh), BATCHES[family]
     pipe(**first)
     size = {key: first[key] for key in ("height", "width", "num_frames")}
     assert compilations(lambda: run_ours(pipe, **second, **size)) == 0
@@ -149,7 +154,7 @@ def test_renoising_is_another_ring_once(pipeline):
 
 def test_a_batch_that_fits_the_next_bucket_compiles_nothing(pipeline):
     """Three videos and four take the same programs; the ticks are those of the videos there."""
-    pipe, prompts = pipeline("t2v-A14B", 2), ["a moon", "two dogs", "x", "a red cat"]
+    pipe, prompts = pipeline("t2v-A14B", "pp=2"), ["a moon", "two dogs", "x", "a red cat"]
     call = dict(num_inference_steps=2, guidance_scale=[4.0, 1.0, 2.0], seed=5, output_type="latent")
     call |= {key: BATCH[key] for key in ("height", "width", "num_frames")}
     pipe(**BATCHES["t2v-A14B"])

@@ -1,17 +1,21 @@
 """The ring: its tick arithmetic against a simulation that knows nothing of it, and the program against a plain loop."""
 
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives, expected_collectives
 from jaxtyping import Array
 
-from jaxwan.sharding.mesh import MeshSpec, make_mesh, sharding, spec
-from jaxwan.sharding.ring import RingState, Stage, make_ring, make_turns, slot_at
-from jaxwan.sharding.turns import RingPlan, Turn, done_at
+from jaxwan.sharding.collectives import gather
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
+from jaxwan.sharding.ring import RingState, Stage, make_ring, make_turns, slot_at, state_specs, turns_spec
+from jaxwan.sharding.rules import RULES
+from jaxwan.sharding.turns import RingPlan, Turn, deal, done_at
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -30,7 +34,7 @@ class Simulation:
         self.held = [None] * plan.stages  # (request, branch, step) at each stage
         self.entered = dict.fromkeys(self.order, 0)
         self.done = [0] * len(plan.branches)  # steps finished
-        self.tick = self.busy = 0
+        self.tick = 0
 
     def run_tick(self):
         """One tick; returns what each stage worked on."""
@@ -41,7 +45,6 @@ class Simulation:
             self.held[0] = (r, g, self.entered[r, g])
             self.entered[r, g] += 1
         worked, returned = list(self.held), self.held[-1]
-        self.busy += sum(h is not None for h in worked)
         self.held = [None, *self.held[:-1]]
         if returned is not None and returned[1] == self.plan.branches[returned[0]] - 1:
             assert self.done[returned[0]] == returned[2]
@@ -64,7 +67,7 @@ STEPS = [4, 1, 3, 7, 2]
 
 
 @pytest.mark.parametrize("plan", plans(), ids=str)
-def test_ticks_and_utilisation_equal_a_simulation(plan):
+def test_ticks_equal_a_simulation(plan):
     steps = STEPS[: len(plan.branches)]
     simulation = Simulation(plan, steps)
     after = []  # steps finished after each tick
@@ -72,7 +75,6 @@ def test_ticks_and_utilisation_equal_a_simulation(plan):
         simulation.run_tick()
         after.append(list(simulation.done))
     assert plan.ticks(steps) == len(after)
-    assert plan.utilisation(steps) == pytest.approx(simulation.busy / (plan.stages * len(after)))
     for index in range(max(steps)):
         ticks = max(done_at(plan, slot, Turn(0, n), index) for slot, n in enumerate(steps) if n > index)
         assert after[ticks - 1] == [min(n, index + 1) for n in steps]
@@ -127,7 +129,6 @@ def test_the_worked_example_of_the_module():
     assert shown[0] == ["c0", "u0", ".", "c1", "u1", "."]
     assert shown[1] == [".", "c0", "u0", ".", "c1", "u1"]
     assert plan.ticks([2]) == 6
-    assert plan.utilisation([2]) == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,10 @@ def run_toy_layers(weights, inputs, hidden, held, slot):
 
 def retire_toy(branches):
     def retire(weights, inputs, carry, hidden, slot):
-        r, last = slot.request, slot.last
-        x = carry.x[r] + (2 * carry.cond[r] if branches == 2 else 0) - hidden
-        new = Toy(jnp.where(last, x, carry.x[r]), hidden, carry.steps[r] + last)
+        r, last, outs = slot.request, slot.last, gather(hidden, "cfg")
+        cond, uncond = outs if len(outs) == 2 else (carry.cond[r], hidden)
+        x = carry.x[r] + (2 * cond if branches == 2 else 0) - uncond
+        new = Toy(jnp.where(last, x, carry.x[r]), outs[0], carry.steps[r] + last)
         return jax.tree.map(lambda rows, n: rows.at[r].set(jnp.where(slot.active, n, rows[r])), carry, new)
 
     return retire
@@ -201,39 +203,51 @@ def plain_loop(layers, texts, x, steps, branches):
     return x
 
 
+def put(mesh, tree, specs):
+    """Arrays on the devices of a mesh, by their PartitionSpecs."""
+    return jax.device_put(tree, jax.tree.map(partial(jax.NamedSharding, mesh), specs))
+
+
 class Problem:
-    """Five layers, three requests of different lengths that start in different rounds."""
+    """Five layers, three requests of different lengths that start in different rounds, or as many as are told."""
 
-    layers, steps, start, width = 5, [3, 1, 4], [0, 2, 1], 2
+    layers, width = 5, 2
 
-    def __init__(self, stages, branches):
-        rng = np.random.default_rng(0)
-        self.branches, self.plan = branches, RingPlan(stages, (branches,) * len(self.steps))
+    def __init__(self, mesh, branches, steps=(3, 1, 4), start=(0, 2, 1)):
+        rng, count = np.random.default_rng(0), len(steps)
+        self.branches, self.steps, self.start, self.sizes = branches, list(steps), start, mesh
+        self.plan = deal([branches // mesh.cfg] * count, ranks=mesh.dp, stages=mesh.pp)
+        self.room = -(-count // mesh.dp)  # slots of a rank
+        self.slots = [rank * self.room + slot for rank, slot in self.plan.places]
         self.weights, biases = (rng.integers(-9, 9, (self.layers, self.width), np.int32) for _ in range(2))
-        self.inputs = Given(rng.integers(-9, 9, (3, branches, self.width), np.int32), biases)
-        self.x = rng.integers(-9, 9, (3, self.width), np.int32)
-        self.mesh = make_mesh(MeshSpec(pp=stages))
-        staged, everywhere = spec(self.mesh, "pp"), spec(self.mesh)
-        stage = Stage(enter_toy, run_toy_layers, retire_toy(branches))
-        self.run = make_ring(self.mesh, stage, staged, Given(everywhere, staged))
-        turns = [Turn(*turn) for turn in zip(self.start, self.steps, strict=True)]
-        turns = make_turns(self.plan, turns, slots=len(turns), branches=branches)
-        short = -self.layers % stages  # padding layers, of zeros
+        self.inputs = Given(rng.integers(-9, 9, (count, branches, self.width), np.int32), biases)
+        self.x = rng.integers(-9, 9, (count, self.width), np.int32)
+        self.mesh = make_mesh(mesh)
+        staged = RULES.spec(self.mesh, "layer")
+        given = Given(RULES.spec(self.mesh, "request", "branch"), staged)
+        self.run = make_ring(self.mesh, Stage(enter_toy, run_toy_layers, retire_toy(branches)), staged, given)
+        turns = [[Turn()] * self.room for _ in range(mesh.dp)]
+        for (rank, slot), *turn in zip(self.plan.places, start, steps, strict=True):
+            turns[rank][slot] = Turn(*turn)
+        room = dict(slots=self.room, branches=branches // mesh.cfg)
+        turns = [make_turns(plan, own, **room) for plan, own in zip(self.plan.plans, turns, strict=True)]
+        turns = jax.tree.map(lambda *rows: np.stack(rows), *turns)
+        short = -self.layers % mesh.pp  # padding layers, of zeros
         scales, biases = (np.pad(w, ((0, short), (0, 0))) for w in (self.weights, biases))
-        self.placed = (
-            jax.device_put(scales, sharding(self.mesh, "pp")),
-            jax.device_put(Given(self.inputs.texts, biases), Given(sharding(self.mesh), sharding(self.mesh, "pp"))),
-            jax.device_put(turns, sharding(self.mesh)),
-        )
+        inputs = Given(self.in_slots(self.inputs.texts), biases)
+        self.placed = put(self.mesh, (scales, inputs, turns), (staged, given, turns_spec(self.mesh)))
+
+    def in_slots(self, rows):
+        """Rows of the requests where their slots are, garbage in the others."""
+        slots = np.full((self.sizes.dp * self.room, *rows.shape[1:]), 54321, rows.dtype)
+        slots[self.slots] = rows
+        return slots
 
     def first_state(self):
-        rows = Toy(self.x, np.zeros_like(self.x), np.zeros(3, np.int32))
-        stages = self.plan.stages
-        rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
-        garbage = np.full((stages, self.width), 12345, np.int32)
-        state = RingState(np.int32(0), garbage, (), rows)
-        everywhere, position = sharding(self.mesh), sharding(self.mesh, "pp")
-        return jax.device_put(state, RingState(everywhere, position, (), position))
+        rows = Toy(self.x, np.zeros_like(self.x), np.zeros(len(self.x), np.int32))
+        rows = jax.tree.map(lambda a: np.repeat(self.in_slots(a)[None], self.sizes.pp, axis=0), rows)
+        garbage = np.full((self.sizes.dp, self.sizes.cfg, self.sizes.pp, self.width), 12345, np.int32)
+        return put(self.mesh, RingState(np.int32(0), garbage, (), rows), state_specs(self.mesh)._replace(held=()))
 
     def segments(self, *ticks):
         state = self.first_state()
@@ -241,41 +255,68 @@ class Problem:
             state = self.run(*self.placed, state, np.int32(count))
         return state
 
+    def truth(self, state):
+        """The carry of stage 0, by request."""
+        return jax.tree.map(lambda x: np.asarray(x)[0][self.slots], state.carry)
+
     @property
     def total(self):
         """Ticks until all are done; late starters count from their round."""
-        return self.ticks_of_round(max(s + n for s, n in zip(self.start, self.steps, strict=True)) - 1)
+        turns = [Turn(*turn) for turn in zip(self.start, self.steps, strict=True)]
+        return max(done_at(*self.plan.at(r), turn, turn.num_steps - 1) for r, turn in enumerate(turns))
 
     def ticks_of_round(self, index):
         """Until every request has finished what it does in a round."""
-        return done_at(self.plan, len(self.steps) - 1, Turn(0, index + 1), index)
+        return max(done_at(*self.plan.at(r), Turn(0, index + 1), index) for r in range(len(self.steps)))
 
-
-def truth(state):
-    """The carry of stage 0."""
-    return jax.tree.map(lambda x: np.asarray(x)[0], state.carry)
+    def check(self):
+        """The ring equals a plain loop, and ticks beyond the end change nothing."""
+        layers = self.weights, self.inputs.biases
+        expected = plain_loop(layers, self.inputs.texts, self.x.copy(), self.steps, self.branches)
+        for ticks in (self.total, self.total + 3):
+            done = self.truth(self.segments(ticks))
+            np.testing.assert_array_equal(done.x, expected)
+            assert done.steps.tolist() == self.steps
+        assert self.truth(self.segments(self.total - 1)).steps.tolist() != self.steps
 
 
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 def test_the_ring_equals_a_plain_loop_bit_for_bit(stages, branches):
-    problem = Problem(stages, branches)
-    done = truth(problem.segments(problem.total))
-    layers = problem.weights, problem.inputs.biases
-    expected = plain_loop(layers, problem.inputs.texts, problem.x.copy(), problem.steps, branches)
-    np.testing.assert_array_equal(done.x, expected)
-    assert done.steps.tolist() == problem.steps
-    # ticks beyond the end change nothing
-    more = truth(problem.segments(problem.total + 3))
-    np.testing.assert_array_equal(more.x, expected)
-    assert more.steps.tolist() == problem.steps
+    Problem(MeshSpec(pp=stages), branches).check()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "branches", "steps"),
+    [
+        ("dp=2", 1, [2, 3]),
+        ("dp=2", 2, [2, 3, 1]),  # a slot is left over
+        ("dp=3,pp=2", 2, [2, 1, 3, 2]),
+        ("dp=4,pp=2", 1, [3, 2, 4]),  # a rank has none
+        ("dp=8", 2, [1, 2]),
+        ("cfg=2", 2, [3]),
+        ("cfg=2,pp=2", 2, [3]),
+        ("cfg=2,pp=4", 2, [2, 1, 3, 1, 2]),
+        ("cfg=2,pp=3", 2, [2, 4]),  # layers that do not divide
+        ("dp=2,cfg=2", 2, [2, 1, 4]),
+        ("dp=2,cfg=2,pp=2", 2, [2, 1, 4, 3, 1]),
+    ],
+)
+def test_rings_side_by_side_equal_a_plain_loop_bit_for_bit(mesh, branches, steps):
+    problem = Problem(MeshSpec.parse(mesh), branches, steps, [0] * len(steps))
+    problem.check()
+    assert problem.total == problem.plan.ticks(steps)
+    late = Problem(MeshSpec.parse(mesh), branches, steps, [2 * (r % 2) for r in range(len(steps))])
+    np.testing.assert_array_equal(
+        late.truth(late.segments(late.total)).x, problem.truth(problem.segments(problem.total)).x
+    )
 
 
 def test_any_segmentation_gives_the_same_state_with_one_executable():
     def listen(event, _, **__):
         events.append(event)
 
-    problem, events = Problem(3, 2), []
+    problem, events = Problem(MeshSpec(dp=2, pp=3), 2), []
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         whole = problem.segments(problem.total)
@@ -290,14 +331,24 @@ def test_any_segmentation_gives_the_same_state_with_one_executable():
     assert COMPILED not in events
 
 
-def test_a_state_between_two_rounds_holds_finished_steps_alone():
-    problem = Problem(4, 2)
+@pytest.mark.parametrize("mesh", ["pp=4", "dp=2,pp=4", "dp=2,cfg=2,pp=2"])
+def test_a_state_between_two_rounds_holds_finished_steps_alone(mesh):
+    """However many micro-batches each ring has: no request is a step ahead."""
+    problem = Problem(MeshSpec.parse(mesh), 2)
     state, finished = problem.first_state(), []
     for index in range(5):
         ticks = problem.ticks_of_round(index) - int(state.tick)
         state = problem.run(*problem.placed, state, np.int32(ticks))
-        finished.append(truth(state).steps.tolist())
+        finished.append(problem.truth(state).steps.tolist())
     assert finished == [[1, 0, 0], [2, 0, 1], [3, 1, 2], [3, 1, 3], [3, 1, 4]]
+
+
+@pytest.mark.parametrize("mesh", ["pp=1", "pp=3", "dp=2", "cfg=2", "dp=2,cfg=2,pp=2"])
+def test_a_tick_holds_no_collectives_but_its_own(mesh):
+    """One hop over pp, one sum over cfg, nothing between requests."""
+    problem = Problem(MeshSpec.parse(mesh), 2)
+    text = problem.run.lower(*problem.placed, problem.first_state(), np.int32(1)).compile().as_text()
+    assert collectives(text) == expected_collectives(problem.mesh)
 
 
 # Stages that remember
@@ -333,19 +384,20 @@ def test_a_stage_keeps_its_own_from_tick_to_tick(stages):
                 outs.append(hidden)
             x[r] += 2 * outs[0] - outs[-1]
 
-    everywhere, staged = sharding(mesh), sharding(mesh, "pp")
+    staged = RULES.spec(mesh, "layer")
     plan = RingPlan(stages, (branches,) * 3)
     stage = Stage(enter_toy, run_remembering_layers, retire_toy(branches))
-    run = make_ring(mesh, stage, spec(mesh, "pp"), Given(spec(mesh), spec(mesh, "pp")))
+    specs = staged, Given(RULES.spec(mesh, "request", "branch"), staged)
+    run = make_ring(mesh, stage, *specs)
     rows = Toy(first, np.zeros_like(first), np.zeros(3, np.int32))
     rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
-    held = np.zeros((stages, layers // stages, 3, width), np.int32)
-    state = RingState(np.int32(0), np.zeros((stages, width), np.int32), held, rows)
-    state = jax.device_put(state, RingState(everywhere, staged, staged, staged))
-    given = jax.device_put((weights, Given(texts, biases)), (staged, Given(everywhere, staged)))
+    held = np.zeros((1, 1, stages, layers // stages, 3, width), np.int32)
+    state = RingState(np.int32(0), np.zeros((1, 1, stages, width), np.int32), held, rows)
+    state = put(mesh, state, state_specs(mesh))
     turns = make_turns(plan, [Turn(0, n) for n in steps], slots=3, branches=branches)
-    turns = jax.device_put(turns, everywhere)
+    turns = jax.tree.map(lambda x: x[None], turns)
+    given = put(mesh, ((weights, Given(texts, biases)), turns), (specs, turns_spec(mesh)))
     for ticks in (3, plan.ticks(steps) - 3, 5):
-        state = run(*given, turns, state, np.int32(ticks))
-    np.testing.assert_array_equal(truth(state).x, x)
+        state = run(*given[0], given[1], state, np.int32(ticks))
+    np.testing.assert_array_equal(np.asarray(state.carry.x)[0], x)
     np.testing.assert_array_equal(np.asarray(state.held).reshape(layers, 3, width), memory)
