@@ -205,12 +205,8 @@ class Programs:
     def read(self, running: Running, slot: int) -> Carry:
         """What a slot's video has become, on the first device of its rank."""
         rank, row = divmod(slot, self.bucket.slots)
-        device = self._first(rank)
-
-        def own(x: jax.Array) -> jax.Array:
-            return next(shard.data for shard in x.addressable_shards if shard.device == device)
-
-        return self._read(jax.tree.map(own, running.state.carry), np.int32(row))
+        own = jax.tree.map(lambda x: x.addressable_data(self._first(rank)), running.state.carry)
+        return self._read(own, np.int32(row))
 
     def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
@@ -224,15 +220,19 @@ class Programs:
         carry = jax.tree.map(lambda x: x.update(shape=(1, self.bucket.slots, *x.shape)), carry)
         for rank in range(self.ranks):
             name = "a video out of its slot" + f" of rank {rank}" * (self.ranks > 1)
-            yield name, self._read, (shapes_at(SingleDeviceSharding(self._first(rank)), carry), number)
+            yield (
+                name,
+                self._read,
+                (shapes_at(SingleDeviceSharding(self.mesh.devices.flat[self._first(rank)]), carry), number),
+            )
 
     def _turns(self, plans: Sequence[RingPlan]) -> Turns:
         each = [make_turns(plan, slots=self.bucket.slots, branches=self.branches) for plan in plans]
         return jax.tree.map(lambda *rows: np.stack(rows), *each)
 
-    def _first(self, rank: int) -> jax.Device:
-        """The first device of a rank, a first stage."""
-        return self.mesh.devices[rank].flat[0]  # dp is the mesh's first axis
+    def _first(self, rank: int) -> int:
+        """Which of the mesh's devices is the first of a rank, a first stage: dp is the mesh's first axis."""
+        return rank * self.mesh.size // self.ranks
 
 
 def _zeros(lead: tuple[int, ...], tree: Any) -> Any:

@@ -200,6 +200,31 @@ def test_a_callback_may_return_other_latents(pipe):
     assert ["edits between steps" in made.get("inputs", []) for made in output.settings] == [True] * 3
 
 
+def test_rings_side_by_side_take_the_steps_of_one_device(folder, pipe, called):
+    """Whoever looks, edits, goes on elsewhere or takes the halves of a step."""
+    other = WanPipeline.from_pretrained(folder("t2v-A14B"), "dp=2,cfg=2,pp=2", progress=False)
+    for ours, expected in zip(run_ours(other, **CALL).steps, called.steps, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+    def change(_, step, timestep, given):
+        return {
+            "latents": given["latents"] + np.float32(0.01 * step) * (np.arange(3) != step)[:, None, None, None, None]
+        }
+
+    call = CALL | dict(output_type="latent", callback_on_step_end=change)
+    np.testing.assert_array_equal(other(**call).latents, pipe(**call).latents)
+    state = other.advance(pipe.prepare_encode(**CALL), 2)
+    np.testing.assert_array_equal(state.latents, called.steps[1])
+    np.testing.assert_array_equal(pipe.advance(state).latents, called.steps[-1])
+    np.testing.assert_array_equal(other.denoise_step(state), pipe.denoise_step(state))
+    off = state.replace(guidance_scale=1.0)
+    np.testing.assert_array_equal(other.advance(off).latents, pipe.advance(off).latents)
+    given = state.latents, state.timesteps, pipe.encode_prompt(CALL["prompt"])
+    np.testing.assert_array_equal(other.predict(*given), pipe.predict(*given))
+    with pytest.raises(ValueError, match="no video of this call is guided: leave cfg out"):
+        other.prepare_encode("x", guidance_scale=1.0, seed=1)
+
+
 def test_a_callback_that_returns_nothing_new_changes_nothing(pipe, called):
     output = pipe(callback_on_step_end=lambda *given: given[-1], **CALL)
     np.testing.assert_array_equal(output.latents, called.latents)

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives, expected_collectives
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, VIDEO, compilations, picture
 
 from jaxwan.pipelines import pipeline as pipelines
 from jaxwan.pipelines import warmup
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.load import load_parts
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.progress import Progress
@@ -19,18 +21,19 @@ from jaxwan.sharding.mesh import MeshSpec
 SIZE = dict(height=32, width=48, num_frames=5)
 CALL = SIZE | dict(prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], num_inference_steps=2, seed=1)
 GREY = np.full((32, 48, 3), 128, np.uint8)
-RING = {"ring", "the ring's slots", "a video into its slot", "a video out of its slot", "noise"}
+RING = {"ring", "the ring's slots", "a video into its slot", "noise"}
+OUT = "a video out of its slot"
 TEXT, DECODE = {"text encoder"}, {"VAE decode, first frame", "VAE decode, later frames"}
 ENCODE_FIRST, ENCODE = {"VAE encode, first frame"}, {"VAE encode, first frame", "VAE encode, later frames"}
 CASES = {
     # family, mesh, arguments of the warm-up, of the call, programs
     "guided": ("t2v-A14B", "pp=1", SIZE | dict(guidance_scale=9.0), CALL | dict(guidance_scale=4.0), TEXT | DECODE),
-    "two prompts on four stages": (
-        "t2v-A14B", "pp=4", SIZE | dict(prompt=["", ""]),
+    "two prompts on two stages, each with negative prompts apart": (
+        "t2v-A14B", "dp=2,cfg=2,pp=2", SIZE | dict(prompt=["", ""]),
         CALL | dict(prompt=PROMPTS, sampler=["euler", "dpm++2m"], seed=[1, 2]), TEXT | DECODE,
     ),
     "not guided, latents, two videos": (
-        "t2v-A14B", "pp=1", SIZE | dict(guidance_scale=1.0, num_videos_per_prompt=2, output_type="latent"),
+        "t2v-A14B", "dp=2", SIZE | dict(guidance_scale=1.0, num_videos_per_prompt=2, output_type="latent"),
         CALL | dict(guidance_scale=1.0, num_videos_per_prompt=2, output_type="latent"), TEXT,
     ),
     "embeddings, a single frame": (
@@ -41,7 +44,7 @@ CASES = {
                     sampler="renoise", timesteps=[900, 500], seed=1), {"VAE decode, first frame"},
     ),
     "image and last image with CLIP": (
-        "2.1-flf2v", "pp=2", SIZE | dict(image=GREY, last_image=GREY), CALL | dict(image=IMAGE, last_image=LAST_IMAGE),
+        "2.1-flf2v", "cfg=2", SIZE | dict(image=GREY, last_image=GREY), CALL | dict(image=IMAGE, last_image=LAST_IMAGE),
         TEXT | DECODE | ENCODE | {"image encoder"},
     ),
     "first frame of one of two": (
@@ -69,13 +72,30 @@ def test_after_a_warm_up_a_call_compiles_nothing_and_gives_the_same_bits(fresh, 
     family, mesh, ahead, call, programs = CASES[case]
     pipe, outputs = fresh(family, mesh), []
     warm = pipe.warmup(**ahead)
-    assert set(warm.programs) == RING | programs
+    out = {f"{OUT} of rank 0", f"{OUT} of rank 1"} if "dp=2" in mesh else {OUT}
+    assert set(warm.programs) == RING | out | programs
     assert 0 < max(warm.programs.values()) <= warm.seconds
     assert compilations(lambda: pipe.warmup(**ahead)) == 0
     assert compilations(lambda: outputs.append(pipe(**call))) == 0
     expected = pipeline(family, mesh)(**call)
     np.testing.assert_array_equal(outputs[0].latents, expected.latents)
     np.testing.assert_array_equal(outputs[0].frames, expected.frames)
+
+
+def test_devices_send_each_other_hidden_states_and_velocities_and_nothing_else(pipeline):
+    """Of what every denoising program holds: nothing is gathered, and a video goes to its rank alone."""
+    pipe = pipeline("t2v-A14B", "dp=2,cfg=2,pp=2")
+    job = make_job(pipe.checkpoint, prompt=["", ""], seed=0, **SIZE)
+    denoiser = pipe.parts.denoiser
+    bucket = denoiser.bucket([abstract_entry(pipe.checkpoint, request) for request in job.requests])
+    sent = {
+        name: collectives(function.lower(*arguments).compile().as_text())
+        for name, function, arguments in denoiser.programs(bucket).listed(denoiser.weights)
+    }
+    assert sent.pop("ring") == expected_collectives(denoiser.mesh)
+    assert sent == dict.fromkeys(
+        ["the ring's slots", "a video into its slot", f"{OUT} of rank 0", f"{OUT} of rank 1"], []
+    )
 
 
 def test_programs_compiled_while_the_weights_are_read_are_those_of_the_run(folder, pipeline):
@@ -96,6 +116,8 @@ def test_a_call_named_while_loading_is_checked_first_and_then_compiles_nothing(f
         WanPipeline.from_pretrained(path, warmup=CALL | dict(num_frames=6))
     with pytest.raises(TypeError, match="there is no argument num_frame: did you mean num_frames"):
         WanPipeline.from_pretrained(path, warmup=dict(num_frame=5))
+    with pytest.raises(ValueError, match="mesh dp=2 deals videos to dp=2 groups of devices and this call has 1"):
+        WanPipeline.from_pretrained(path, "dp=2", warmup=SIZE)
     monkeypatch.undo()
     pipe = WanPipeline.from_pretrained(path, dtype=jnp.float32, warmup=SIZE, progress=False)
     assert compilations(lambda: outputs.append(pipe(**CALL))) == 0
