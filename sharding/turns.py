@@ -47,8 +47,8 @@ class RingPlan:
 class Deal:
     """Requests dealt to the rings of several ranks. `plans`: of each ring. `places`: (rank, slot) of each request.
 
-    A period is equally long in all rings. So they are in the same round, and none is a step ahead of another, whoever
-    looks at all requests after some ticks. The ring with the most micro-batches decides on the ticks in any case.
+    A period is equally long in all rings: that of the one with the most micro-batches. So all are in the same round,
+    and whoever looks at the requests after some ticks finds none a step ahead of another.
     """
 
     plans: tuple[RingPlan, ...]
@@ -75,10 +75,10 @@ class Deal:
 
 
 def deal(branches: Sequence[int], *, ranks: int, stages: int) -> Deal:
-    """Deal requests of so many branches to ranks: as many to each, but for one more, and as many micro-batches.
+    """Deal requests of so many branches to ranks, none of which gets more than its share, rounded up, and all about as
+    many micro-batches: those with most branches go first, each to the rank that has the fewest so far.
 
-    Those with most branches go first, each to the rank that has the fewest micro-batches. What is left over of a number
-    that does not divide are idle slots.
+    Steps play no part: a period, and so a step, takes as long for all.
     """
     most, held = -(-len(branches) // ranks), [[] for _ in range(ranks)]
     for request in sorted(range(len(branches)), key=lambda r: -branches[r]):

@@ -61,9 +61,11 @@ class WanPipeline:
     ) -> "WanPipeline":
         """Load a Diffusers-layout folder or hub id (or what `open_checkpoint` made) onto a mesh such as "pp=4".
 
-        mesh None is one device. dtype is the DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16
-        by default on accelerators (with Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights
-        files, such as "fp16", as `open_checkpoint` takes it.
+        mesh None is one device; of its axes dp spreads videos, cfg=2 prompts and negative prompts, pp the layers, and
+        results are the same. A pipeline with more ranks of dp than a call has videos leaves some idle. dtype is the
+        DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators (with
+        Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", as
+        `open_checkpoint` takes it.
 
         warmup: the arguments of a call, `dict(prompt="…", num_frames=81)`, or what `make_job` made of them. The call is
         checked before anything heavy is read, and what it runs is compiled while the weights are. Calls of the same
@@ -186,6 +188,7 @@ class WanPipeline:
     def run(self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None) -> Output:
         """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
         check_output_type(output_type)
+        check_use(self._mesh, job, loaded=True)
         progress = Progress(visible=self.progress)
         state = self._prepare(job, progress)
         state = self._advance(state, int(state.num_steps.max()), progress, callback_on_step_end)
@@ -378,7 +381,6 @@ class WanPipeline:
         return identity(self.checkpoint, self.parts.denoiser.dtype)
 
     def _prepare(self, job: Job, progress: Progress) -> StepState:
-        check_use(self._mesh, job, loaded=True)
         return StepState(tuple(prepare(self.checkpoint, self.parts, job.requests, progress)), self._settings(job))
 
     def _advance(self, state: StepState, count: int, progress: Progress, callback: Callback | None) -> StepState:

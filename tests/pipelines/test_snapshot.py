@@ -50,7 +50,7 @@ def test_it_goes_on_beside_other_neighbours_on_another_mesh_with_the_same_bits(f
     assert loaded.steps_done.tolist() == [2] and loaded.settings == state.settings
     np.testing.assert_array_equal(pipe.advance(loaded).latents, end)
     other = WanPipeline.from_pretrained(folder("t2v-A14B"), "dp=2,cfg=2,pp=2", progress=False)
-    neighbour = pipe.prepare_encode("a moon", seed=1, guidance_scale=1.0, num_inference_steps=6, **SIZE)
+    neighbour = other.prepare_encode("a moon", seed=1, guidance_scale=1.0, num_inference_steps=6, **SIZE)
     together = other.advance(StepState.join(neighbour, other.load_state(path)))
     np.testing.assert_array_equal(together[1].latents, end)
     np.testing.assert_array_equal(other.advance(other.load_state(path)).latents, end)  # a rank has no video

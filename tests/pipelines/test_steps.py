@@ -221,8 +221,11 @@ def test_rings_side_by_side_take_the_steps_of_one_device(folder, pipe, called):
     np.testing.assert_array_equal(other.advance(off).latents, pipe.advance(off).latents)
     given = state.latents, state.timesteps, pipe.encode_prompt(CALL["prompt"])
     np.testing.assert_array_equal(other.predict(*given), pipe.predict(*given))
-    with pytest.raises(ValueError, match="no video of this call is guided: leave cfg out"):
-        other.prepare_encode("x", guidance_scale=1.0, seed=1)
+    alone = {key: CALL[key] for key in ("height", "width", "num_frames")} | dict(guidance_scale=1.0, seed=1)
+    assert len(StepState.join(state, other.prepare_encode("x", **alone))) == 4  # beside others it may be
+    for refusing in (other, other.warmup):
+        with pytest.raises(ValueError, match="no video of this call is guided: leave cfg out"):
+            refusing("x", **alone)
 
 
 def test_a_callback_that_returns_nothing_new_changes_nothing(pipe, called):

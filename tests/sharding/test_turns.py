@@ -1,5 +1,6 @@
 """Tick arithmetic against a ring that is moved by hand: arrivals, lengths, drops and segments at random."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxwan.sharding.ring import make_turns, slot_at
-from jaxwan.sharding.turns import RingPlan, Turn, done_at, first_start, rebased, steps_done, ticks_until_step
+from jaxwan.sharding.turns import RingPlan, Turn, deal, done_at, first_start, rebased, steps_done, ticks_until_step
 
 SIZES = ((1, 1), (1, 2, 2), (2, 2), (3, 1, 1), (4, 2), (4, 2, 2, 2), (5, 2, 2), (3, 1, 2), (4, 2, 1, 1), (2, 1, 3, 2))
 PLANS = [RingPlan(stages, tuple(branches)) for stages, *branches in SIZES]
@@ -146,3 +147,32 @@ def test_worked_numbers():
     assert ticks_until_step(plan, [Turn(0, 40), Turn(0, 40)], 5) == 2
     assert steps_done(plan, 1, Turn(1, 40, done=10), 11) == 10 and steps_done(plan, 1, Turn(1, 40, done=10), 12) == 11
     assert rebased(plan, [Turn(3, 40), Turn(0, 5)], 104) == ([Turn(-17, 40), Turn(0, 5, 5)], 4)
+
+
+# Requests dealt to ranks
+
+
+@given(st.lists(st.integers(1, 2), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_requests_are_dealt_so_that_a_period_is_as_short_as_it_can_be(branches, ranks, stages):
+    dealt, share = deal(branches, ranks=ranks, stages=stages), -(-len(branches) // ranks)
+    told = [(r, dealt.plans[rank].branches[slot]) for r, (rank, slot) in enumerate(dealt.places)]
+    assert told == list(enumerate(branches)) and len(set(dealt.places)) == len(branches)
+    assert sum(len(plan.branches) for plan in dealt.plans) == len(branches) and len(dealt.plans) == ranks
+    assert max(len(plan.branches) for plan in dealt.plans) == share and dealt.microbatches == sum(branches)
+    assert {plan.period for plan in dealt.plans} == {dealt.period}
+    best = stages + len(branches) * 2
+    for places in itertools.product(range(ranks), repeat=len(branches)):
+        if places[0] == 0 and max(map(places.count, range(ranks))) <= share:
+            rings = [tuple(b for b, p in zip(branches, places, strict=True) if p == rank) for rank in range(ranks)]
+            best = min(best, max(RingPlan(stages, ring).period for ring in rings))
+    assert dealt.period == best
+
+
+def test_worked_deals():
+    assert deal([1, 2, 1], ranks=1, stages=2).places == ((0, 0), (0, 1), (0, 2))  # a single ring keeps their order
+    dealt = deal([2, 1, 2, 1], ranks=2, stages=1)
+    assert dealt.places == ((0, 0), (0, 1), (1, 0), (1, 1)) and dealt.period == 3
+    assert dealt.ticks([50, 50, 10, 50]) == 150
+    idle = deal([2], ranks=3, stages=2)
+    assert [plan.branches for plan in idle.plans] == [(2,), (), ()] and idle.ticks([4]) == RingPlan(2, (2,)).ticks([4])
