@@ -363,8 +363,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the tiny bundled one")
     where.add_argument("--variant", metavar="NAME",
                        help="of the weights files: fp16 reads diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
-    where.add_argument("--mesh", default="pp=1", help="devices by axis, such as cfg=2,pp=4: pp spreads the layers, for "
-                       "memory; cfg=2 prompts and negative prompts, for speed; dp videos; default %(default)s")  # fmt: skip
+    where.add_argument("--mesh", default="pp=1",
+                       help="devices by axis, such as cfg=2,pp=4: pp spreads the layers, for memory; cfg=2 prompt and "
+                            "negative prompt, for speed; dp videos, for throughput; default %(default)s")  # fmt: skip
     where.add_argument(
         "--dtype", help="of DiT and text encoder: bfloat16 or float32; default bfloat16, on a CPU float32"
     )

@@ -45,7 +45,8 @@ _LEAST_MEMORY = 10**6  # bytes
 
 @dataclass(frozen=True)
 class DryRun:
-    """The report. Bytes are per device; lists go by device, and device 0 also holds the encoders and the VAE."""
+    """The report. Bytes are per device; lists go by device, in the mesh's order with dp outermost, and device 0 also
+    holds the encoders and the VAE."""
 
     variant: str
     mesh: str

@@ -21,6 +21,7 @@ from PIL import Image
 from published import write_configs
 from safetensors.numpy import load_file, save_file
 
+from jaxwan.convert.files import TensorFiles
 from jaxwan.pipelines import pipeline as pipeline_module
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
@@ -82,10 +83,18 @@ def resident_bytes(load):
         ("2.1-i2v", "pp=2", "bfloat16"), ("t2v-A14B", "dp=2,cfg=2,pp=2", "float32"),
     ],
 )  # fmt: skip
-def test_parameter_bytes_are_those_on_each_device_after_loading(folder, family, mesh, dtype):
+def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, folder, family, mesh, dtype):
     path, count = folder(family), MeshSpec.parse(mesh).num_devices
     expected = parameter_bytes(read_checkpoint(path), MeshSpec.parse(mesh), dtype, "float32")
+    read, of = Counter(), TensorFiles.read
+
+    def counted(files, key):
+        read[*files.paths, key] += 1
+        return of(files, key)
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
     pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, mesh, dtype, progress=False))
+    assert set(read.values()) == {1}  # once from disk, however many devices hold it
     assert [resident[device.id] for device in jax.devices()[:count]] == expected
     assert sum(resident.values()) == sum(expected)
     assert pipe.checkpoint.folder == path

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from collectives import collectives, expected_collectives
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jaxwan.sharding.collectives import gather
@@ -205,7 +206,7 @@ def plain_loop(layers, texts, x, steps, branches):
 
 def put(mesh, tree, specs):
     """Arrays on the devices of a mesh, by their PartitionSpecs."""
-    return jax.device_put(tree, jax.tree.map(partial(jax.NamedSharding, mesh), specs))
+    return jax.device_put(tree, jax.tree.map(partial(NamedSharding, mesh), specs))
 
 
 class Problem:
@@ -331,7 +332,7 @@ def test_any_segmentation_gives_the_same_state_with_one_executable():
     assert COMPILED not in events
 
 
-@pytest.mark.parametrize("mesh", ["pp=4", "dp=2,pp=4", "dp=2,cfg=2,pp=2"])
+@pytest.mark.parametrize("mesh", ["pp=4", "dp=2", "dp=2,cfg=2"])
 def test_a_state_between_two_rounds_holds_finished_steps_alone(mesh):
     """However many micro-batches each ring has: no request is a step ahead."""
     problem = Problem(MeshSpec.parse(mesh), 2)
