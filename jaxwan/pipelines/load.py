@@ -110,10 +110,12 @@ def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
 def check_use(mesh: MeshSpec, job: Job, *, loaded: bool = False) -> None:
     """Raises ValueError where devices would have nothing to do in a call.
 
-    A pipeline that is loaded takes fewer videos than it has ranks for, since its next call may have more.
+    A pipeline that is loaded takes fewer videos than it has ranks for, and tells so: its next call may have more.
     """
     videos = len(job.requests)
-    if mesh.dp > videos and not loaded:
+    if mesh.dp > videos and loaded:
+        log.info("mesh %s deals videos to dp=%d groups of devices: %d have none", mesh, mesh.dp, mesh.dp - videos)
+    elif mesh.dp > videos:
         fits = f"dp={videos} is the most" if videos > 1 else "leave dp out"
         raise ValueError(
             f"mesh {mesh} deals videos to dp={mesh.dp} groups of devices and this call has {videos}: {fits}, or ask "

@@ -985,11 +985,15 @@ def test_a_mesh_with_devices_that_a_call_leaves_idle_is_refused(checkpoints, mes
     assert_one_sentence(str(caught.value))
 
 
-def test_a_mesh_with_work_for_each_device_is_taken(checkpoints):
+def test_a_mesh_with_work_for_each_device_is_taken(checkpoints, caplog):
     some = make_job(checkpoints[T2V], prompt=["a", "b", "c"], guidance_scale=[1, 1, 2])
     check_use(MeshSpec(dp=3, cfg=2), some)  # one video is guided
     check_use(MeshSpec(dp=2), some)
-    check_use(MeshSpec(dp=4), some, loaded=True)  # its next call may have more
+    with caplog.at_level("INFO", "jaxwan"):
+        check_use(MeshSpec(dp=3), some, loaded=True)
+        assert not caplog.text
+        check_use(MeshSpec(dp=4), some, loaded=True)  # its next call may have more
+    assert "mesh dp=4 deals videos to dp=4 groups of devices: 1 have none" in caplog.text
 
 
 @pytest.mark.parametrize(
