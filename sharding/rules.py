@@ -4,6 +4,7 @@ Arrays name their axes by what these count, such as layers or requests. Where th
 for placement, loading and the plan of memory alike.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -14,7 +15,7 @@ from jaxwan.sharding.mesh import spec
 
 @dataclass(frozen=True)
 class Rules:
-    """The mesh axis of each axis that is split; an array's axis of any other name, or None, is whole everywhere."""
+    """The mesh axis of each axis that is split. An array's axis that has no name (None) is whole on every device."""
 
     request: str = "dp"
     branch: str = "cfg"  # cond, uncond
@@ -36,10 +37,7 @@ class Rules:
 
     def parts(self, sizes: Mapping[str, int], *axes: str | None) -> int:
         """How many parts an array of these leading axes is cut into on a mesh of these sizes; one is on each device."""
-        total = 1
-        for axis in self.mesh_axes(*axes):
-            total *= 1 if axis is None else sizes[axis]
-        return total
+        return math.prod(sizes[axis] for axis in self.mesh_axes(*axes) if axis is not None)
 
 
 RULES = Rules()
