@@ -134,7 +134,6 @@ SECONDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:the prompt is longer")
 @pytest.mark.parametrize("family", SECONDS)
 def test_a_second_call_of_the_same_size_compiles_nothing(pipeline, family):
     mesh, second = SECONDS[family]
