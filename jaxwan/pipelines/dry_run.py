@@ -109,8 +109,12 @@ class DryRun:
         if devices == 1:
             return " on one device"
         rings = f" in each of {devices // stages} rings" if devices > stages else ""
-        more = "" if self.utilisation > 0.99 else "; more prompts or videos in one call fill the idle time"
-        return f"{rings} on {devices} devices, each at work {self.utilisation:.0%} of the time{more}"
+        cfg, more = MeshSpec.parse(self.mesh).cfg, ""
+        if self.utilisation < 0.99 and self.microbatches < self.period * (devices // stages // cfg):
+            more = "; more prompts or videos in one call fill the idle time"
+        elif self.utilisation < 0.99 and cfg > 1:
+            more = "; videos without guidance leave half of the devices idle"
+        return f"{rings} on {devices} devices, at work {self.utilisation:.0%} of the time{more}"
 
     def _memory(self) -> list[str]:
         """A line a device, or one for several that are alike."""
@@ -142,7 +146,7 @@ class DryRun:
     def _verdict(self) -> str:
         most = _size(max(self.needed_bytes))
         if self.device_memory is None:
-            return f"each device must have {most} (say how much one has, such as 80GB, to compare)"
+            return f"the fullest device needs {most} (say how much one has, such as 80GB, to compare)"
         room = _size(int(self.device_memory * self.memory_fraction))
         if self.memory_fraction < 1:
             room += f", the {self.memory_fraction:.0%} of {_size(self.device_memory)} that JAX takes,"
@@ -368,9 +372,9 @@ def _denoise_bytes(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.d
         }
     moment = max(moments, key=lambda name: moments[name])
     return {
-        "latents, x0 history and velocity of all videos (6 x float32)": 6 * slots * latent,
+        "latents, x0 history and velocity of a ring's videos (6 x float32)": 6 * slots * latent,
         "noise of renoise (8 x float32)": RENOISINGS * slots * latent * renoises,
-        "text rows, all branches": 4 * slots * texts * job.requests[0].max_sequence_length * cfg.text_dim,
+        "text rows of a ring's videos": 4 * slots * texts * job.requests[0].max_sequence_length * cfg.text_dim,
         "image rows and channels": slots * (image + latent * extra // geometry.z_dim),
         "hidden state": hidden,
         moment: moments[moment],

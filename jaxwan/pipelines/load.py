@@ -25,6 +25,7 @@ from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.pipelines.request import Job
+from jaxwan.pipelines.telling import warn
 from jaxwan.pipelines.warmup import compiling, job_programs
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
@@ -110,22 +111,21 @@ def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
 def check_use(mesh: MeshSpec, job: Job, *, loaded: bool = False) -> None:
     """Raises ValueError where devices would have nothing to do in a call.
 
-    A pipeline that is loaded takes fewer videos than it has ranks for, and tells so: its next call may have more.
+    A pipeline that is loaded takes such a call, with a warning: others may give those devices work.
     """
-    videos = len(job.requests)
-    if mesh.dp > videos and loaded:
-        log.info("mesh %s deals videos to dp=%d groups of devices: %d have none", mesh, mesh.dp, mesh.dp - videos)
-    elif mesh.dp > videos:
+    videos, idle = len(job.requests), []
+    if mesh.dp > videos:
+        has = f"mesh {mesh} deals videos to {mesh.dp} groups of devices and this call has {videos} video"
         fits = f"dp={videos} is the most" if videos > 1 else "leave dp out"
-        raise ValueError(
-            f"mesh {mesh} deals videos to dp={mesh.dp} groups of devices and this call has {videos}: {fits}, or ask "
-            "for more prompts or num_videos_per_prompt"
-        )
+        has += "s" * (videos > 1)
+        idle.append((has, "the others are idle", f"{fits}, or ask for more prompts or num_videos_per_prompt"))
     if mesh.cfg > 1 and not job.guided:
-        raise ValueError(
-            f"mesh {mesh} has devices for the negative prompts and no video of this call is guided: leave cfg out, or "
-            "give a guidance_scale above 1"
-        )
+        has = f"mesh {mesh} has devices for the negative prompts and no video of this call is guided"
+        idle.append((has, "those are idle", "leave cfg out, or give a guidance_scale above 1"))
+    for has, told, remedy in idle:
+        if not loaded:
+            raise ValueError(f"{has}: {remedy}")
+        warn(f"{has}: {told}")
 
 
 def prove_components(

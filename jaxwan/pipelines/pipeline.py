@@ -36,6 +36,7 @@ from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 OUTPUT_TYPES = ("np", "latent", "pil")
+_AT_THE_END = ("output_type", "callback_on_step_end")  # arguments of a call that its job does not know
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class WanPipeline:
             raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
         job = warmup
         if not isinstance(warmup, Job | None):
-            job = make_job(checkpoint, False, **with_prompt(checkpoint, warmup))
+            call = {name: value for name, value in warmup.items() if name not in _AT_THE_END}
+            job = make_job(checkpoint, False, **with_prompt(checkpoint, call))
         place(checkpoint, spec, job)
         keep_compiled_programs()
         ensure_weights(checkpoint)
@@ -321,7 +323,7 @@ class WanPipeline:
         Arguments and errors are a call's, but for what a call does at its end. `advance` then takes steps in the ring,
         as a call does; `denoise_step` and `step_scheduler` are the halves of one step; `post_decode` makes frames.
         """
-        for name in ("output_type", "callback_on_step_end"):
+        for name in _AT_THE_END:
             if name in call:
                 raise TypeError(f"{name} is an argument of a call, and none of prepare_encode: it makes no output")
         job = make_job(self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, **call)

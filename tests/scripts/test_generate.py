@@ -319,7 +319,7 @@ def test_a_dry_run_needs_neither_weights_nor_devices(tmp_path, cache):
 def test_a_dry_run_reads_as_text_too(run):
     status, out, _ = run("--model", BUNDLED_MODEL, "--dry-run", "--mesh", "pp=5")
     assert status == 0
-    assert "layers      2 + 2 + 2 + 2 + 0 on 5 devices" in out and "each device must have" in out
+    assert "layers      2 + 2 + 2 + 2 + 0 on 5 devices" in out and "the fullest device needs" in out
     assert os.listdir() == []
 
 
