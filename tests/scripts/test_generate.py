@@ -641,7 +641,7 @@ BAD = [
     (["--like", "CLIP"], "clip.mp4 does not say how it was made"),
     (["--mesh", "pp=9"], "mesh pp=9 has 9 stages for 8 layers: the largest is pp=8"),
     (["--mesh", "tp=2"], "tp=2 is not built yet"),
-    (["--mesh", "dp=2"], "mesh dp=2 deals videos to dp=2 groups of devices and this call has 1: leave dp out, or"),
+    (["--mesh", "dp=2"], "mesh dp=2 deals videos to 2 groups of devices and this call has 1 video: leave dp out, or"),
     (["--mesh", "cfg=2", "--guidance-scale", 1], "no video of this call is guided: leave cfg out, or give a guidance_"),
     (["--mesh", "cfg=4", "--dry-run"], "cfg=4 is for the two branches of guidance, the largest is cfg=2"),
     (["--num-inference-steps", 0], "num_inference_steps=0 is outside 1 to 128: nearest is 1"),
