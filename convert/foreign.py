@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jaxwan.config import GIT_LFS_POINTER
+
 PLAIN = "take the weights in the Diffusers layout in bfloat16, float16 or float32"
 _LORA = re.compile(r"\.(lora_(A|B|up|down)|lokr_w|hada_w|diff(_b|_m)?$)")
 # what names of tensors tell, by the words for it; the first that is found counts
@@ -57,7 +59,7 @@ def describe_file(path: Path, otherwise: str = "is truncated or no safetensors f
     with path.open("rb") as file:
         start = file.read(200)
     text = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(GIT_LFS_POINTER):
         return "is a git-lfs pointer and not the weights: fetch them with `git lfs pull`"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page and not the weights: download it again (the link may need a login)"

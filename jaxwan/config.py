@@ -18,12 +18,15 @@ class ConfigError(ValueError):
     """A configuration file asks for something that is not implemented, or is malformed."""
 
 
+GIT_LFS_POINTER = b"version https://git-lfs"  # begins what git leaves in place of a large file that was not fetched
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError for anything else in it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        if path.read_bytes().startswith(b"version https://git-lfs"):  # tokenizers are large enough to be kept so
+        if path.read_bytes().startswith(GIT_LFS_POINTER):  # tokenizers are large enough to be kept so
             raise ConfigError(f"{path} is a git-lfs pointer and not the file: fetch it with `git lfs pull`") from error
         raise ConfigError(f"{path} is no JSON file ({error})") from error
     if not isinstance(data, dict):

@@ -141,6 +141,11 @@ def local_path(path: str | Path, what: str, instead: str = "give a path of this 
     return Path(os.path.expanduser(path))  # unlike Path.expanduser it leaves a ~ before no user's name, as shells do
 
 
+def output_path(path: str | Path) -> Path:
+    """`local_path` of what is to be written."""
+    return local_path(path, "output", "give a path of this machine")
+
+
 def as_array(value: Any, what: str) -> np.ndarray:
     """NumPy's array of an array of any library (a torch tensor of any device and dtype too), or of lists of them.
 

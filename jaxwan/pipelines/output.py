@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxwan import __version__
-from jaxwan.pipelines.arguments import local_path
+from jaxwan.pipelines.arguments import output_path
 from jaxwan.pipelines.media import can_encode_h264, check_output, save_npz, save_output, to_uint8
 from jaxwan.pipelines.request import Job
 
@@ -72,7 +72,7 @@ class Output:
         arrays = {"latents": self.latents}
         if frames and self.frames is not self.latents:
             arrays["frames"] = np.stack([self._pixels(i) for i in range(len(self))])
-        save_npz(local_path(path, "output", "give a path of this machine"), overwrite=overwrite, **arrays)
+        save_npz(output_path(path), overwrite=overwrite, **arrays)
 
     def _pixels(self, i: int) -> np.ndarray:
         """Frames (F, H, W, 3) of a video."""
@@ -115,7 +115,7 @@ def numbered(path: str | Path, settings: Sequence[Mapping[str, Any]]) -> list[Pa
 
     clip.mp4 of two prompts, seeds 7 and 8: clip-0-seed7.mp4, clip-1-seed8.mp4
     """
-    path = local_path(path, "output", "give a path of this machine")
+    path = output_path(path)
     if len(settings) == 1:
         return [path]
     return [

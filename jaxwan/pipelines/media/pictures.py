@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxwan.config import GIT_LFS_POINTER
 from jaxwan.pipelines.telling import warn
 
 # PIL is imported where it is used, so its types cannot stand in signatures.
@@ -28,7 +29,7 @@ def what_else(path: Path) -> str | None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "it is empty"
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(GIT_LFS_POINTER):
         return "it is a git-lfs pointer: fetch the file itself, by `git lfs pull`"
     if text.startswith((b"<!doctype html", b"<html", b"<head")):
         return "it is a web page: download the file itself"

@@ -13,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxwan.pipelines.arguments import as_array, local_path
+from jaxwan.pipelines.arguments import as_array, output_path
 from jaxwan.pipelines.ending import leaving_nothing_half
 from jaxwan.pipelines.media.reading import check_pixels
 from jaxwan.pipelines.telling import warn
@@ -37,7 +37,7 @@ def check_output(path: str | Path, num_frames: int, overwrite: bool = True) -> P
     Raises ValueError for a suffix that is not .mp4 or .gif (or .png, for one frame), OSError where nothing can be
     written, or a file is that is not to be replaced.
     """
-    path = local_path(path, "output", "give a path of this machine")
+    path = output_path(path)
     allowed = [".mp4", ".gif"] + [".png"] * (num_frames == 1)
     if path.suffix.lower() not in allowed:
         raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
@@ -55,7 +55,7 @@ def can_encode_h264() -> bool:
 
 def check_writable(path: str | Path, overwrite: bool = True) -> Path:
     """Prove that a file can be written as `path`, whose folder may have to be made first. Raises OSError."""
-    path = local_path(path, "output", "give a path of this machine")
+    path = output_path(path)
     if (length := len(os.fsencode(path.name))) > 255:
         raise OSError(f"output {path.name[:40]}… has a name of {length} bytes: file systems take 255")
     if path.is_dir():
@@ -133,7 +133,7 @@ def save_video(
 
     Raises ValueError for another suffix, no frames, frames of several or odd sizes, or fps that is not positive.
     """
-    path = local_path(path, "output", "give a path of this machine")
+    path = output_path(path)
     if path.suffix.lower() not in (".mp4", ".gif"):
         raise ValueError(f"output {path} must end in .mp4 or .gif")
     if path.suffix.lower() == ".mp4":
