@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 LOGITS_BYTES = 2**28  # XLA form: float32 logits of one chunk of queries, all heads
 
@@ -56,16 +56,18 @@ def attention_with_lse(
     v: Float[Array, "b s n k"],
     *,
     bias: Float[Array, "b s"] | None = None,
+    key_length: Int[Array, " b"] | None = None,
     implementation: str | None = None,
 ) -> Attended:
     """`attention` over some of the keys, out in q's dtype and lse in float32, for `merge`.
 
-    Arguments and errors are attention's. Where the bias hides all keys, out is 0 and lse -inf. Not for training: cuDNN
+    Other arguments and errors are attention's. key_length: how many keys count, the first ones, from 0 to all; the
+    others are finite and are not looked at. Where all keys are hidden, out is 0 and lse -inf. Not for training: cuDNN
     passes no gradient through lse.
     """
     if _chosen(q, bias, implementation) == "cudnn":
-        return _cudnn_with_lse(q, k, v)
-    return _in_chunks(attend_with_lse, q, k, v, bias)
+        return _cudnn_with_lse(q, k, v, key_length)
+    return _in_chunks(attend_with_lse, q, k, v, _hiding(bias, key_length, k.shape[1]))
 
 
 def merge(a: Attended, b: Attended) -> Attended:
@@ -95,12 +97,32 @@ def _cudnn_fits(q: Array) -> bool:
     return fits and jax.default_backend() == "gpu"  # asked last: it starts the backend
 
 
-def _cudnn_with_lse(q: Array, k: Array, v: Array) -> Attended:
+def _cudnn_with_lse(q: Array, k: Array, v: Array, key_length: Array | None) -> Attended:
     # jax.nn's return_residual rounds lse to q's dtype: 3 % of a part's weight in bfloat16
-    from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    made: Any = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)  # lse is [b, n, q]
-    return Attended(made[0], made[1].swapaxes(1, 2))
+    lengths = {}
+    if key_length is not None:
+        key_length = key_length.astype(jnp.int32)
+        all_queries = jnp.full_like(key_length, q.shape[1])
+        lengths = dict(q_seqlen=all_queries, kv_seqlen=key_length, mask_type=MaskType.PADDING)
+    made: Any = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True, **lengths)
+    attended = Attended(made[0], made[1].swapaxes(1, 2))  # lse is [b, n, q]
+    return attended if key_length is None else _none_is_nothing(attended, key_length)
+
+
+def _none_is_nothing(attended: Attended, key_length: Array) -> Attended:
+    """`attended` with what no key means, whatever a kernel makes of a length of 0."""
+    seen = (key_length > 0)[:, None, None]
+    return Attended(jnp.where(seen[..., None], attended.out, 0), jnp.where(seen, attended.lse, -jnp.inf))
+
+
+def _hiding(bias: Array | None, key_length: Array | None, keys: int) -> Array | None:
+    """The bias that also hides the keys behind `key_length`."""
+    if key_length is None:
+        return bias
+    counts = jnp.arange(keys) < key_length[:, None]
+    return jnp.where(counts, jnp.float32(0) if bias is None else bias, -jnp.inf)
 
 
 def attend(

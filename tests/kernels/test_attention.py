@@ -1,5 +1,7 @@
 """Attention: the XLA form in query chunks against the reference that holds queries x keys."""
 
+import re
+from functools import partial
 from unittest import mock
 
 import jax
@@ -180,10 +182,27 @@ def test_a_part_that_saw_nothing_changes_no_bit():
     jax.tree.map(np.testing.assert_array_equal, merge(nothing, nothing), nothing)
 
 
+@pytest.mark.parametrize("logits_bytes", [1 << 28, 1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_keys_behind_the_length_are_not_looked_at(monkeypatch, logits_bytes, biased):
+    monkeypatch.setattr(module, "LOGITS_BYTES", logits_bytes)
+    lengths = np.array([0, 1, 8, 13])
+    q, k, v = arrays(4, 37, 13, 3, 10)
+    bias = hidden_somewhere(4, 13)[::-1] if biased else None  # of all 13 keys some are hidden
+    out, lse = jax.jit(attention_with_lse)(q, k, v, bias=bias, key_length=jnp.asarray(lengths))
+    np.testing.assert_array_equal(out[0], jnp.zeros_like(out[0]))
+    np.testing.assert_array_equal(lse[0], jnp.full_like(lse[0], -jnp.inf))
+    for i, length in enumerate(lengths[1:], 1):
+        own = slice(i, i + 1), slice(length)
+        expected, expected_lse = plain_attention(q[own[0]], k[own], v[own], None if bias is None else bias[own])
+        assert relative_error(out[own[0]], expected) < 1e-6  # float32's own, as the next
+        np.testing.assert_allclose(lse[own[0]], expected_lse, atol=4e-6)
+
+
 CUDNN_CALL = "__cudnn$fmhaSoftmax"
 
 
-def lowered_for_cuda(function, q, kv):
+def lowered_for_cuda(function, q, kv, **arrays):
     """The program of `function` by cuDNN, lowered for CUDA on any machine.
 
     It shows that JAX's own checks take the shapes and which call is made, not that cuDNN has a kernel for them nor what
@@ -198,9 +217,9 @@ def lowered_for_cuda(function, q, kv):
         mock.patch.object(private, "check_compute_capability", lambda capability: capability <= "9.0"),
     ):
         return jax.export.export(
-            jax.jit(lambda *x: function(*x, implementation="cudnn")), platforms=["cuda"],
+            jax.jit(partial(function, implementation="cudnn")), platforms=["cuda"],
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(CUDNN_CALL)],
-        )(q, kv, kv)  # fmt: skip
+        )(q, kv, kv, **arrays)  # fmt: skip
 
 
 @pytest.mark.parametrize("function", [attention, attention_with_lse])
@@ -223,6 +242,17 @@ def test_the_official_shapes_are_one_cudnn_call_on_cuda(function, queries, keys,
     out = (((1, queries, heads, 128), jnp.bfloat16), ((1, queries, heads), jnp.float32))
     assert [(a.shape, a.dtype) for a in exported.out_avals] == list(out[: len(exported.out_avals)])
     assert len(exported.out_avals) == (1 if function is attention else 2)
+    assert "NO_MASK" in program
+
+
+def test_cudnn_takes_the_number_of_keys_that_count_as_its_own():
+    q, kv = (jax.ShapeDtypeStruct((2, n, 40, 128), jnp.bfloat16) for n in (9_450, 9_456))
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    program = lowered_for_cuda(attention_with_lse, q, kv, key_length=lengths).mlir_module()
+    assert (call := re.search(rf"@{re.escape(CUDNN_CALL)}\(%arg0, %arg1, %arg2, (%\w+), %arg3\) .*", program))
+    assert f"{call[1]} = stablehlo.broadcast_in_dim" in program  # all queries count
+    assert "PADDING" in call[0]
+    assert "dot_general" not in program
 
 
 @pytest.mark.gpu
@@ -241,3 +271,16 @@ def test_cudnns_log_sum_exp_is_the_natural_logarithm_of_scaled_logits_in_float32
     assert lse.dtype == jnp.float32
     assert relative_error(np.asarray(out, np.float32), expected) < 6e-3
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)  # bfloat16 would be off by up to 8e-3
+
+
+@pytest.mark.gpu
+def test_cudnn_looks_at_no_key_behind_the_length():
+    lengths = np.array([0, 1, 17, 24], np.int32)
+    q, k, v = arrays(4, 40, 24, 3, 64, jnp.bfloat16)
+    out, lse = attention_with_lse(q, k, v, key_length=jnp.asarray(lengths), implementation="cudnn")
+    assert (np.asarray(out[0], np.float32) == 0).all() and jnp.isneginf(lse[0]).all()
+    for i, length in enumerate(lengths[1:], 1):
+        own = slice(i, i + 1), slice(length)
+        expected, expected_lse = plain_attention(q[own[0]], k[own], v[own])
+        assert relative_error(np.asarray(out[own[0]], np.float32), expected) < 6e-3
+        np.testing.assert_allclose(lse[own[0]], expected_lse, atol=1e-4)
