@@ -74,9 +74,9 @@ def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule
 
 
 def flat_shapes(abstract: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted path -> shape and dtype of every parameter of an abstract state."""
+    """Dotted path -> shape, dtype and sharding (if it has one) of every parameter of an abstract state."""
     return {
-        ".".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        ".".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.get_value().sharding)
         for path, leaf in nnx.to_flat_state(abstract)
     }
 

@@ -99,8 +99,9 @@ def plan(args: argparse.Namespace) -> int:
     made = like(args)
     checkpoint = open_model(args, made)
     report = jaxwan.dry_run(
-        checkpoint, mesh=args.mesh, device_memory=args.device_memory, **dtypes(args, made), **arguments(args, made)
-    )
+        checkpoint, mesh=args.mesh, ulysses=args.ulysses, device_memory=args.device_memory, **dtypes(args, made),
+        **arguments(args, made),
+    )  # fmt: skip
     print(report.to_json() if args.json else report, flush=True)
     return DOES_NOT_FIT if report.fits is False else 0
 
@@ -121,7 +122,7 @@ def generate(args: argparse.Namespace) -> int:
         os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
     seconds = {"start": time.perf_counter() - START}
     pipe = jaxwan.WanPipeline.from_pretrained(
-        checkpoint, args.mesh, warmup=job, progress=not args.quiet, **dtypes(args, made)
+        checkpoint, args.mesh, ulysses=args.ulysses, warmup=job, progress=not args.quiet, **dtypes(args, made)
     )
     output = pipe.run(job, output_type="latent")
     start = time.perf_counter()
@@ -365,7 +366,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="of the weights files: fp16 reads diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
     where.add_argument("--mesh", default="pp=1",
                        help="devices by axis, such as cfg=2,pp=4: pp spreads the layers, for memory; cfg=2 prompt and "
-                            "negative prompt, for speed; dp videos, for throughput; default %(default)s")  # fmt: skip
+                            "negative prompt, sp tokens, tp heads, for speed; dp videos, for throughput; default "
+                            "%(default)s")  # fmt: skip
+    where.add_argument("--ulysses", type=int, metavar="N",
+                       help="how many of sp's devices trade tokens for heads; the rest pass keys and values round, as "
+                            "all do with 1; default: as many as divide the heads")  # fmt: skip
     where.add_argument(
         "--dtype", help="of DiT and text encoder: bfloat16 or float32; default bfloat16, on a CPU float32"
     )

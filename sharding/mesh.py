@@ -17,22 +17,26 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Sizes of the five axes. `str(MeshSpec(pp=4))` is "pp=4"."""
+    """Sizes of the five axes. `str(MeshSpec(pp=4))` is "pp=4".
+
+    ulysses: of how many devices of sp trade tokens for heads (`sequence.TokenSplit`); None: as many as can be.
+    """
 
     dp: int = 1
     cfg: int = 1
     pp: int = 1
     sp: int = 1
     tp: int = 1
+    ulysses: int | None = None
 
     @classmethod
-    def parse(cls, value: Any) -> "MeshSpec":
+    def parse(cls, value: Any, ulysses: int | None = None) -> "MeshSpec":
         """Read "pp=4" or "dp=2,pp=4"; None or "" is one device, a MeshSpec is itself.
 
         Raises ValueError, with the right spelling where one can be guessed, for anything else.
         """
         if isinstance(value, MeshSpec):
-            return value
+            return value if ulysses is None else replace(value, ulysses=ulysses)
         if not isinstance(value, str | None):
             shown = value if isinstance(value, int) else f"of type {type(value).__name__}"
             raise ValueError(f'mesh {shown} is no text such as "pp=4"{_spelling(value)}: axes are {", ".join(AXES)}')
@@ -50,7 +54,7 @@ class MeshSpec:
                     f"mesh {value!r}: {axis}={size or '?'} must be a whole number from 1{_spelling(value)}"
                 )
             sizes[axis] = int(size)
-        return cls(**sizes)
+        return cls(**sizes, ulysses=ulysses)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -66,7 +70,7 @@ class MeshSpec:
         return ",".join(f"{a}={n}" for a, n in zip(AXES, self.sizes, strict=True) if n > 1) or "pp=1"
 
 
-AXES = tuple(field.name for field in fields(MeshSpec))
+AXES = tuple(field.name for field in fields(MeshSpec) if field.name != "ulysses")
 
 
 def _spelling(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The pipeline ring: layers sharded over `pp`, micro-batches circling through the stages until their steps are done.
 
 Every rank of the other mesh axes has a ring, all in the same tick: those of `dp` other requests, those of `cfg` the
-other branch of the same ones.
+other branch of the same ones, those of `sp` other tokens of it, those of `tp` a share of each layer.
 
 A micro-batch is one (request, branch) pair. Each tick, stage 0 takes in the micro-batch whose turn it is, every stage
 applies its layers to the one it holds, all pass theirs on, and what returns from the last stage is retired at stage 0,
@@ -72,7 +72,8 @@ def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), *, slots: int, branch
 
 
 class RingState(NamedTuple):
-    """What a segment of ticks hands to the next. Leading axes: of hidden and held dp, cfg, pp; of carry pp, slots."""
+    """What a segment of ticks hands to the next. Leading axes: of hidden and held dp, cfg, pp, sp; of carry pp, sp,
+    slots."""
 
     tick: Int[Array, ""]
     hidden: PyTree
@@ -111,8 +112,9 @@ def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTre
     axis, stages = RULES.stage, mesh.shape[RULES.stage]
 
     def run(weights, inputs, turns, state, ticks):
-        turns, carry = jax.tree.map(lambda x: x[0], (turns, state.carry))
-        hidden, held = jax.tree.map(lambda x: x[0, 0, 0], (state.hidden, state.held))
+        turns = jax.tree.map(lambda x: x[0], turns)
+        carry = jax.tree.map(lambda x: x[0, 0], state.carry)
+        hidden, held = jax.tree.map(lambda x: x[0, 0, 0, 0], (state.hidden, state.held))
         place = position(axis)
 
         def tick(_, loop):
@@ -125,8 +127,8 @@ def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTre
             return t + 1, hidden, held, carry
 
         t, hidden, held, carry = jax.lax.fori_loop(0, ticks, tick, (state.tick, hidden, held, carry))
-        hidden, held = jax.tree.map(lambda x: x[None, None, None], (hidden, held))
-        return RingState(t, hidden, held, jax.tree.map(lambda x: x[None], carry))
+        hidden, held = jax.tree.map(lambda x: x[None, None, None, None], (hidden, held))
+        return RingState(t, hidden, held, jax.tree.map(lambda x: x[None, None], carry))
 
     def shift_tree(tree):
         return jax.tree.map(lambda x: shift(x, axis), tree)
@@ -146,10 +148,10 @@ def turns_spec(mesh: Mesh) -> PartitionSpec:
 
 
 def state_specs(mesh: Mesh) -> RingState:
-    """Of a state: of hidden and held each device has its own, in a row of its own along three axes; carry goes by
-    stages and slots, and is that of both branches."""
-    own = RULES.spec(mesh, "request", "branch", "stage")
-    return RingState(RULES.spec(mesh), own, own, RULES.spec(mesh, "stage", "request"))
+    """Of a state: of hidden and held each device has its own, in a row of its own along four axes; carry goes by
+    stages, shares of tokens, and slots, and is that of both branches. Devices that share heads have all alike."""
+    own = RULES.spec(mesh, "request", "branch", "stage", "token")
+    return RingState(RULES.spec(mesh), own, own, RULES.spec(mesh, "stage", "token", "request"))
 
 
 def check_types(mesh: Mesh) -> bool:

@@ -21,6 +21,9 @@ class Rules:
     branch: str = "cfg"  # cond, uncond
     layer: str = "pp"
     stage: str = "pp"  # what each stage has a copy of its own of
+    token: str = "sp"  # those of each latent frame
+    head: str = "tp"
+    mlp: str = "tp"
 
     def mesh_axes(self, *axes: str | None) -> tuple[str | None, ...]:
         """The mesh axes of an array's axes."""

@@ -23,7 +23,7 @@ ALLOWED = {
     "config": (set(), set()),
     "flops": ({"config"}, set()),
     "kernels": (set(), ARRAYS),
-    "sharding": (set(), ARRAYS),
+    "sharding": ({"kernels"}, ARRAYS),
     "schedulers": (set(), ARRAYS),
     "models": ({"kernels", "sharding", "geometry", "config"}, ARRAYS | {"flax"}),
     "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors"}),

@@ -17,22 +17,22 @@ from jaxwan.bench.measure import card_log, compiled, memory, random_input, rando
 from jaxwan.bench.presets import Preset
 from jaxwan.bench.report import Row
 from jaxwan.flops import TEXT_ROWS
+from jaxwan.models.transformer import token_grid
 from jaxwan.pipelines.condition import frame_timesteps, to_float32
 from jaxwan.pipelines.denoise import Bucket, Denoiser, Entry, Loop, Running, begin
 from jaxwan.pipelines.dit import (
-    WEIGHT_AXES,
     Controls,
     Inputs,
     Weights,
     abstract_weights,
     guide,
     make_stage,
-    num_stages,
+    placed_weights,
+    split_on,
 )
 from jaxwan.schedulers.table import SamplerState, make_table, step, table_row
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 from jaxwan.sharding.ring import RingState, Slot
-from jaxwan.sharding.rules import RULES
 from jaxwan.sharding.turns import RingPlan
 
 PROMPT_ROWS = 40  # tokens of a typical prompt
@@ -68,13 +68,8 @@ def make_entries(preset: Preset, steps: int, videos: int = 1) -> list[Entry]:
 
 def random_weights(preset: Preset, mesh: jax.sharding.Mesh) -> Weights:
     """Random parameters of all experts as the ring holds them, made on their devices."""
-    _, abstract = abstract_weights(preset.transformer, preset.experts, num_stages(mesh), dtype())
-    return Weights(
-        *(
-            random_state(part, lead=lead, place=RULES.sharding(mesh, *axes))
-            for part, axes, lead in zip(abstract, WEIGHT_AXES, (2, 1), strict=True)
-        )
-    )
+    placed = placed_weights(preset.transformer, preset.experts, mesh, dtype())
+    return Weights(*(random_state(part, lead=lead) for part, lead in zip(placed, (2, 1), strict=True)))
 
 
 class Ring:
@@ -201,7 +196,7 @@ def _forward_alone(ring: Ring) -> Callable[[], jax.Array]:
     """Latents to velocity with the ring's own parts and weights, but no ring, guidance or sampler."""
     preset, cfg = ring.preset, ring.preset.transformer
     graph, _ = abstract_weights(cfg, 1, 1, dtype())
-    stage = make_stage(cfg, graph, preset.latent_shape)
+    stage = make_stage(cfg, graph, preset.latent_shape, split_on(make_mesh(MeshSpec()), cfg, preset.latent_shape))
     slot = Slot(jnp.int32(0), jnp.int32(0), jnp.bool_(False), jnp.int32(0), jnp.bool_(True))
 
     def forward(weights, inputs, carry):
@@ -209,8 +204,8 @@ def _forward_alone(ring: Ring) -> Callable[[], jax.Array]:
         one = jax.tree.map(lambda p: p.reshape(p.shape[1:]), weights)  # the only expert
         model = nnx.merge(graph, one.blocks, one.ends)
         temb, _ = model.embed_time(inputs.controls.timesteps[0, :1])
-        return model.head(hidden, temb, model.token_grid(preset.latent_shape))
+        return model.head(hidden, temb, token_grid(cfg, preset.latent_shape))
 
-    inputs, carry = ring.running.inputs, jax.tree.map(lambda x: x[0], ring.running.state.carry)
+    inputs, carry = ring.running.inputs, jax.tree.map(lambda x: x[0, 0], ring.running.state.carry)
     executable, _ = compiled(jax.jit(forward), ring.weights, inputs, carry)
     return lambda: executable(ring.weights, inputs, carry)

@@ -16,7 +16,7 @@ from jaxwan.bench.presets import Preset
 from jaxwan.bench.profile import profile_rows
 from jaxwan.bench.report import Row
 from jaxwan.flops import TransformerFlops
-from jaxwan.models.transformer import WanTransformer
+from jaxwan.models.transformer import WanTransformer, token_grid
 
 FEW, MORE = 2, 6  # layers
 
@@ -43,7 +43,7 @@ def make_forwards(preset: Preset, depths: tuple[int, ...]) -> dict[int, Forward]
 def _forward(preset: Preset, graph: Any, arguments: tuple) -> Forward:
     def forward(weights, latents, timesteps, text):
         model = nnx.merge(graph, weights)
-        grid = model.token_grid(latents.shape[1:4])
+        grid = token_grid(preset.transformer, latents.shape[1:])
         temb, modulation = model.embed_time(timesteps)
         rows, context = jnp.arange(preset.transformer.num_layers), model.embed_context(text, None)
         x = model.run_blocks(model.embed_latents(latents), rows, context, modulation, grid)

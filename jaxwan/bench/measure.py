@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
 
 from jaxwan.convert.load import fill, flat_shapes
 
@@ -143,8 +142,9 @@ def _medians(samples: list[list[str]]) -> dict[str, float]:
 # Random weights, made where they are used
 
 
-def random_state(abstract: nnx.State, *, lead: int = 0, place: Sharding | None = None) -> nnx.State:
-    """An abstract state filled with random parameters of sane size: kernels of variance 1 / fan-in, norms of 1.
+def random_state(abstract: nnx.State, *, lead: int = 0) -> nnx.State:
+    """An abstract state filled with random parameters of sane size, where it says that they lie: kernels of variance
+    1 / fan-in, norms of 1.
 
     All are cut from one pool of normal numbers, in one program: drawing each by itself takes minutes to compile. The
     first `lead` axes of every parameter are experts and layers; each of these begins elsewhere in the pool.
@@ -156,7 +156,8 @@ def random_state(abstract: nnx.State, *, lead: int = 0, place: Sharding | None =
         return {path: _cut(twice, path, leaf, lead) for path, leaf in shapes.items()}
 
     pool = random_input(0, POOL, dtype=jnp.float32)
-    return fill(abstract, jax.jit(make, out_shardings=place)(pool))
+    places = {path: leaf.sharding for path, leaf in shapes.items()}
+    return fill(abstract, jax.jit(make, out_shardings=places)(pool))
 
 
 def _cut(twice: jax.Array, path: str, leaf: jax.ShapeDtypeStruct, lead: int) -> jax.Array:

@@ -9,6 +9,7 @@ through time first, so S tokens are Q groups of S/Q, and each group is modulated
 Source: diffusers transformer_wan.py; Wan2.2 wan/modules/model.py.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -16,15 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxwan.config import TransformerConfig
 from jaxwan.kernels.attention import attention
 from jaxwan.models.layers import LayerNorm, Linear, RMSNorm, param, stack
 from jaxwan.models.rope import rope_tables, rotate
+from jaxwan.sharding.sequence import TokenSplit
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Rope = tuple[Float[Array, "s k2"], Float[Array, "s k2"]]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a layer's work is split over a mesh, inside shard_map. By default it is not, and nothing is sent.
+
+    heads: the mesh axis over which heads and the MLP are split; their parameters are this device's share then.
+    tokens: how the video's tokens are split.
+    """
+
+    heads: str | None = None
+    tokens: TokenSplit | None = None
+
+
+ALONE = Parallel()
 
 
 class Context(NamedTuple):
@@ -42,55 +59,69 @@ class Context(NamedTuple):
 class SelfAttention(nnx.Module):
     """Attention among the video's tokens; q and k are normalised over all heads together, then rotated."""
 
-    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.q = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.k = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.v = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.out = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.norm_q = RMSNorm(cfg.dim, cfg.eps, dtype=dtype)
-        self.norm_k = RMSNorm(cfg.dim, cfg.eps, dtype=dtype)
-        self.heads = cfg.num_attention_heads
+    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
+        self.q = _to_heads(cfg.dim, cfg, dtype, rngs)
+        self.k = _to_heads(cfg.dim, cfg, dtype, rngs)
+        self.v = _to_heads(cfg.dim, cfg, dtype, rngs)
+        self.out = _from_heads(cfg, dtype, rngs, parallel)
+        self.norm_q = _norm_of_heads(cfg, dtype, parallel)
+        self.norm_k = _norm_of_heads(cfg, dtype, parallel)
+        self.head_dim = cfg.attention_head_dim
+        self.attention = attention if parallel.tokens is None else parallel.tokens.attention
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope) -> Float[Array, "b s d"]:
-        q = rotate(split_heads(self.norm_q(self.q(x)), self.heads), rope)
-        k = rotate(split_heads(self.norm_k(self.k(x)), self.heads), rope)
-        return self.out(merge_heads(attention(q, k, split_heads(self.v(x), self.heads))))
+        q = rotate(split_heads(self.norm_q(self.q(x)), self.head_dim), rope)
+        k = rotate(split_heads(self.norm_k(self.k(x)), self.head_dim), rope)
+        return self.out(merge_heads(self.attention(q, k, split_heads(self.v(x), self.head_dim))))
 
 
 class CrossAttention(nnx.Module):
     """Attention from tokens to text, plus (2.1 image-to-video) to CLIP's rows with keys and values of their own."""
 
-    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.q = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.k = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.v = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.out = Linear(cfg.dim, cfg.dim, dtype=dtype, rngs=rngs)
-        self.norm_q = RMSNorm(cfg.dim, cfg.eps, dtype=dtype)
-        self.norm_k = RMSNorm(cfg.dim, cfg.eps, dtype=dtype)
-        self.heads = cfg.num_attention_heads
+    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
+        self.q = _to_heads(cfg.dim, cfg, dtype, rngs)
+        self.k = _to_heads(cfg.dim, cfg, dtype, rngs)
+        self.v = _to_heads(cfg.dim, cfg, dtype, rngs)
+        self.out = _from_heads(cfg, dtype, rngs, parallel)
+        self.norm_q = _norm_of_heads(cfg, dtype, parallel)
+        self.norm_k = _norm_of_heads(cfg, dtype, parallel)
+        self.head_dim = cfg.attention_head_dim
         self.has_image = cfg.added_kv_proj_dim is not None
         if cfg.added_kv_proj_dim is not None:
-            self.image_k = Linear(cfg.added_kv_proj_dim, cfg.dim, dtype=dtype, rngs=rngs)
-            self.image_v = Linear(cfg.added_kv_proj_dim, cfg.dim, dtype=dtype, rngs=rngs)
-            self.norm_image_k = RMSNorm(cfg.dim, cfg.eps, dtype=dtype)
+            self.image_k = _to_heads(cfg.added_kv_proj_dim, cfg, dtype, rngs)
+            self.image_v = _to_heads(cfg.added_kv_proj_dim, cfg, dtype, rngs)
+            self.norm_image_k = _norm_of_heads(cfg, dtype, parallel)
 
     def __call__(self, x: Float[Array, "b s d"], context: Context) -> Float[Array, "b s d"]:
-        q = split_heads(self.norm_q(self.q(x)), self.heads)
-        k = split_heads(self.norm_k(self.k(context.text)), self.heads)
-        v = split_heads(self.v(context.text), self.heads)
+        q = split_heads(self.norm_q(self.q(x)), self.head_dim)
+        k = split_heads(self.norm_k(self.k(context.text)), self.head_dim)
+        v = split_heads(self.v(context.text), self.head_dim)
         attended = merge_heads(attention(q, k, v, bias=context.bias))
         if self.has_image and context.image is not None:
-            k = split_heads(self.norm_image_k(self.image_k(context.image)), self.heads)
-            attended += merge_heads(attention(q, k, split_heads(self.image_v(context.image), self.heads)))
+            k = split_heads(self.norm_image_k(self.image_k(context.image)), self.head_dim)
+            attended += merge_heads(attention(q, k, split_heads(self.image_v(context.image), self.head_dim)))
         return self.out(attended)
 
 
-class FeedForward(nnx.Module):
-    """Linear, GELU, linear."""
+def _to_heads(d_in: int, cfg: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
+    return Linear(d_in, cfg.dim, axes=(None, "head"), dtype=dtype, rngs=rngs)
 
-    def __init__(self, d_in: int, hidden: int, d_out: int, *, approximate: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.up = Linear(d_in, hidden, dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, d_out, dtype=dtype, rngs=rngs)
+
+def _from_heads(cfg: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel) -> Linear:
+    return Linear(cfg.dim, cfg.dim, axes=("head", None), sum_over=parallel.heads, dtype=dtype, rngs=rngs)
+
+
+def _norm_of_heads(cfg: TransformerConfig, dtype: DTypeLike, parallel: Parallel) -> RMSNorm:
+    return RMSNorm(cfg.dim, cfg.eps, axes=("head",), mean_over=parallel.heads, dtype=dtype)
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU, linear; the inner state may be split over a mesh axis."""
+
+    def __init__(self, d_in: int, hidden: int, d_out: int, *, approximate: bool, dtype: DTypeLike, rngs: nnx.Rngs,
+                 inner: str | None = None, sum_over: str | None = None):  # fmt: skip
+        self.up = Linear(d_in, hidden, axes=(None, inner), dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, d_out, axes=(inner, None), sum_over=sum_over, dtype=dtype, rngs=rngs)
         self.approximate = approximate
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -105,13 +136,16 @@ class Block(nnx.Module):
     ring pads short stages with such layers.
     """
 
-    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
         self.norm1 = LayerNorm(cfg.dim, cfg.eps, affine=False)
-        self.attn1 = SelfAttention(cfg, dtype=dtype, rngs=rngs)
+        self.attn1 = SelfAttention(cfg, dtype=dtype, rngs=rngs, parallel=parallel)
         self.norm2 = LayerNorm(cfg.dim, cfg.eps, affine=True) if cfg.cross_attn_norm else None
-        self.attn2 = CrossAttention(cfg, dtype=dtype, rngs=rngs)
+        self.attn2 = CrossAttention(cfg, dtype=dtype, rngs=rngs, parallel=parallel)
         self.norm3 = LayerNorm(cfg.dim, cfg.eps, affine=False)
-        self.ffn = FeedForward(cfg.dim, cfg.ffn_dim, cfg.dim, approximate=True, dtype=dtype, rngs=rngs)
+        self.ffn = FeedForward(
+            cfg.dim, cfg.ffn_dim, cfg.dim, approximate=True, dtype=dtype, rngs=rngs, inner="mlp",
+            sum_over=parallel.heads,
+        )  # fmt: skip
         self.scale_shift_table = param(jax.random.normal(rngs.params(), (1, 6, cfg.dim)) * cfg.dim**-0.5)
 
     def __call__(
@@ -145,7 +179,7 @@ class ImageEmbedder(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """Patches of the latent grid to tokens: a convolution whose stride is its kernel, as one matmul."""
+    """Patches of the latent grid (`to_patches`) to tokens: a convolution whose stride is its kernel, as one matmul."""
 
     def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = (*cfg.patch_size, cfg.in_channels, cfg.dim)
@@ -153,10 +187,9 @@ class PatchEmbedding(nnx.Module):
         self.kernel = param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
         self.bias = param(jnp.zeros(cfg.dim, dtype))
 
-    def __call__(self, latents: Float[Array, "b t h w z"]) -> Float[Array, "b s d"]:
+    def __call__(self, patches: Float[Array, "b s p"]) -> Float[Array, "b s d"]:
         kernel = self.kernel[...]
-        patches = to_patches(latents.astype(kernel.dtype), kernel.shape[:3])
-        return patches @ kernel.reshape(patches.shape[-1], -1) + self.bias[...]
+        return patches.astype(kernel.dtype) @ kernel.reshape(patches.shape[-1], -1) + self.bias[...]
 
 
 class TwoLinears(nnx.Module):
@@ -172,10 +205,13 @@ class TwoLinears(nnx.Module):
 
 
 class WanTransformer(nnx.Module):
-    """The DiT of one expert. Parameters are in `dtype`, but for those that Diffusers keeps in float32."""
+    """The DiT of one expert. Parameters are in `dtype`, but for those that Diffusers keeps in float32.
 
-    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.cfg, self.dtype = cfg, jnp.dtype(dtype)
+    Where `parallel` splits tokens, what `embed_patches` to `head_patches` take and give are this device's.
+    """
+
+    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
+        self.cfg, self.dtype, self.parallel = cfg, jnp.dtype(dtype), parallel
         self.patch_embedding = PatchEmbedding(cfg, dtype=dtype, rngs=rngs)
         self.time_embedder = TwoLinears(
             cfg.freq_dim, cfg.dim, jax.nn.silu, dtype=jnp.float32, rngs=rngs, precision=HIGHEST
@@ -183,7 +219,7 @@ class WanTransformer(nnx.Module):
         self.time_proj = Linear(cfg.dim, 6 * cfg.dim, dtype=dtype, rngs=rngs)
         self.text_embedder = TwoLinears(cfg.text_dim, cfg.dim, jax.nn.gelu, dtype=dtype, rngs=rngs)
         self.image_embedder = None if cfg.image_dim is None else ImageEmbedder(cfg, dtype=dtype, rngs=rngs)
-        self.blocks = stack(lambda r: Block(cfg, dtype=dtype, rngs=r), cfg.num_layers, rngs)
+        self.blocks = stack(lambda r: Block(cfg, dtype=dtype, rngs=r, parallel=parallel), cfg.num_layers, rngs)
         self.norm_out = LayerNorm(cfg.dim, cfg.eps, affine=False)
         self.scale_shift_table = param(jax.random.normal(rngs.params(), (1, 2, cfg.dim)) * cfg.dim**-0.5)
         patch = cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
@@ -197,21 +233,20 @@ class WanTransformer(nnx.Module):
         image: Float[Array, "b i e"] | None = None,
     ) -> Float[Array, "b t h w v"]:
         """Velocity of `latents` (all input channels) at `timesteps` (1000 sigma), given text and CLIP embeddings."""
-        grid = self.token_grid(latents.shape[1:4])
+        grid = token_grid(self.cfg, latents.shape[1:])
         temb, modulation = self.embed_time(timesteps)
         context = self.embed_context(text, image)
         x = self.embed_latents(latents)
         x = self.run_blocks(x, jnp.arange(self.cfg.num_layers), context, modulation, grid)
         return self.head(x, temb, grid)
 
-    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """(t, h, w) of the tokens of a latent (T, H, W)."""
-        t, h, w = (size // p for size, p in zip(latent_shape, self.cfg.patch_size, strict=True))
-        return t, h, w
-
     def embed_latents(self, latents: Float[Array, "b t h w z"]) -> Float[Array, "b s d"]:
         """Latents to tokens, in the model's dtype."""
-        return self.patch_embedding(latents)
+        return self.embed_patches(to_patches(latents, self.cfg.patch_size))
+
+    def embed_patches(self, patches: Float[Array, "b s p"]) -> Float[Array, "b s d"]:
+        """Latents' patches (`to_patches`) to tokens, in the model's dtype."""
+        return self.patch_embedding(patches)
 
     def embed_time(self, timesteps: Float[Array, "b q"]) -> tuple[Float[Array, "b q d"], Float[Array, "b q 6 d"]]:
         """Time embedding (for the head) and the blocks' six modulation vectors."""
@@ -244,6 +279,9 @@ class WanTransformer(nnx.Module):
         """
         graph, stacked = nnx.split(self.blocks)
         rope = rope_tables(grid, self.cfg.attention_head_dim)
+        if (split := self.parallel.tokens) is not None:
+            rope = tuple(split.own(table.reshape(grid[0], -1, table.shape[-1])).reshape(-1, table.shape[-1])
+                         for table in rope)  # fmt: skip
 
         def layer(x, row):
             weights = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, row, keepdims=False), stacked)
@@ -255,17 +293,27 @@ class WanTransformer(nnx.Module):
         self, x: Float[Array, "b s d"], temb: Float[Array, "b q d"], grid: tuple[int, int, int]
     ) -> Float[Array, "b t h w v"]:
         """Tokens to velocity."""
+        return from_patches(self.head_patches(x, temb), grid, self.cfg.patch_size)
+
+    def head_patches(self, x: Float[Array, "b s d"], temb: Float[Array, "b q d"]) -> Float[Array, "b s p"]:
+        """Tokens to the velocity's patches."""
         table = self.scale_shift_table[...] + temb[:, :, None].astype(jnp.float32)
         x = modulate(self.norm_out(x), table[:, :, 0], table[:, :, 1]).astype(x.dtype)
-        return from_patches(self.proj_out(x), grid, self.cfg.patch_size)
+        return self.proj_out(x)
 
 
 # Pure functions of the blocks
 
 
-def split_heads(x: Float[Array, "b s d"], heads: int) -> Float[Array, "b s n k"]:
-    """The model width as (heads, head width)."""
-    return x.reshape(*x.shape[:-1], heads, -1)
+def token_grid(cfg: TransformerConfig, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(t, h, w) of the tokens of latents (T, H, W, …)."""
+    t, h, w = (size // p for size, p in zip(latent_shape[:3], cfg.patch_size, strict=True))
+    return t, h, w
+
+
+def split_heads(x: Float[Array, "b s d"], head_dim: int) -> Float[Array, "b s n k"]:
+    """The model width, or this device's share of it, as (heads, head width)."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
 def merge_heads(x: Float[Array, "b s n k"]) -> Float[Array, "b s d"]:
@@ -300,7 +348,9 @@ def sinusoids(timesteps: Float[Array, "b q"], channels: int) -> Float[Array, "b 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def to_patches(x: Float[Array, "b t h w z"], patch: tuple[int, ...]) -> Float[Array, "b s p"]:
+def to_patches(
+    x: Shaped[Array | np.ndarray, "b t h w z"], patch: tuple[int, ...]
+) -> Shaped[Array | np.ndarray, "b s p"]:
     """Patches as rows, channels last within a patch: [B, T·H·W/|patch|, |patch|·Z]."""
     b, t, h, w, z = x.shape
     pt, ph, pw = patch
@@ -309,8 +359,8 @@ def to_patches(x: Float[Array, "b t h w z"], patch: tuple[int, ...]) -> Float[Ar
 
 
 def from_patches(
-    x: Float[Array, "b s p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> Float[Array, "b t h w z"]:
+    x: Shaped[Array | np.ndarray, "b s p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Shaped[Array | np.ndarray, "b t h w z"]:
     """Inverse of to_patches for a token grid (t, h, w)."""
     (t, h, w), (pt, ph, pw) = grid, patch
     x = x.reshape(x.shape[0], t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)

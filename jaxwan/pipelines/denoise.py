@@ -23,11 +23,14 @@ from jaxwan.pipelines.dit import (
     Inputs,
     Weights,
     abstract_weights,
+    as_latents,
+    as_tokens,
     input_specs,
     make_stage,
-    num_tokens,
+    map_axes,
+    parallel_on,
     shapes_at,
-    weight_specs,
+    split_on,
 )
 from jaxwan.schedulers.table import SamplerState
 from jaxwan.sharding.collectives import position
@@ -139,23 +142,36 @@ class Running(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of a bucket: a ring without videos, one put in, ticks, one read out."""
+    """The compiled programs of a bucket: a ring without videos, one put in, ticks, one read out.
 
-    def __init__(self, cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike, bucket: Bucket):
-        self.bucket, self.mesh = bucket, mesh
+    ulysses: of how many devices trade tokens for heads (`dit.split_on`).
+    """
+
+    def __init__(
+        self, cfg: TransformerConfig, mesh: Mesh, dtype: DTypeLike, bucket: Bucket, ulysses: int | None = None
+    ):
+        self.cfg, self.bucket, self.mesh = cfg, bucket, mesh
         self.ranks, branches, stages = (RULES.parts(mesh.shape, axis) for axis in ("request", "branch", "stage"))
         self.branches = bucket.entry.texts // branches  # that follow each other in the ring
-        entry = bucket.entry
-        hidden = self.ranks, branches, stages, 1, num_tokens(cfg, bucket.latent_shape), cfg.dim
-        graph, _ = abstract_weights(cfg, 1, stages, dtype)
+        self.split = split = split_on(mesh, cfg, bucket.latent_shape, ulysses)
+        graph, weights = abstract_weights(cfg, 1, stages, dtype, parallel_on(mesh, split))
+
+        def own(entry: Entry) -> Entry:
+            """This device's share of a video's latents, as tokens, with all else."""
+            inputs = entry.inputs
+            latents = entry.sampler, inputs.channels, inputs.first, inputs.noise
+            sampler, channels, first, noise = jax.tree.map(lambda x: split.own(as_tokens(x, cfg)), latents)
+            return Entry(sampler, entry.done, inputs._replace(channels=channels, first=first, noise=noise))
 
         def empty(turns: Turns) -> Running:
-            carry, slots = Carry(entry.sampler, entry.sampler.x), self.ranks * bucket.slots
-            rows = _zeros((slots,), entry.inputs), _zeros((stages, slots), carry)
-            return Running(rows[0], turns, RingState(jnp.int32(0), jnp.zeros(hidden, dtype), (), rows[1]))
+            entry = jax.eval_shape(own, bucket.entry)
+            hidden = jnp.zeros((1, 1, 1, 1, 1, split.frames * split.share, cfg.dim), dtype)
+            carry = _zeros((1, 1, bucket.slots), Carry(entry.sampler, entry.sampler.x))
+            return Running(_zeros((bucket.slots,), entry.inputs), turns, RingState(jnp.int32(0), hidden, (), carry))
 
         def insert(running: Running, slot: Any, start: Any, entry: Entry) -> Running:
             """On each device by itself: where the slot is another rank's, all stays as it is."""
+            entry = own(entry)
             row = slot - position(RULES.request) * bucket.slots
             here, row = (row >= 0) & (row < bucket.slots), jnp.clip(row, 0, bucket.slots - 1)
 
@@ -171,22 +187,22 @@ class Programs:
                 start=put(turns.start, start, 1), done=put(turns.done, entry.done, 1),
                 num_steps=put(turns.num_steps, entry.inputs.controls.table.num_steps, 1),
             )  # fmt: skip
-            carry = put(state.carry, Carry(entry.sampler, jnp.zeros_like(entry.sampler.x)), 1)
+            carry = put(state.carry, Carry(entry.sampler, jnp.zeros_like(entry.sampler.x)), 2)
             return Running(put(running.inputs, entry.inputs), turns, state._replace(carry=carry))
 
         def read(carry: Carry, row: Any) -> Carry:
-            return jax.tree.map(lambda x: dynamic_index_in_dim(x[0], row, keepdims=False), carry)
+            return jax.tree.map(lambda x: dynamic_index_in_dim(x[0, 0], row, keepdims=False), carry)
 
         specs, whole = Running(input_specs(mesh), turns_spec(mesh), state_specs(mesh)), PartitionSpec()
-        brought = Entry(whole, whole, jax.tree.map(lambda s: PartitionSpec(*s[1:]), specs.inputs))  # of a single slot
-        insert = jax.shard_map(
-            insert, mesh=mesh, in_specs=(specs, whole, whole, brought), out_specs=specs, check_vma=check_types(mesh)
-        )
+        brought = Inputs(*[whole] * len(Inputs._fields))._replace(text=RULES.spec(mesh, "branch"))  # of a single slot
+        on_each = partial(jax.shard_map, mesh=mesh, out_specs=specs, check_vma=check_types(mesh))
+        empty = on_each(empty, in_specs=specs.turns)
+        insert = on_each(insert, in_specs=(specs, whole, whole, Entry(whole, whole, brought)))
         self._placed = jax.tree.map(partial(NamedSharding, mesh), specs)
         self._empty = jax.jit(empty, out_shardings=self._placed)
         self._insert = jax.jit(insert, donate_argnums=0, out_shardings=self._placed)
-        stage = make_stage(cfg, graph, bucket.latent_shape[:3])
-        self._ring = make_ring(mesh, stage, weight_specs(mesh), specs.inputs)
+        stage = make_stage(cfg, graph, bucket.latent_shape, split)
+        self._ring = make_ring(mesh, stage, map_axes(partial(RULES.spec, mesh), weights), specs.inputs)
         self._read = jax.jit(read)
 
     def empty(self, plans: Sequence[RingPlan]) -> Running:
@@ -203,10 +219,14 @@ class Programs:
         return running._replace(state=state)
 
     def read(self, running: Running, slot: int) -> Carry:
-        """What a slot's video has become, on the first device of its rank."""
+        """What a slot's video has become: latents [T, H, W, Z], on the host."""
         rank, row = divmod(slot, self.bucket.slots)
-        own = jax.tree.map(lambda x: x.addressable_data(self._first(rank)), running.state.carry)
-        return self._read(own, np.int32(row))
+        shares = []
+        for device in self._first(rank):
+            own = jax.tree.map(lambda x: x.addressable_data(device), running.state.carry)  # noqa: B023
+            shares.append(self._read(own, np.int32(row)))
+        shape = self.bucket.latent_shape
+        return jax.tree.map(lambda *x: as_latents(np.concatenate(x, axis=1), self.cfg, shape), *shares)
 
     def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
@@ -216,23 +236,21 @@ class Programs:
         yield "ring", self._ring, (weights, running.inputs, running.turns, running.state, number)
         yield "the ring's slots", self._empty, (turns,)
         yield "a video into its slot", self._insert, (running, number, number, self.bucket.entry)
-        carry = Carry(self.bucket.entry.sampler, self.bucket.entry.sampler.x)
-        carry = jax.tree.map(lambda x: x.update(shape=(1, self.bucket.slots, *x.shape)), carry)
-        for rank in range(self.ranks):
-            name = "a video out of its slot" + f" of rank {rank}" * (self.ranks > 1)
-            yield (
-                name,
-                self._read,
-                (shapes_at(SingleDeviceSharding(self.mesh.devices.flat[self._first(rank)]), carry), number),
-            )
+        devices = [device for rank in range(self.ranks) for device in self._first(rank)]
+        for device in devices:
+            place = SingleDeviceSharding(self.mesh.devices.flat[device])
+            own = jax.tree.map(lambda x: x.update(shape=x.sharding.shard_shape(x.shape)), running.state.carry)
+            name = "a video out of its slot" + f" on device {device}" * (len(devices) > 1)
+            yield name, self._read, (shapes_at(place, own), number)
 
     def _turns(self, plans: Sequence[RingPlan]) -> Turns:
         each = [make_turns(plan, slots=self.bucket.slots, branches=self.branches) for plan in plans]
         return jax.tree.map(lambda *rows: np.stack(rows), *each)
 
-    def _first(self, rank: int) -> int:
-        """Which of the mesh's devices is the first of a rank, a first stage: dp is the mesh's first axis."""
-        return rank * self.mesh.size // self.ranks
+    def _first(self, rank: int) -> list[int]:
+        """Which of the mesh's devices have a rank's videos, a share of the tokens each: those of its first stage."""
+        places = np.arange(self.mesh.size).reshape(self.mesh.devices.shape)
+        return places[rank, 0, 0, :, 0].tolist()
 
 
 def _zeros(lead: tuple[int, ...], tree: Any) -> Any:
@@ -247,6 +265,7 @@ class Denoiser:
     weights: Weights
     mesh: Mesh
     dtype: jnp.dtype
+    ulysses: int | None = None  # of how many devices trade tokens for heads; None: as many as can be
     _made: OrderedDict = field(default_factory=OrderedDict, repr=False)
 
     def bucket(self, entries: Sequence[Entry]) -> Bucket:
@@ -257,7 +276,7 @@ class Denoiser:
     def programs(self, bucket: Bucket) -> Programs:
         """The bucket's programs; those of the KEPT latest buckets are compiled once."""
         if bucket not in self._made:
-            self._made[bucket] = Programs(self.cfg, self.mesh, self.dtype, bucket)
+            self._made[bucket] = Programs(self.cfg, self.mesh, self.dtype, bucket, self.ulysses)
         self._made.move_to_end(bucket)
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
@@ -310,18 +329,17 @@ class Loop:
             self._running = self._programs.insert(self._running, slot, start, entry)
 
     def read(self, video: int) -> Carry:
-        """A video's sampler and latest velocity, guided, on a device."""
+        """A video's sampler and latest velocity, guided: latents [T, H, W, Z], on the host."""
         return self._programs.read(self._running, self._slots[video])
 
     def latents(self) -> np.ndarray:
         """x of all videos [B, T, H, W, Z], float32, on the host."""
-        return np.stack([np.asarray(self.read(video).sampler.x) for video in range(len(self.entries))])
+        return np.stack([self.read(video).sampler.x for video in range(len(self.entries))])
 
     def velocities(self) -> np.ndarray:
         """Of each video's latest step, guided [B, T, H, W, Z]; zeros before the first."""
-        return np.stack([np.asarray(self.read(video).velocity) for video in range(len(self.entries))])
+        return np.stack([self.read(video).velocity for video in range(len(self.entries))])
 
     def entry(self, video: int) -> Entry:
         """A video as it is now, on the host."""
-        sampler = jax.tree.map(np.asarray, self.read(video).sampler)
-        return self.entries[video]._replace(sampler=sampler, done=np.array(self.done[video], np.int32))
+        return self.entries[video]._replace(sampler=self.read(video).sampler, done=np.array(self.done[video], np.int32))

@@ -27,10 +27,11 @@ from jaxwan.flops import transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.layers import abstract
 from jaxwan.models.vae import VAE
+from jaxwan.pipelines.arguments import whole
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
-from jaxwan.pipelines.dit import RENOISINGS, WEIGHT_AXES, abstract_weights
+from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, map_axes
 from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
@@ -160,6 +161,7 @@ def dry_run(
     model: "str | Path | Checkpoint",
     *,
     mesh: str | MeshSpec | None = None,
+    ulysses: int | None = None,
     dtype: Any = None,
     vae_dtype: Any = "float32",
     variant: str | None = None,
@@ -178,12 +180,13 @@ def dry_run(
 
         print(dry_run("Wan-AI/Wan2.2-T2V-A14B-Diffusers", mesh="pp=4", device_memory="80GB", num_frames=81))
     """
-    spec, memory = MeshSpec.parse(mesh), parse_memory(device_memory)
+    ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
+    spec, memory = MeshSpec.parse(mesh, ulysses), parse_memory(device_memory)
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
     checkpoint = open_checkpoint(model, variant)
     check_mesh(spec, checkpoint)
     job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
-    check_use(spec, job)
+    check_use(spec, checkpoint, job)
     weights = check_weights(checkpoint)
     return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory), weights=weights)
 
@@ -317,18 +320,21 @@ def image_rows(cfg: TransformerConfig) -> int:
 
 def parameter_bytes(checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
     """Bytes of parameters on each device, in the mesh's order: a share of the DiT; the other models on the first."""
-    stages = RULES.parts(asdict(mesh), "layer")
-    parts = _weight_bytes(checkpoint.transformer, checkpoint.num_experts, stages, jnp.dtype(dtype))
-    each = sum(size // RULES.parts(asdict(mesh), *axes) for size, axes in zip(parts, WEIGHT_AXES, strict=True))
+    each = sum(_weight_bytes(checkpoint.transformer, checkpoint.num_experts, mesh, jnp.dtype(dtype)))
     first = _first_device_bytes(checkpoint, jnp.dtype(dtype), jnp.dtype(vae_dtype))
     return [each + first, *[each] * (mesh.num_devices - 1)]
 
 
 @cache  # like what else traces a model: a search for what fits asks for the same again and again
-def _weight_bytes(cfg: TransformerConfig, num_experts: int, stages: int, dtype: np.dtype) -> tuple[int, int]:
-    """Bytes of all layers, padding too, and of a device's ends."""
-    _, weights = abstract_weights(cfg, num_experts, stages, dtype)
-    return tree_bytes(weights.blocks), tree_bytes(weights.ends)
+def _weight_bytes(cfg: TransformerConfig, num_experts: int, mesh: MeshSpec, dtype: np.dtype) -> tuple[int, int]:
+    """Bytes of a device's share of the layers, padding too, and of its ends."""
+    _, weights = abstract_weights(cfg, num_experts, RULES.parts(asdict(mesh), "layer"), dtype)
+    parts = map_axes(lambda *axes: RULES.parts(asdict(mesh), *axes), weights)
+    blocks, ends = (
+        sum(x.size * x.dtype.itemsize // n for x, n in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+        for a, b in zip(weights, parts, strict=True)
+    )
+    return blocks, ends
 
 
 @cache
@@ -357,7 +363,7 @@ def _denoise_bytes(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.d
     latent = 4 * math.prod(geometry.latent_shape(*job.size)) * geometry.z_dim
     tokens = geometry.num_tokens(*job.size)
     hidden, inner = tokens * cfg.dim * dtype.itemsize, tokens * cfg.ffn_dim * dtype.itemsize
-    blocks, _ = _weight_bytes(cfg, 1, 1, dtype)
+    blocks, _ = _weight_bytes(cfg, 1, replace(mesh, pp=1), dtype)
     image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
     moments = {

@@ -2,8 +2,9 @@
 
 import difflib
 import logging
+import math
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def load_parts(
     files, num_bytes = prove_components(checkpoint, dtype, vae_dtype)
     if first.platform == "cpu":
         log.info("no accelerator: %d virtual CPU device%s", devices.size, "s" * (devices.size > 1))
-    parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor)
+    parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor, mesh.ulysses)
     phases = Progress(visible=progress)
     programs = [] if job is None else list(job_programs(checkpoint, parts, job))
     with compiling(programs, phases) as finished:
@@ -89,31 +90,55 @@ def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None) -> Mes
     """The devices for a checkpoint. Raises ValueError for a mesh that it or its first job does not fit, or too few."""
     check_mesh(mesh, checkpoint)
     if job is not None:
-        check_use(mesh, job)
+        check_use(mesh, checkpoint, job)
     return make_mesh(mesh)
 
 
 def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
-    """Raises ValueError for a mesh that this checkpoint cannot be laid out on, or that is not built yet."""
-    others = [f"{axis}={size}" for axis, size in (("sp", mesh.sp), ("tp", mesh.tp)) if size > 1]
-    if others:
-        raise ValueError(
-            f"mesh {mesh}: {', '.join(others)} is not built yet, only dp, cfg and pp may exceed 1 "
-            f"(such as {replace(mesh, sp=1, tp=1)})"
-        )
+    """Raises ValueError for a mesh that this checkpoint cannot be laid out on."""
+    cfg = checkpoint.transformer
     if mesh.cfg > 2:
         raise ValueError(f"mesh {mesh}: cfg={mesh.cfg} is for the two branches of guidance, the largest is cfg=2")
-    layers = checkpoint.transformer.num_layers
-    if mesh.pp > layers:
-        raise ValueError(f"mesh {mesh} has {mesh.pp} stages for {layers} layers: the largest is pp={layers}")
+    if mesh.pp > cfg.num_layers:
+        raise ValueError(
+            f"mesh {mesh} has {mesh.pp} stages for {cfg.num_layers} layers: the largest is pp={cfg.num_layers}"
+        )
+    heads, inner = cfg.num_attention_heads, cfg.ffn_dim
+    if heads % mesh.tp or inner % mesh.tp:
+        fit = _divisors(math.gcd(heads, inner))
+        raise ValueError(
+            f"mesh {mesh}: tp={mesh.tp} does not divide the model's {heads} heads and MLP of {inner}: "
+            f"what does is tp={_either(fit)}"
+        )
+    heads //= mesh.tp
+    if mesh.ulysses is not None and (mesh.ulysses < 1 or mesh.sp % mesh.ulysses or heads % mesh.ulysses):
+        fit = _divisors(math.gcd(mesh.sp, heads))
+        raise ValueError(
+            f"mesh {mesh}: ulysses={mesh.ulysses} does not divide the {mesh.sp} devices of sp and the {heads} heads "
+            f"that each has: what does is {_either(fit)}"
+        )
 
 
-def check_use(mesh: MeshSpec, job: Job, *, loaded: bool = False) -> None:
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return " or ".join([", ".join(map(str, numbers[:-1])), str(numbers[-1])] if len(numbers) > 1 else map(str, numbers))
+
+
+def check_use(mesh: MeshSpec, checkpoint: Checkpoint, job: Job, *, loaded: bool = False) -> None:
     """Raises ValueError where devices would have nothing to do in a call.
 
     A pipeline that is loaded takes such a call, with a warning: others may give those devices work.
     """
     videos, idle = len(job.requests), []
+    tokens = checkpoint.geometry.num_tokens(1, *job.size[1:])
+    share = -(-tokens // mesh.sp)
+    if (used := -(-tokens // share)) < mesh.sp:
+        has = f"mesh {mesh} splits the tokens of a frame over {mesh.sp} devices, and {used} with {share} each have all "
+        has += f"{tokens} of {job.size[2]}x{job.size[1]} pixels"
+        idle.append((has, "the others compute on nothing", f"sp={used} does the same"))
     if mesh.dp > videos:
         has = f"mesh {mesh} deals videos to {mesh.dp} groups of devices and this call has {videos} video"
         fits = f"dp={videos} is the most" if videos > 1 else "leave dp out"

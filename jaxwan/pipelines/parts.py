@@ -56,15 +56,15 @@ class Parts(NamedTuple):
 
 def abstract_parts(
     checkpoint: Checkpoint, mesh: Mesh, dtype: DTypeLike, vae_dtype: DTypeLike, tokenizer: Tokenizer | None = None,
-    image_processor: Any = None,
+    image_processor: Any = None, ulysses: int | None = None,
 ) -> Parts:  # fmt: skip
-    """The parts on a mesh, with shapes of parameters, each where it will be."""
+    """The parts on a mesh, with shapes of parameters, each where it will be. ulysses: as of `MeshSpec`."""
     first = SingleDeviceSharding(mesh.devices.flat[0])
     models = abstract_components(checkpoint, dtype, vae_dtype)
     placed = {name: (graph, shapes_at(first, state)) for name, (graph, state) in models.items()}
     weights = placed_weights(checkpoint.transformer, checkpoint.num_experts, mesh, dtype)
     return Parts(
-        denoiser=Denoiser(checkpoint.transformer, weights, mesh, jnp.dtype(dtype)),
+        denoiser=Denoiser(checkpoint.transformer, weights, mesh, jnp.dtype(dtype), ulysses),
         coder=VideoCoder(nnx.merge(*placed["vae"])),
         tokenizer=tokenizer,
         encode_text=_jitted(*placed["text_encoder"]) if "text_encoder" in placed else None,

@@ -55,6 +55,7 @@ class WanPipeline:
         dtype: Any = None,
         vae_dtype: Any = "float32",
         *,
+        ulysses: int | None = None,
         variant: str | None = None,
         warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
@@ -63,7 +64,9 @@ class WanPipeline:
         """Load a Diffusers-layout folder or hub id (or what `open_checkpoint` made) onto a mesh such as "pp=4".
 
         mesh None is one device; of its axes dp spreads videos, cfg=2 prompts and negative prompts, pp the layers, and
-        results are the same. A pipeline with more ranks of dp than a call has videos leaves some idle. dtype is the
+        results are the same; sp spreads the tokens of each frame and tp heads and MLP, and results are the same but for
+        rounding. A pipeline with more ranks of dp than a call has videos leaves some idle. ulysses: how many of sp's
+        devices trade tokens for heads, where that is not to be as many as can; 1 is ring attention alone. dtype is the
         DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators (with
         Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", as
         `open_checkpoint` takes it.
@@ -78,8 +81,10 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
-        refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "variant", "warmup", "progress"))
-        spec, dtype, vae_dtype = MeshSpec.parse(mesh), parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype)
+        refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "ulysses", "variant", "warmup", "progress"))
+        ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
+        spec, dtype = MeshSpec.parse(mesh, ulysses), parse_dtype("dtype", dtype)
+        vae_dtype = parse_dtype("vae_dtype", vae_dtype)
         checkpoint = open_checkpoint(model, variant)
         if not isinstance(warmup, Mapping | Job | None):
             raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
@@ -108,7 +113,8 @@ class WanPipeline:
 
     @property
     def _mesh(self) -> MeshSpec:
-        return MeshSpec(**self.parts.denoiser.mesh.shape)
+        denoiser = self.parts.denoiser
+        return MeshSpec(**denoiser.mesh.shape, ulysses=denoiser.ulysses)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -190,7 +196,7 @@ class WanPipeline:
     def run(self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None) -> Output:
         """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
         check_output_type(output_type)
-        check_use(self._mesh, job, loaded=True)
+        check_use(self._mesh, self.checkpoint, job, loaded=True)
         progress = Progress(visible=self.progress)
         state = self._prepare(job, progress)
         state = self._advance(state, int(state.num_steps.max()), progress, callback_on_step_end)
@@ -223,7 +229,7 @@ class WanPipeline:
         """
         check_output_type(output_type)
         job = make_job(self.checkpoint, False, **with_prompt(self.checkpoint, {"prompt": prompt} | call))
-        check_use(self._mesh, job, loaded=True)
+        check_use(self._mesh, self.checkpoint, job, loaded=True)
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
         phases, seconds = Progress(visible=self.progress), {}

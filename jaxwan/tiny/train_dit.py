@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxwan.config import TransformerConfig
 from jaxwan.models.rope import rope_tables
 from jaxwan.models.text_encoder import UMT5Encoder
-from jaxwan.models.transformer import Context, WanTransformer
+from jaxwan.models.transformer import Context, WanTransformer, token_grid
 from jaxwan.pipelines.prompt import MAX_TOKENS, Tokenizer
 from jaxwan.tiny.captions import Captions, draw_captions, fold_rows, tokenize_captions
 from jaxwan.tiny.latents import Latents
@@ -121,7 +121,7 @@ def predict(
     dit: WanTransformer, noisy: Float[Array, "b t y x z"], sigmas: Float[Array, " b"], context: Context
 ) -> Float[Array, "b t y x z"]:
     """Velocity, float32, as `WanTransformer` gives it; gradients make each layer's insides anew, which is quicker."""
-    grid = dit.token_grid(noisy.shape[1:4])
+    grid = token_grid(dit.cfg, noisy.shape[1:])
     rope = rope_tables(grid, dit.cfg.attention_head_dim)
     temb, modulation = dit.embed_time(1000 * sigmas[:, None])
     graph, stacked = nnx.split(dit.blocks)

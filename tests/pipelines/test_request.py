@@ -955,11 +955,14 @@ def test_a_second_scale_needs_a_boundary(tmp_path):
     [
         (MeshSpec(pp=6), "mesh pp=6 has 6 stages for 5 layers: the largest is pp=5"),
         (MeshSpec(pp=40), "the largest is pp=5"),
-        (MeshSpec(tp=2), "mesh tp=2: tp=2 is not built yet, only dp, cfg and pp may exceed 1 (such as pp=1)"),
+        (MeshSpec(tp=3), "mesh tp=3: tp=3 does not divide the model's 2 heads and MLP of 72: what does is tp=1 or 2"),
         (
-            MeshSpec(dp=2, pp=4, sp=2, tp=3),
-            "sp=2, tp=3 is not built yet, only dp, cfg and pp may exceed 1 (such as dp=2,pp=4)",
+            MeshSpec(sp=4, ulysses=4),
+            "ulysses=4 does not divide the 4 devices of sp and the 2 heads that each has: what",
         ),
+        (MeshSpec(sp=4, tp=2, ulysses=2), "the 4 devices of sp and the 1 heads that each has: what does is 1"),
+        (MeshSpec(tp=2, ulysses=2), "ulysses=2 does not divide the 1 devices of sp"),
+        (MeshSpec(sp=4, ulysses=3), "what does is 1 or 2"),
         (MeshSpec(cfg=3, pp=2), "mesh cfg=3,pp=2: cfg=3 is for the two branches of guidance, the largest is cfg=2"),
     ],
 )
@@ -968,7 +971,8 @@ def test_a_mesh_that_a_checkpoint_does_not_fit_is_refused(checkpoints, mesh, wor
         check_mesh(mesh, checkpoints[T2V])
     assert words in str(caught.value)
     assert_one_sentence(str(caught.value))
-    check_mesh(MeshSpec(dp=7, cfg=2, pp=5), checkpoints[T2V])  # as many stages as layers
+    check_mesh(MeshSpec(dp=7, cfg=2, pp=5, tp=2), checkpoints[T2V])  # as many stages as layers, and parts as heads
+    check_mesh(MeshSpec(sp=6, ulysses=2), checkpoints[T2V])
 
 
 @pytest.mark.parametrize(
@@ -977,27 +981,34 @@ def test_a_mesh_that_a_checkpoint_does_not_fit_is_refused(checkpoints, mesh, wor
         (MeshSpec(dp=2, pp=2), {}, "deals videos to 2 groups of devices and this call has 1 video: leave dp out, or"),
         (MeshSpec(dp=4), {"num_videos_per_prompt": 3}, "this call has 3 videos: dp=3 is the most, or ask for more"),
         (MeshSpec(cfg=2, pp=2), {"guidance_scale": 1}, "no video of this call is guided: leave cfg out, or give"),
+        (
+            MeshSpec(sp=4), {"height": 48, "width": 48},
+            "splits the tokens of a frame over 4 devices, and 3 with 3 each have all 9 of 48x48 pixels: sp=3 does the",
+        ),
+        (MeshSpec(sp=7), {"height": 32, "width": 48}, "and 6 with 1 each have all 6 of 48x32 pixels: sp=6 does the"),
     ],
 )  # fmt: skip
 def test_a_mesh_with_devices_that_a_call_leaves_idle_is_refused(checkpoints, mesh, call, words):
     with pytest.raises(ValueError) as caught:
-        check_use(mesh, make_job(checkpoints[T2V], **{"prompt": "a"} | call))
+        check_use(mesh, checkpoints[T2V], make_job(checkpoints[T2V], **{"prompt": "a"} | call))
     assert words in str(caught.value)
     assert_one_sentence(str(caught.value))
 
 
 def test_a_mesh_with_work_for_each_device_is_taken(checkpoints, recwarn):
     some = make_job(checkpoints[T2V], prompt=["a", "b", "c"], guidance_scale=[1, 1, 2])
-    check_use(MeshSpec(dp=3, cfg=2), some)  # one video is guided
-    check_use(MeshSpec(dp=2), some)
-    check_use(MeshSpec(dp=3, cfg=2), some, loaded=True)
+    check_use(MeshSpec(dp=3, cfg=2), checkpoints[T2V], some)  # one video is guided
+    check_use(MeshSpec(dp=2), checkpoints[T2V], some)
+    check_use(MeshSpec(sp=4), checkpoints[T2V], make_job(checkpoints[T2V], prompt="a", height=48, width=80))
+    check_use(MeshSpec(dp=3, cfg=2), checkpoints[T2V], some, loaded=True)
     assert not recwarn.list
 
 
 def test_a_loaded_pipeline_takes_a_call_that_leaves_devices_idle_and_tells(checkpoints):
     """Its next call may give them work."""
     with pytest.warns(UserWarning) as told:
-        check_use(MeshSpec(dp=4, cfg=2), make_job(checkpoints[T2V], prompt="a", guidance_scale=1), loaded=True)
+        job = make_job(checkpoints[T2V], prompt="a", guidance_scale=1)
+        check_use(MeshSpec(dp=4, cfg=2), checkpoints[T2V], job, loaded=True)
     assert [str(one.message) for one in told] == [
         "mesh dp=4,cfg=2 deals videos to 4 groups of devices and this call has 1 video: the others are idle",
         "mesh dp=4,cfg=2 has devices for the negative prompts and no video of this call is guided: those are idle",

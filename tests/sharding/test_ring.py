@@ -246,8 +246,8 @@ class Problem:
 
     def first_state(self):
         rows = Toy(self.x, np.zeros_like(self.x), np.zeros(len(self.x), np.int32))
-        rows = jax.tree.map(lambda a: np.repeat(self.in_slots(a)[None], self.sizes.pp, axis=0), rows)
-        garbage = np.full((self.sizes.dp, self.sizes.cfg, self.sizes.pp, self.width), 12345, np.int32)
+        rows = jax.tree.map(lambda a: np.repeat(self.in_slots(a)[None, None], self.sizes.pp, axis=0), rows)
+        garbage = np.full((self.sizes.dp, self.sizes.cfg, self.sizes.pp, 1, self.width), 12345, np.int32)
         return put(self.mesh, RingState(np.int32(0), garbage, (), rows), state_specs(self.mesh)._replace(held=()))
 
     def segments(self, *ticks):
@@ -258,7 +258,7 @@ class Problem:
 
     def truth(self, state):
         """The carry of stage 0, by request."""
-        return jax.tree.map(lambda x: np.asarray(x)[0][self.slots], state.carry)
+        return jax.tree.map(lambda x: np.asarray(x)[0, 0, self.slots], state.carry)
 
     @property
     def total(self):
@@ -391,14 +391,14 @@ def test_a_stage_keeps_its_own_from_tick_to_tick(stages):
     specs = staged, Given(RULES.spec(mesh, "request", "branch"), staged)
     run = make_ring(mesh, stage, *specs)
     rows = Toy(first, np.zeros_like(first), np.zeros(3, np.int32))
-    rows = jax.tree.map(lambda a: np.repeat(a[None], stages, axis=0), rows)
-    held = np.zeros((1, 1, stages, layers // stages, 3, width), np.int32)
-    state = RingState(np.int32(0), np.zeros((1, 1, stages, width), np.int32), held, rows)
+    rows = jax.tree.map(lambda a: np.repeat(a[None, None], stages, axis=0), rows)
+    held = np.zeros((1, 1, stages, 1, layers // stages, 3, width), np.int32)
+    state = RingState(np.int32(0), np.zeros((1, 1, stages, 1, width), np.int32), held, rows)
     state = put(mesh, state, state_specs(mesh))
     turns = make_turns(plan, [Turn(0, n) for n in steps], slots=3, branches=branches)
     turns = jax.tree.map(lambda x: x[None], turns)
     given = put(mesh, ((weights, Given(texts, biases)), turns), (specs, turns_spec(mesh)))
     for ticks in (3, plan.ticks(steps) - 3, 5):
         state = run(*given[0], given[1], state, np.int32(ticks))
-    np.testing.assert_array_equal(np.asarray(state.carry.x)[0], x)
+    np.testing.assert_array_equal(np.asarray(state.carry.x)[0, 0], x)
     np.testing.assert_array_equal(np.asarray(state.held).reshape(layers, 3, width), memory)
