@@ -26,19 +26,21 @@ class TransformerFlops(NamedTuple):
 
 
 def transformer_flops(
-    cfg: TransformerConfig, tokens: int, *, text_rows: int = TEXT_ROWS, image_rows: int = 0, timesteps: int = 1
-) -> TransformerFlops:
+    cfg: TransformerConfig, tokens: int, *, text_rows: int = TEXT_ROWS, image_rows: int = 0, timesteps: int = 1,
+    keys: int | None = None, layers: int | None = None, tp: int = 1,
+) -> TransformerFlops:  # fmt: skip
     """One forward over `tokens`, with `image_rows` CLIP rows and `timesteps` groups of tokens of their own timestep.
 
+    Of a part of it: `layers` of all, `tokens` that look at so many `keys`, with one in `tp` of the heads and the MLP.
     A14B at 75,600 tokens: 1,810 linear, 4,682 self-attention, 32 cross-attention and 0.15 at the ends, in TFLOP.
     """
-    d, layers = cfg.dim, cfg.num_layers
+    d, layers, keys = cfg.dim, layers or cfg.num_layers, keys or tokens
     # self-attention's q, k, v, out and cross-attention's q, out are D x D; the MLP is D x M twice
     per_layer = tokens * (12 * d * d + 4 * d * cfg.ffn_dim) + image_rows * 4 * d * (cfg.added_kv_proj_dim or d)
     return TransformerFlops(
-        linear=layers * (per_layer + text_rows * 4 * d * d),  # the text's keys and values
-        self_attention=layers * 4 * tokens**2 * d,
-        cross_attention=layers * 4 * tokens * (text_rows + image_rows) * d,
+        linear=layers * (per_layer + text_rows * 4 * d * d) // tp,  # the text's keys and values
+        self_attention=layers * 4 * tokens * keys * d // tp,
+        cross_attention=layers * 4 * tokens * (text_rows + image_rows) * d // tp,
         ends=_ends_flops(cfg, tokens, text_rows, image_rows, timesteps),
     )
 
@@ -123,3 +125,65 @@ def _mid(t: int, pixels: int, dim: int, first_taps: int) -> int:
     """Two residual blocks around attention among the pixels of each frame."""
     attention = _conv(t * pixels, 1, dim, 4 * dim) + 4 * t * pixels**2 * dim
     return 4 * _causal(t, pixels, dim, dim, first_taps) + attention
+
+
+# What the devices of a mesh do of it, and send each other
+
+
+class Share(NamedTuple):
+    """What a device of a mesh has of a forward: of the DiT's layers, a frame's tokens (pads included), heads and MLP.
+
+    ulysses: of how many devices trade tokens for heads; keys and values go round the sp / ulysses groups of them.
+    """
+
+    layers: int
+    tokens: int
+    sizes: dict[str, int]  # of the mesh's axes
+    ulysses: int
+
+
+def device_share(cfg: TransformerConfig, sizes: dict[str, int], per_frame: int, ulysses: int) -> Share:
+    """The share of a device that has as much as any, on a mesh of these sizes, of frames of so many tokens."""
+    return Share(-(-cfg.num_layers // sizes["pp"]), -(-per_frame // sizes["sp"]), sizes, ulysses)
+
+
+class Sent(NamedTuple):
+    """A kind of collective that a device takes part in during a tick of the ring."""
+
+    axis: str
+    kind: str  # as XLA names it
+    among: int  # devices
+    a_layer: int  # how many in each layer
+    a_tick: int  # and beside the layers
+    payload: int  # bytes that this device brings to one of them
+
+    def sent(self, layers: int) -> int:
+        """Bytes that the device sends in a tick. An all-reduce among n sends 2 (n - 1) / n of its payload, an
+        all-to-all (n - 1) / n of it, as a ring of devices does them."""
+        parts = {"all-reduce": 2 * (self.among - 1), "all-to-all": self.among - 1, "collective-permute": self.among}
+        return (self.a_layer * layers + self.a_tick) * self.payload * parts[self.kind] // self.among
+
+
+def tick_traffic(
+    cfg: TransformerConfig, share: Share, frames: int, itemsize: int, *, text_rows: int = TEXT_ROWS, image_rows: int = 0
+) -> list[Sent]:
+    """All collectives of a tick, in which a device applies its layers to one micro-batch; hidden states have `itemsize`
+    bytes a number."""
+    dp, cfg_size, pp, sp, tp = (share.sizes[axis] for axis in ("dp", "cfg", "pp", "sp", "tp"))
+    del dp  # sends nothing
+    tokens = frames * share.tokens
+    hidden, groups = tokens * cfg.dim * itemsize, sp // share.ulysses
+    apart = bool(image_rows) and cfg.added_kv_proj_dim is not None  # keys of their own for the image
+    patch = 4 * tokens * cfg.out_channels * cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
+    return [
+        one for one in (
+            Sent("cfg", "all-reduce", cfg_size, 0, 1, 2 * patch),  # both velocities
+            Sent("pp", "collective-permute", pp, 0, 1, hidden),
+            Sent("sp", "all-to-all", share.ulysses, 4, 0, hidden // tp),  # q, k, v and the result
+            Sent("sp", "collective-permute", groups, 2 * (groups - 1), 0, hidden // tp),  # k and v
+            Sent("tp", "all-reduce", tp, 3, 0, hidden),  # what attention, cross-attention and MLP give
+            Sent("tp", "all-reduce", tp, 3, 0, 4 * tokens),  # mean squares of q and k, and of q in cross-attention
+            Sent("tp", "all-reduce", tp, 1, 0, 4 * text_rows),  # of the text's k
+            Sent("tp", "all-reduce", tp, int(apart), 0, 4 * image_rows),
+        ) if one.among > 1 and one.a_layer + one.a_tick
+    ]  # fmt: skip

@@ -7,16 +7,21 @@ import pytest
 from collectives import collectives, expected_collectives
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, VIDEO, compilations, picture
 
+from jaxwan.config import ImageInput
+from jaxwan.flops import device_share, tick_traffic
 from jaxwan.pipelines import pipeline as pipelines
 from jaxwan.pipelines import warmup
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.dit import most_ulysses
+from jaxwan.pipelines.dry_run import image_rows
 from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.load import load_parts
+from jaxwan.pipelines.parts import abstract_parts
 from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.warmup import compiling
-from jaxwan.sharding.mesh import MeshSpec
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 SIZE = dict(height=32, width=48, num_frames=5)
 CALL = SIZE | dict(prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], num_inference_steps=2, seed=1)
@@ -72,7 +77,8 @@ def test_after_a_warm_up_a_call_compiles_nothing_and_gives_the_same_bits(fresh, 
     family, mesh, ahead, call, programs = CASES[case]
     pipe, outputs = fresh(family, mesh), []
     warm = pipe.warmup(**ahead)
-    out = {f"{OUT} of rank 0", f"{OUT} of rank 1"} if "dp=2" in mesh else {OUT}
+    second = MeshSpec.parse(mesh).num_devices // 2
+    out = {f"{OUT} on device 0", f"{OUT} on device {second}"} if "dp=2" in mesh else {OUT}
     assert set(warm.programs) == RING | out | programs
     assert 0 < max(warm.programs.values()) <= warm.seconds
     assert compilations(lambda: pipe.warmup(**ahead)) == 0
@@ -82,20 +88,38 @@ def test_after_a_warm_up_a_call_compiles_nothing_and_gives_the_same_bits(fresh, 
     np.testing.assert_array_equal(outputs[0].frames, expected.frames)
 
 
-def test_devices_send_each_other_hidden_states_and_velocities_and_nothing_else(pipeline):
+LAYOUTS = [
+    ("t2v-A14B", "dp=2,cfg=2,pp=2", None), ("t2v-A14B", "cfg=2,sp=2,tp=2", None), ("2.1-flf2v", "pp=2,sp=4", None),
+    ("i2v-A14B", "tp=2", None), ("t2v-A14B", "sp=4", 1),
+]  # fmt: skip
+MORE_LAYOUTS = [
+    ("t2v-A14B", "pp=1", None), ("2.1-flf2v", "sp=3,tp=2", None), ("ti2v-5B", "dp=2,sp=2", None),
+    ("ti2v-5B", "pp=2,tp=2", None), ("2.1-t2v", "sp=8", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "ulysses"), LAYOUTS + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE_LAYOUTS]
+)
+def test_devices_send_each_other_what_the_account_says_and_nothing_else(folder, family, mesh, ulysses):
     """Of what every denoising program holds: nothing is gathered, and a video goes to its rank alone."""
-    pipe = pipeline("t2v-A14B", "dp=2,cfg=2,pp=2")
-    job = make_job(pipe.checkpoint, prompt=["", ""], seed=0, **SIZE)
-    denoiser = pipe.parts.denoiser
-    bucket = denoiser.bucket([abstract_entry(pipe.checkpoint, request) for request in job.requests])
+    checkpoint, mesh = read_checkpoint(folder(family)), make_mesh(MeshSpec.parse(mesh))
+    image = {"image": IMAGE} if checkpoint.image_input is not ImageInput.NONE else {}
+    last = {"last_image": IMAGE} if "flf2v" in family else {}
+    size = dict(height=96, width=160, num_frames=5)
+    job = make_job(checkpoint, prompt=["", ""], seed=0, guidance_scale=2.0, **size, **image, **last)
+    denoiser = abstract_parts(checkpoint, mesh, "float32", "float32", ulysses=ulysses).denoiser
+    bucket = denoiser.bucket([abstract_entry(checkpoint, request) for request in job.requests])
     sent = {
         name: collectives(function.lower(*arguments).compile().as_text())
         for name, function, arguments in denoiser.programs(bucket).listed(denoiser.weights)
     }
-    assert sent.pop("ring") == expected_collectives(denoiser.mesh)
-    assert sent == dict.fromkeys(
-        ["the ring's slots", "a video into its slot", f"{OUT} of rank 0", f"{OUT} of rank 1"], []
-    )
+    cfg, sizes = checkpoint.transformer, dict(mesh.shape)
+    tokens = checkpoint.geometry.num_tokens(1, *job.size[1:])
+    share = device_share(cfg, sizes, tokens, ulysses or most_ulysses(cfg, sizes))
+    traffic = tick_traffic(cfg, share, 2, 4, image_rows=image_rows(cfg))
+    assert sent.pop("ring") == expected_collectives(mesh, traffic)
+    assert len(sent) == 2 + sizes["dp"] * sizes["sp"] and not any(sent.values())
 
 
 def test_programs_compiled_while_the_weights_are_read_are_those_of_the_run(folder, pipeline):

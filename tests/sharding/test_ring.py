@@ -12,6 +12,7 @@ from collectives import collectives, expected_collectives
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from jaxwan.flops import Sent
 from jaxwan.sharding.collectives import gather
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 from jaxwan.sharding.ring import RingState, Stage, make_ring, make_turns, slot_at, state_specs, turns_spec
@@ -349,7 +350,10 @@ def test_a_tick_holds_no_collectives_but_its_own(mesh):
     """One hop over pp, one sum over cfg, nothing between requests."""
     problem = Problem(MeshSpec.parse(mesh), 2)
     text = problem.run.lower(*problem.placed, problem.first_state(), np.int32(1)).compile().as_text()
-    assert collectives(text) == expected_collectives(problem.mesh)
+    branches = Sent("cfg", "all-reduce", problem.mesh.shape["cfg"], 0, 1, 0)
+    hop = Sent("pp", "collective-permute", problem.mesh.shape["pp"], 0, 1, 0)
+    traffic = [sent for sent in (branches, hop) if sent.among > 1]
+    assert collectives(text) == expected_collectives(problem.mesh, traffic)
 
 
 # Stages that remember

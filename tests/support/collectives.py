@@ -1,17 +1,27 @@
 """What devices send each other, read from a compiled program."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
+
+from jaxwan.flops import Sent
 
 KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 
 
 def collectives(text: str) -> list[tuple[str, list]]:
-    """(kind, which positions in the mesh take part together) of every collective in a program's text, in no order."""
-    lines = [line for line in text.splitlines() if re.search(rf"\b({KINDS})(-start)?\(", line)]
-    return sorted((re.search(KINDS, line.split(" = ", 1)[1])[0], groups(line)) for line in lines)
+    """(kind, which positions in the mesh take part together) of every collective in a program's text, in no order.
+
+    XLA may join all-reduces that wait for the same: each of their arrays counts.
+    """
+    found = []
+    for line in text.splitlines():
+        if match := re.search(rf"\b({KINDS})(-start)?\((.*?)\)", line):
+            arrays = match[3].count("%") if match[1] == "all-reduce" else 1
+            found += [(match[1], groups(line))] * arrays
+    return sorted(found)
 
 
 def groups(line: str) -> list[list[int]]:
@@ -23,13 +33,15 @@ def groups(line: str) -> list[list[int]]:
     return sorted([int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed))
 
 
-def expected_collectives(mesh: Mesh) -> list[tuple[str, list]]:
-    """What a tick of the ring may have: a hop to the next stage, and a sum over the branches."""
+def expected_collectives(mesh: Mesh, traffic: Sequence[Sent]) -> list[tuple[str, list]]:
+    """What the program of a tick may have: its layers are one text."""
     places = np.arange(mesh.size).reshape(mesh.devices.shape)
-
-    def along(axis: str) -> list[list[int]]:
-        return np.moveaxis(places, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis]).tolist()
-
-    hops = sorted([a, b] for stages in along("pp") for a, b in zip(stages, stages[1:] + stages[:1], strict=True))
-    told = [("all-reduce", sorted(along("cfg")))] * (mesh.shape["cfg"] > 1)
-    return told + [("collective-permute", hops)] * (mesh.shape["pp"] > 1)
+    told = []
+    for sent in traffic:
+        lines = np.moveaxis(places, mesh.axis_names.index(sent.axis), -1).reshape(-1, mesh.shape[sent.axis])
+        if sent.kind == "collective-permute":
+            among = np.stack([lines, np.roll(lines, -(mesh.shape[sent.axis] // sent.among), axis=1)], -1).reshape(-1, 2)
+        else:
+            among = lines.reshape(-1, sent.among)
+        told += [(sent.kind, sorted(among.tolist()))] * (sent.a_layer + sent.a_tick)
+    return sorted(told)
