@@ -1,8 +1,8 @@
 """Scaled dot-product attention: one public function, named implementations.
 
 Reference (what every implementation computes): softmax(q k^T / sqrt(K) + bias) v per head, softmax in float32.
-No implementation holds a queries x keys array beyond LOGITS_BYTES: cuDNN streams over keys, the XLA one maps over
-chunks of queries.
+No implementation holds a queries x keys array beyond LOGITS_BYTES: cuDNN and the TPU's kernel stream over keys, the
+XLA one maps over chunks of queries.
 
 Keys that lie in several places are attended to part by part: `attention_with_lse` gives a part's output and what it
 weighs, `merge` makes one of two parts.
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 LOGITS_BYTES = 2**28  # XLA form: float32 logits of one chunk of queries, all heads
 
-IMPLEMENTATIONS = ("cudnn", "xla")
+IMPLEMENTATIONS = ("cudnn", "tpu", "xla")
 
 
 def attention(
@@ -31,12 +31,18 @@ def attention(
     """softmax(q k^T / sqrt(K) + bias) v, in q's dtype.
 
     bias: float32, one number a key, for all queries and heads; log(n) makes one key count as n equal ones, -inf hides
-    it. implementation: "cudnn" (CUDA, 16-bit, no bias), "xla" (anywhere), None: cuDNN where it can run, else XLA. A
-    named one either runs or raises: ValueError for an unknown name or a bias it does not take, and cuDNN's own error
-    where it is missing.
+    it. implementation: "cudnn" (CUDA, 16-bit, no bias), "tpu" (TPUs, bfloat16 and float32, no bias), "xla" (anywhere),
+    None: without a bias cuDNN where it can run, and on TPUs "tpu" for heads of 64 or 128 in bfloat16, else XLA. A named
+    one either runs or raises: ValueError for an unknown name or a bias it does not take, and the kernel's own error
+    where it cannot run.
     """
-    if _chosen(q, bias, implementation) == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    match _chosen(q, bias, implementation):
+        case "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        case "tpu":
+            from jaxwan.kernels.attention_tpu import splash_attention
+
+            return splash_attention(q, k, v)
     return _in_chunks(attend, q, k, v, bias)
 
 
@@ -63,10 +69,15 @@ def attention_with_lse(
 
     Other arguments and errors are attention's. key_length: how many keys count, the first ones, from 0 to all; the
     others are finite and are not looked at. Where all keys are hidden, out is 0 and lse -inf. Not for training: cuDNN
-    passes no gradient through lse.
+    passes no gradient through lse, the TPU's kernel none at all.
     """
-    if _chosen(q, bias, implementation) == "cudnn":
-        return _cudnn_with_lse(q, k, v, key_length)
+    match _chosen(q, bias, implementation):
+        case "cudnn":
+            return _none_is_nothing(_cudnn_with_lse(q, k, v, key_length), key_length)
+        case "tpu":
+            from jaxwan.kernels.attention_tpu import splash_attention_with_lse
+
+            return _none_is_nothing(Attended(*splash_attention_with_lse(q, k, v, key_length)), key_length)
     return _in_chunks(attend_with_lse, q, k, v, _hiding(bias, key_length, k.shape[1]))
 
 
@@ -83,11 +94,12 @@ def merge(a: Attended, b: Attended) -> Attended:
 
 def _chosen(q: Array, bias: Array | None, implementation: str | None) -> str:
     if implementation is None:
-        return "cudnn" if bias is None and _cudnn_fits(q) else "xla"
+        fitting = {"cudnn": _cudnn_fits, "tpu": _tpu_fits} if bias is None else {}
+        return next((name for name, fits in fitting.items() if fits(q)), "xla")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "cudnn" and bias is not None:
-        raise ValueError("implementation='cudnn' takes no bias here: leave it out, or choose 'xla'")
+    if implementation != "xla" and bias is not None:
+        raise ValueError(f"implementation={implementation!r} takes no bias here: leave it out, or choose 'xla'")
     return implementation
 
 
@@ -95,6 +107,11 @@ def _cudnn_fits(q: Array) -> bool:
     sixteen_bit = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = sixteen_bit and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return fits and jax.default_backend() == "gpu"  # asked last: it starts the backend
+
+
+def _tpu_fits(q: Array) -> bool:
+    # float32 is asked for to be exact, and other widths are those of small models
+    return q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128) and jax.default_backend() == "tpu"
 
 
 def _cudnn_with_lse(q: Array, k: Array, v: Array, key_length: Array | None) -> Attended:
@@ -107,12 +124,13 @@ def _cudnn_with_lse(q: Array, k: Array, v: Array, key_length: Array | None) -> A
         all_queries = jnp.full_like(key_length, q.shape[1])
         lengths = dict(q_seqlen=all_queries, kv_seqlen=key_length, mask_type=MaskType.PADDING)
     made: Any = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True, **lengths)
-    attended = Attended(made[0], made[1].swapaxes(1, 2))  # lse is [b, n, q]
-    return attended if key_length is None else _none_is_nothing(attended, key_length)
+    return Attended(made[0], made[1].swapaxes(1, 2))  # lse is [b, n, q]
 
 
-def _none_is_nothing(attended: Attended, key_length: Array) -> Attended:
+def _none_is_nothing(attended: Attended, key_length: Array | None) -> Attended:
     """`attended` with what no key means, whatever a kernel makes of a length of 0."""
+    if key_length is None:
+        return attended
     seen = (key_length > 0)[:, None, None]
     return Attended(jnp.where(seen[..., None], attended.out, 0), jnp.where(seen, attended.lse, -jnp.inf))
 

@@ -155,5 +155,5 @@ def state_specs(mesh: Mesh) -> RingState:
 
 
 def check_types(mesh: Mesh) -> bool:
-    """Whether shard_map proves which values vary over which axis: on CPUs only, GPU kernels have no rules for it."""
+    """Whether shard_map proves which values vary over which axis: on CPUs only, other kernels have no rules for it."""
     return mesh.devices.flat[0].platform == "cpu"

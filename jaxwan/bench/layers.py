@@ -65,7 +65,8 @@ def layer_tflop(forward: TransformerFlops, preset: Preset) -> float:
 
 def attention_that_ran(executable: Any) -> str:
     """Which implementation of attention is in a program."""
-    return "cuDNN" if "__cudnn$fmha" in executable.as_text() else "XLA"
+    calls = {"cuDNN": "__cudnn$fmha", "splash (TPU)": "splash_mha"}
+    return next((name for name, call in calls.items() if call in executable.as_text()), "XLA")
 
 
 def measure_block(item: Item) -> Iterator[Row]:

@@ -53,12 +53,12 @@ def test_the_mid_preset_has_layers_of_512_channels_and_4096_tokens():
 
 def test_everything_is_measured_in_the_order_of_its_worth():
     names = [item.name for item in make_items("all", FULL)]
-    assert names[:8] == [
-        "ceilings/t2v-a14b-720p", "attention/t2v-a14b-720p/cudnn", "attention/t2v-a14b-720p/xla",
+    assert names[:9] == [
+        "ceilings/t2v-a14b-720p", *(f"attention/t2v-a14b-720p/{name}" for name in ("cudnn", "tpu", "xla")),
         *(f"dit/{name}" for name in FULL_SIZE), "block/t2v-a14b-720p",
     ]  # fmt: skip
     # 1.3B's VAE at 480p is A14B's
-    assert names[8:12] == [
+    assert names[9:13] == [
         "vae/t2v-a14b-720p/float32", "vae/t2v-a14b-480p/float32", "vae/ti2v-5b-704p121/float32", "e2e/t2v-a14b-720p",
     ]  # fmt: skip
     assert names[-1] == "growth/t2v-a14b-720p" and len(set(names)) == len(names)

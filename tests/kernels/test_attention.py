@@ -98,7 +98,7 @@ def test_without_a_name_the_cpu_takes_the_xla_form():
 @pytest.mark.parametrize("function", [attention, attention_with_lse])
 def test_a_name_never_falls_back(function):
     inputs = arrays(1, 9, 9, 2, 8)
-    with pytest.raises(ValueError, match="implementation='flash' is unknown: choose one of cudnn, xla"):
+    with pytest.raises(ValueError, match="implementation='flash' is unknown: choose one of cudnn, tpu, xla"):
         function(*inputs, implementation="flash")
 
 
