@@ -103,6 +103,29 @@ class Turn(NamedTuple):
     done: int = 0
 
 
+class Work(NamedTuple):
+    """A step of the request in a slot, in one of its branches."""
+
+    slot: int
+    branch: int
+    step: int
+
+
+def work_at(plan: RingPlan, turns: Sequence[Turn], u: int) -> Work | None:
+    """What entered the ring in tick u, and so is at position p in tick u + p; None where that is nothing.
+
+    What `ring.slot_at` works out on every device.
+    """
+    index, microbatch = divmod(u, plan.period)
+    if u < 0 or microbatch >= plan.microbatches:
+        return None
+    slot = next(slot for slot in range(len(plan.branches)) if microbatch < plan.first(slot + 1))
+    step = index - turns[slot].start + turns[slot].done
+    if index < turns[slot].start or step >= turns[slot].num_steps:
+        return None
+    return Work(slot, microbatch - plan.first(slot), step)
+
+
 def done_at(plan: RingPlan, slot: int, turn: Turn, step: int) -> int:
     """Ticks, counted from the ring's first, after which a request has finished a step."""
     last_branch_enters = (turn.start + step - turn.done) * plan.period + plan.first(slot + 1) - 1

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxwan.sharding.ring import make_turns, slot_at
-from jaxwan.sharding.turns import RingPlan, Turn, deal, done_at, first_start, rebased, steps_done, ticks_until_step
+from jaxwan.sharding.turns import (
+    RingPlan,
+    Turn,
+    deal,
+    done_at,
+    first_start,
+    rebased,
+    steps_done,
+    ticks_until_step,
+    work_at,
+)
 
 SIZES = ((1, 1), (1, 2, 2), (2, 2), (3, 1, 1), (4, 2), (4, 2, 2, 2), (5, 2, 2), (3, 1, 2), (4, 2, 1, 1), (2, 1, 3, 2))
 PLANS = [RingPlan(stages, tuple(branches)) for stages, *branches in SIZES]
@@ -87,6 +97,7 @@ def test_whatever_comes_and_goes_is_where_the_arithmetic_says(plan, script):
             slots = jax.tree.map(np.asarray, told(plan.stages, turns, np.int32(ring.tick)))
             for place, worked in enumerate(ring.run_tick()):
                 at = jax.tree.map(lambda x, i=place: x[i].item(), slots)
+                assert work_at(plan, ring.turns, ring.tick - 1 - place) == worked
                 assert at.active == (worked is not None) and worked in (None, (at.request, at.branch, at.step))
                 assert at.last == (at.branch == plan.branches[at.request] - 1)
                 assert 0 <= at.step and 0 <= at.request < ring.slots  # also where nothing is
