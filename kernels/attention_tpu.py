@@ -15,17 +15,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask impo
 from jaxtyping import Array, Float, Int
 
 LANES = 128  # of a vector register: what blocks are multiples of
-BLOCK = 1024  # most rows of one; 2048 exceed the 16 MiB of fast memory that a kernel gets on a TPU v5
+BLOCK = 1024  # most rows of 16 bits in one; twice as many exceed the 16 MiB of fast memory of a kernel on a TPU v5
 
 
-def block_size(rows: int) -> int:
-    """Rows of a block: of a single one where they fit into it, else what pads least from half of BLOCK on.
+def block_size(rows: int, itemsize: int) -> int:
+    """Rows of a block: of a single one where they fit into it, else what pads least from half of the most on.
 
-    75,600 rows are 74 blocks of 1024 with 176 pads, 9,450 are 15 of 640 with 150 (10 of 1024 would have 790).
+    75,600 rows of 16 bits are 74 blocks of 1024 with 176 pads, 9,450 are 15 of 640 with 150 (10 of 1024: 790).
     """
-    if rows <= BLOCK:
+    most = 2 * BLOCK // itemsize
+    if rows <= most:
         return -(-rows // LANES) * LANES
-    return min(range(BLOCK, BLOCK // 2 - 1, -LANES), key=lambda size: -rows % size)
+    return min(range(most, most // 2 - 1, -LANES), key=lambda size: -rows % size)
 
 
 def splash_attention(
@@ -49,7 +50,7 @@ def splash_attention_with_lse(
 
 def _splash(q: Array, k: Array, v: Array, key_length: Array | None, *, with_lse: bool) -> Any:
     queries, keys, heads, width = q.shape[1], k.shape[1], *q.shape[2:]
-    sizes = splash.BlockSizes(block_size(queries), block_size(keys))
+    sizes = splash.BlockSizes(*(block_size(rows, q.dtype.itemsize) for rows in (queries, keys)))
     q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # the kernel does not scale
     q, k, v = _heads_first(q, sizes.block_q), _heads_first(k, sizes.block_kv), _heads_first(v, sizes.block_kv)
     kernel = splash.make_splash_mha(

@@ -21,10 +21,10 @@ TOLERANCES = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3}  # a few of its own steps; 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernel on a CPU, in blocks of 128 to 256 rows."""
+    """The kernel on a CPU, in blocks of up to 256 rows of float32 and 512 of bfloat16."""
     make = attention_tpu.splash.make_splash_mha
     monkeypatch.setattr(attention_tpu.splash, "make_splash_mha", partial(make, interpret=True))
-    monkeypatch.setattr(attention_tpu, "BLOCK", 256)
+    monkeypatch.setattr(attention_tpu, "BLOCK", 512)
 
 
 def arrays(b, q, s, n, k, dtype=jnp.float32):
@@ -37,8 +37,9 @@ def arrays(b, q, s, n, k, dtype=jnp.float32):
                        (32_760, 1024), (27_280, 640), (9_450, 640)],
 )  # fmt: skip
 def test_blocks_are_few_and_full(rows, size):
-    assert block_size(rows) == size
+    assert block_size(rows, 2) == size
     assert rows <= 1024 or -rows % size == min(-rows % other for other in range(512, 1025, 128))
+    assert block_size(rows, 4) <= 512
 
 
 def check(attended, inputs, dtype):
@@ -54,10 +55,10 @@ def check(attended, inputs, dtype):
     ("shape", "dtype"),
     [
         ((2, 1, 9, 1, 8), jnp.float32),
-        ((1, 37, 300, 3, 64), jnp.bfloat16),
+        ((1, 37, 600, 3, 64), jnp.bfloat16),
         ((1, 300, 257, 2, 128), jnp.float32),
-        ((1, 300, 257, 2, 128), jnp.bfloat16),
-        ((2, 128, 512, 2, 128), jnp.bfloat16),  # no pads
+        ((1, 600, 257, 2, 128), jnp.bfloat16),
+        ((2, 128, 512, 2, 128), jnp.float32),  # no pads
     ],
 )
 def test_the_kernel_equals_float64_whatever_the_lengths(interpreted, shape, dtype):
@@ -72,7 +73,7 @@ def test_without_log_sum_exps_it_is_the_same(interpreted):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_keys_behind_the_length_are_not_looked_at(interpreted, dtype):
-    lengths = np.array([0, 1, 129, 300])  # of three blocks all hidden, all but one, some, only the pads
+    lengths = np.array([0, 1, 129, 300])  # of three blocks of float32: all hidden, all but one, some, only the pads
     q, k, v = arrays(4, 37, 300, 2, 64, dtype)
     loud = [jnp.where(jnp.arange(300)[:, None, None] < lengths.reshape(-1, 1, 1, 1), x, 1e4) for x in (k, v)]
     attended = jax.jit(on_tpu_with_lse)(q, *(x.astype(dtype) for x in loud), key_length=jnp.asarray(lengths))
