@@ -13,10 +13,11 @@ from dataclasses import asdict
 
 import jax
 
-from jaxwan.bench import against, ceilings, clip, compiling, dit, growth, layers, load, vae
+from jaxwan.bench import against, ceilings, clip, compiling, dit, growth, layers, load, mesh, vae
 from jaxwan.bench.item import Item
 from jaxwan.bench.measure import environment
 from jaxwan.bench.report import Row
+from jaxwan.sharding.mesh import request_virtual_devices
 
 ENVIRONMENT, ROW = "ENVIRONMENT ", "ROW "
 MEASUREMENTS = {
@@ -33,6 +34,7 @@ MEASUREMENTS = {
     "load": load.measure_load,
     "compile": compiling.measure_compilation,
     "growth": growth.measure_growth,
+    "mesh": mesh.measure_mesh,
 }
 _NOT_HERE = (RuntimeError, ValueError, NotImplementedError, OSError)  # how JAX and cuDNN say that they cannot run
 
@@ -42,6 +44,8 @@ def main(text: str | None = None) -> None:
     item = None if text is None else Item.from_json(text)
     if item is not None and item.against and not item.preset.needs_accelerator:
         against.use_two_cores()
+    if item is not None and item.kind == "mesh":
+        request_virtual_devices(2)
     print(ENVIRONMENT + json.dumps(environment()), flush=True)
     if item is not None:
         for row in measure(item):

@@ -67,7 +67,8 @@ _VAE_2_2 = VAEConfig(
 )  # fmt: skip
 
 # What CPUs do in seconds. "small" rehearses the harness; "tiny" is the bundled model; "mid" has layers that are worth
-# measuring on a CPU, with ticks of over 50 ms; "vae2.1-64p5" has the convolutions of the official VAE
+# measuring on a CPU, with ticks of over 50 ms; "pair" is for two cores of it, one of which takes half a second a tick;
+# "vae2.1-64p5" has the convolutions of the official VAE
 SMALL = Preset(
     "small",
     TransformerConfig(num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=256, text_dim=64, freq_dim=8),
@@ -86,6 +87,12 @@ MID = replace(
     SMALL, name="mid", size=(13, 512, 512), steps=20, experts=1, matmul=2048, sustain=1.0, load_bytes=2**29,
     transformer=TransformerConfig(num_attention_heads=4, num_layers=2, ffn_dim=2048, text_dim=64),
 )  # fmt: skip
+PAIR = replace(
+    MID, name="pair", size=(5, 256, 512),
+    transformer=TransformerConfig(
+        num_attention_heads=4, attention_head_dim=64, num_layers=4, ffn_dim=1024, text_dim=64, freq_dim=64
+    ),
+)  # fmt: skip
 WIDE_VAE = replace(SMALL, name="vae2.1-64p5", size=(5, 64, 64), vae=VAEConfig())
 
 PRESETS = {
@@ -98,6 +105,7 @@ PRESETS = {
         SMALL,
         TINY,
         MID,
+        PAIR,
         WIDE_VAE,
     )
 }
