@@ -23,7 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
-from jaxwan.flops import transformer_flops, vae_decode_flops
+from jaxwan.flops import Share, device_share, transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.layers import abstract
 from jaxwan.models.vae import VAE
@@ -31,11 +31,11 @@ from jaxwan.pipelines.arguments import whole
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
-from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, map_axes
+from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, map_axes, most_ulysses
 from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
-from jaxwan.sharding.mesh import MeshSpec, find_devices
+from jaxwan.sharding.mesh import AXES, MeshSpec, find_devices
 from jaxwan.sharding.rules import RULES
 from jaxwan.sharding.turns import deal
 
@@ -356,36 +356,59 @@ def activation_bytes(
 
 
 def _denoise_bytes(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.dtype) -> dict[str, int]:
-    """What a tick keeps, and the larger of a layer's two moments: in attention, or in the MLP."""
+    """What a tick keeps, and the largest of a layer's moments."""
     cfg, geometry = checkpoint.transformer, checkpoint.geometry
+    share, frames, per_frame = _share(checkpoint, mesh, job)
     slots, texts = room(-(-len(job.requests) // mesh.dp)), max(1 + job.guided, mesh.cfg) // mesh.cfg
     renoises = any(r.table.renoises for r in job.requests)
-    latent = 4 * math.prod(geometry.latent_shape(*job.size)) * geometry.z_dim
-    tokens = geometry.num_tokens(*job.size)
-    hidden, inner = tokens * cfg.dim * dtype.itemsize, tokens * cfg.ffn_dim * dtype.itemsize
+    latent = 4 * frames * share.tokens * math.prod(cfg.patch_size) * geometry.z_dim
     blocks, _ = _weight_bytes(cfg, 1, replace(mesh, pp=1), dtype)
     image = 4 * image_rows(cfg) * (cfg.image_dim or 0)
     extra = cfg.in_channels - geometry.z_dim  # mask and image channels
-    moments = {
-        "one layer, in attention: q, k, v and the result": 4 * hidden,
-        "one layer, in the MLP: its input and inner state": hidden + inner,
-    }
-    if dtype.itemsize == 4:  # 16-bit attention is cuDNN's, which holds no logits
-        logits = 4 * cfg.num_attention_heads * query_chunk(1, tokens, tokens, cfg.num_attention_heads) * tokens
-        moments = {
-            "one layer, in attention: q, k, v, the result and chunks of logits": 5 * hidden + logits,
-            "one layer, in the MLP: its input twice and inner state": 2 * hidden + inner,
-        }
+    moments = _layer_moments(cfg, share, frames, per_frame, dtype.itemsize)
     moment = max(moments, key=lambda name: moments[name])
     return {
         "latents, x0 history and velocity of a ring's videos (6 x float32)": 6 * slots * latent,
         "noise of renoise (8 x float32)": RENOISINGS * slots * latent * renoises,
         "text rows of a ring's videos": 4 * slots * texts * job.requests[0].max_sequence_length * cfg.text_dim,
         "image rows and channels": slots * (image + latent * extra // geometry.z_dim),
-        "hidden state": hidden,
+        "hidden state": frames * share.tokens * cfg.dim * dtype.itemsize,
         moment: moments[moment],
         "half of a layer's weights, cut out of their stack": blocks // cfg.num_layers // 2,
     }
+
+
+def _layer_moments(cfg: TransformerConfig, share: Share, frames: int, per_frame: int, itemsize: int) -> dict[str, int]:
+    """What a layer holds beside the hidden state that it began with, where it holds most. 16-bit attention is cuDNN's,
+    which holds no logits."""
+    tp, groups = share.sizes["tp"], share.sizes["sp"] // share.ulysses
+    hidden, inner = (frames * share.tokens * width * itemsize for width in (cfg.dim, cfg.ffn_dim // tp))
+    heads = hidden // tp  # of q, k, v and the result each
+    moments = {
+        "one layer, in attention: q, k, v and the result": max(4 * heads, hidden + 3 * heads),
+        "one layer, in the MLP: its input and inner state": hidden + inner,
+        "one layer, in attention: the result, and its sum over tp": (heads + 2 * hidden) * (tp > 1),
+        "one layer, in attention: q, k, v and the result, one of them while tokens are traded for heads":
+            5 * heads * (share.ulysses > 1),
+        "one layer, in attention: q, and k and v twice, to pass them on": 5 * heads * (groups > 1),
+        "one layer, in attention: q, k and v twice, to pass them on, and what was seen (float32)":
+            8 * heads * (groups > 2),
+    }  # fmt: skip
+    if itemsize == 4:
+        rows = frames * (per_frame if groups == 1 else share.tokens * share.ulysses)
+        n = cfg.num_attention_heads // tp // share.ulysses
+        logits = 4 * n * query_chunk(1, rows, rows, n) * rows
+        moments = {name: size + hidden + logits * ("attention" in name) for name, size in moments.items() if size}
+        moments["one layer, in the MLP: its input and inner state"] = 2 * hidden + inner
+    return moments
+
+
+def _share(checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> tuple[Share, int, int]:
+    """What a device has of a forward; latent frames, and tokens of each."""
+    cfg, geometry, sizes = checkpoint.transformer, checkpoint.geometry, dict(zip(AXES, mesh.sizes, strict=True))
+    per_frame = geometry.num_tokens(1, *job.size[1:])
+    share = device_share(cfg, sizes, per_frame, mesh.ulysses or most_ulysses(cfg, sizes))
+    return share, geometry.latent_shape(*job.size)[0], per_frame
 
 
 def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[str, int]:

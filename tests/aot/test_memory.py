@@ -12,6 +12,7 @@ left open, so times cannot be had this way.
 """
 
 import importlib.util
+import math
 from functools import cache
 from pathlib import Path
 
@@ -45,21 +46,30 @@ A14B, TI2V, SMALL = "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B", "Wan2.1-T2V-1.3B"
 P480 = dict(num_frames=81, height=480, width=832)
 RENOISE = dict(sampler="renoise", timesteps=[900, 500], guidance_scale=1)
 CASES = [
-    # model, stages, dtype, arguments of the call
-    (A14B, 4, "bfloat16", {}),
-    (A14B, 4, "bfloat16", P480),
-    (A14B, 4, "bfloat16", P480 | dict(num_frames=17)),
-    (A14B, 4, "bfloat16", P480 | dict(num_frames=1)),
-    (A14B, 8, "bfloat16", P480 | dict(num_videos_per_prompt=8)),
-    (A14B, 4, "bfloat16", P480 | RENOISE | dict(num_videos_per_prompt=2)),
-    (A14B, 4, "float32", {}),
-    ("Wan2.2-I2V-A14B", 4, "bfloat16", dict(image=PICTURE, height=720, width=1280)),
-    ("Wan2.1-FLF2V-14B", 4, "bfloat16", dict(image=PICTURE, last_image=PICTURE, height=720, width=1280)),
-    (TI2V, 1, "bfloat16", {}),
-    (TI2V, 4, "bfloat16", dict(num_videos_per_prompt=4)),
-    (TI2V, 2, "float32", {}),
-    (SMALL, 1, "bfloat16", {}),
-    (SMALL, 1, "float32", {}),
+    # model, mesh, dtype, arguments of the call
+    (A14B, "pp=4", "bfloat16", {}),
+    (A14B, "pp=4", "bfloat16", P480),
+    (A14B, "pp=4", "bfloat16", P480 | dict(num_frames=17)),
+    (A14B, "pp=4", "bfloat16", P480 | dict(num_frames=1)),
+    (A14B, "pp=8", "bfloat16", P480 | dict(num_videos_per_prompt=8)),
+    (A14B, "pp=4", "bfloat16", P480 | RENOISE | dict(num_videos_per_prompt=2)),
+    (A14B, "pp=4", "float32", {}),
+    ("Wan2.2-I2V-A14B", "pp=4", "bfloat16", dict(image=PICTURE, height=720, width=1280)),
+    ("Wan2.1-FLF2V-14B", "pp=4", "bfloat16", dict(image=PICTURE, last_image=PICTURE, height=720, width=1280)),
+    (TI2V, "pp=1", "bfloat16", {}),
+    (TI2V, "pp=4", "bfloat16", dict(num_videos_per_prompt=4)),
+    (TI2V, "pp=2", "float32", {}),
+    (SMALL, "pp=1", "bfloat16", {}),
+    (SMALL, "pp=1", "float32", {}),
+    (A14B, "pp=8", "bfloat16", {}),
+    (A14B, "pp=2,sp=4", "bfloat16", {}),
+    (A14B, "cfg=2,sp=4", "bfloat16", {}),
+    (A14B, "sp=4,tp=2", "bfloat16", {}),
+    (A14B, "sp=3", "bfloat16", {}),
+    (A14B, "sp=16", "bfloat16", {}),
+    ("Wan2.1-FLF2V-14B", "tp=4", "bfloat16", dict(image=PICTURE, last_image=PICTURE, height=720, width=1280)),
+    (TI2V, "sp=2", "bfloat16", {}),
+    (SMALL, "pp=2,sp=2", "float32", P480),
 ]  # fmt: skip
 
 
@@ -77,10 +87,10 @@ def published(tmp_path_factory):
     return cache(lambda name: read_checkpoint(write_configs(tmp_path_factory.mktemp("configs"), name)))
 
 
-def h100s(stages: int) -> Mesh:
+def h100s(mesh: MeshSpec) -> Mesh:
     target = Path(__file__).with_name("h100.txtpb").read_text()
-    described = topologies.get_topology_desc("h100", "cuda", target_config=target, topology=f"1x1x{stages}")
-    return Mesh(np.array(described.devices).reshape(1, 1, stages, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)
+    described = topologies.get_topology_desc("h100", "cuda", target_config=target, topology=f"1x1x{mesh.num_devices}")
+    return Mesh(np.array(described.devices).reshape(mesh.sizes), AXES, axis_types=(AxisType.Auto,) * 5)
 
 
 def beside_parameters(program, parameters: int) -> float:
@@ -90,19 +100,24 @@ def beside_parameters(program, parameters: int) -> float:
     return (compiled.memory_analysis().peak_memory_in_bytes - parameters) / GIB
 
 
-@pytest.mark.parametrize(("name", "stages", "dtype", "call"), CASES)
-def test_denoising_takes_what_the_dry_run_tells(published, name, stages, dtype, call):
-    checkpoint = published(name)
+@pytest.mark.parametrize(("name", "mesh", "dtype", "call"), CASES)
+def test_denoising_takes_what_the_dry_run_tells(published, name, mesh, dtype, call):
+    checkpoint, mesh = published(name), MeshSpec.parse(mesh)
     job = make_job(checkpoint, prompt="a", seed=0, **call)
-    parts = abstract_parts(checkpoint, h100s(stages), dtype, "float32")
-    weights = parts.denoiser.weights
+    parts = abstract_parts(checkpoint, h100s(mesh), dtype, "float32")
     ring = next(job_programs(checkpoint, parts, job))
     assert ring[0] == "ring"
-    taken = beside_parameters(ring, tree_bytes(weights.blocks) // stages + tree_bytes(weights.ends))
-    told = make_report(checkpoint, MeshSpec(pp=stages), job, dtype, "float32", 10**12)
+    weights = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(parts.denoiser.weights)]
+    sizes = [leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.denoiser.weights)]
+    weights = sum(math.prod(shape) * size for shape, size in zip(weights, sizes, strict=True))
+    taken = beside_parameters(ring, weights)
+    told = make_report(checkpoint, mesh, job, dtype, "float32", 10**12)
     told = sum(told.activation_bytes["denoise"].values()) / GIB
     videos = f", {len(job.requests)} videos" * (len(job.requests) > 1)
-    print(f"\n| {name}, {'x'.join(map(str, job.size))}{videos}, pp={stages}, {dtype} | {taken:.2f} | {told:.2f} |")
+    print(
+        f"\n| {name}, {'x'.join(map(str, job.size))}{videos}, {mesh}, {dtype} | {taken:.2f} | {told:.2f} "
+        f"| {taken + weights / GIB:.2f} |"
+    )
     assert told == pytest.approx(taken, rel=WITHIN)
 
 
@@ -111,7 +126,7 @@ def test_denoising_takes_what_the_dry_run_tells(published, name, stages, dtype, 
 def test_decoding_takes_what_the_dry_run_tells(published, name, vae_dtype):
     checkpoint = published(name)
     job = make_job(checkpoint, prompt="a", seed=0)
-    parts = abstract_parts(checkpoint, h100s(1), "bfloat16", vae_dtype)
+    parts = abstract_parts(checkpoint, h100s(MeshSpec()), "bfloat16", vae_dtype)
     later = next(p for p in job_programs(checkpoint, parts, job) if p[0] == "VAE decode, later frames")
     told = make_report(checkpoint, MeshSpec(), job, "bfloat16", vae_dtype, 10**12)
     told = sum(told.activation_bytes["decode"].values()) / GIB
@@ -122,7 +137,7 @@ def test_decoding_takes_what_the_dry_run_tells(published, name, vae_dtype):
 
 def test_attention_is_cudnns_and_stages_pass_on_nothing_but_the_hidden_state(published):
     checkpoint = published(A14B)
-    parts = abstract_parts(checkpoint, h100s(4), "bfloat16", "float32")
+    parts = abstract_parts(checkpoint, h100s(MeshSpec(pp=4)), "bfloat16", "float32")
     _, ring, arguments = next(job_programs(checkpoint, parts, make_job(checkpoint, prompt="a", seed=0)))
     text = ring.trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
     assert text.count("__cudnn$fmha") >= 2 and "collective-permute" in text
