@@ -4,6 +4,8 @@ Only matrix products and convolutions count, a multiply-add as 2; everything els
 A forward is one model evaluation for one sample; guidance takes two of them.
 """
 
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
 from jaxwan.config import TextEncoderConfig, TransformerConfig, VAEConfig
@@ -27,19 +29,20 @@ class TransformerFlops(NamedTuple):
 
 def transformer_flops(
     cfg: TransformerConfig, tokens: int, *, text_rows: int = TEXT_ROWS, image_rows: int = 0, timesteps: int = 1,
-    keys: int | None = None, layers: int | None = None, tp: int = 1,
+    pairs: Fraction | None = None, layers: int | None = None, tp: int = 1,
 ) -> TransformerFlops:  # fmt: skip
     """One forward over `tokens`, with `image_rows` CLIP rows and `timesteps` groups of tokens of their own timestep.
 
-    Of a part of it: `layers` of all, `tokens` that look at so many `keys`, with one in `tp` of the heads and the MLP.
+    Of a part of it: `layers` of all, `tokens` with so many `pairs` of a query and a key in self-attention, one in `tp`
+    of the heads and the MLP.
     A14B at 75,600 tokens: 1,810 linear, 4,682 self-attention, 32 cross-attention and 0.15 at the ends, in TFLOP.
     """
-    d, layers, keys = cfg.dim, layers or cfg.num_layers, keys or tokens
+    d, layers, pairs = cfg.dim, layers or cfg.num_layers, pairs or Fraction(tokens**2)
     # self-attention's q, k, v, out and cross-attention's q, out are D x D; the MLP is D x M twice
     per_layer = tokens * (12 * d * d + 4 * d * cfg.ffn_dim) + image_rows * 4 * d * (cfg.added_kv_proj_dim or d)
     return TransformerFlops(
         linear=layers * (per_layer + text_rows * 4 * d * d) // tp,  # the text's keys and values
-        self_attention=layers * 4 * tokens * keys * d // tp,
+        self_attention=int(layers * 4 * pairs * d / tp),
         cross_attention=layers * 4 * tokens * (text_rows + image_rows) * d // tp,
         ends=_ends_flops(cfg, tokens, text_rows, image_rows, timesteps),
     )
@@ -138,13 +141,27 @@ class Share(NamedTuple):
 
     layers: int
     tokens: int
-    sizes: dict[str, int]  # of the mesh's axes
+    sizes: Mapping[str, int]  # of the mesh's axes
     ulysses: int
 
 
-def device_share(cfg: TransformerConfig, sizes: dict[str, int], per_frame: int, ulysses: int) -> Share:
+def device_share(cfg: TransformerConfig, sizes: Mapping[str, int], per_frame: int, ulysses: int) -> Share:
     """The share of a device that has as much as any, on a mesh of these sizes, of frames of so many tokens."""
     return Share(-(-cfg.num_layers // sizes["pp"]), -(-per_frame // sizes["sp"]), sizes, ulysses)
+
+
+def device_flops(
+    cfg: TransformerConfig, share: Share, frames: int, per_frame: int, *, text_rows: int = TEXT_ROWS,
+    image_rows: int = 0, timesteps: int = 1,
+) -> TransformerFlops:  # fmt: skip
+    """What such a device computes in a tick, in which it applies its layers to one micro-batch of so many frames."""
+    sp, tokens = share.sizes["sp"], frames * share.tokens
+    # those that trade tokens for heads cut pads away; where keys and values go round, pads do too
+    pairs = Fraction((frames * per_frame) ** 2, sp) if share.ulysses == sp else Fraction(tokens * tokens * sp)
+    return transformer_flops(
+        cfg, tokens, text_rows=text_rows, image_rows=image_rows, timesteps=timesteps, pairs=pairs, layers=share.layers,
+        tp=share.sizes["tp"],
+    )  # fmt: skip
 
 
 class Sent(NamedTuple):
@@ -169,15 +186,14 @@ def tick_traffic(
 ) -> list[Sent]:
     """All collectives of a tick, in which a device applies its layers to one micro-batch; hidden states have `itemsize`
     bytes a number."""
-    dp, cfg_size, pp, sp, tp = (share.sizes[axis] for axis in ("dp", "cfg", "pp", "sp", "tp"))
-    del dp  # sends nothing
+    branches, pp, sp, tp = (share.sizes[axis] for axis in ("cfg", "pp", "sp", "tp"))
     tokens = frames * share.tokens
     hidden, groups = tokens * cfg.dim * itemsize, sp // share.ulysses
     apart = bool(image_rows) and cfg.added_kv_proj_dim is not None  # keys of their own for the image
     patch = 4 * tokens * cfg.out_channels * cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
     return [
         one for one in (
-            Sent("cfg", "all-reduce", cfg_size, 0, 1, 2 * patch),  # both velocities
+            Sent("cfg", "all-reduce", branches, 0, 1, 2 * patch),  # both velocities
             Sent("pp", "collective-permute", pp, 0, 1, hidden),
             Sent("sp", "all-to-all", share.ulysses, 4, 0, hidden // tp),  # q, k, v and the result
             Sent("sp", "collective-permute", groups, 2 * (groups - 1), 0, hidden // tp),  # k and v

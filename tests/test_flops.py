@@ -1,22 +1,34 @@
 """The FLOP account against published counts, against the programs of our own modules, and against XLA's count."""
 
 import math
+from functools import partial
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from published import write_configs
 
 from jaxwan.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from jaxwan.flops import text_encoder_flops, transformer_flops, vae_decode_flops, vae_encode_flops
+from jaxwan.flops import (
+    device_flops,
+    device_share,
+    text_encoder_flops,
+    transformer_flops,
+    vae_decode_flops,
+    vae_encode_flops,
+)
 from jaxwan.kernels.attention import attend
 from jaxwan.models import transformer
 from jaxwan.models.text_encoder import UMT5Encoder
 from jaxwan.models.transformer import Block, Context, WanTransformer
 from jaxwan.models.vae import VAE
 from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.dit import abstract_weights, map_axes, parallel_on, split_on
+from jaxwan.sharding.mesh import MeshSpec, make_mesh
+from jaxwan.sharding.rules import RULES
 
 TERA = 10**12
 
@@ -116,6 +128,33 @@ def test_a_forward_is_counted_to_the_last_product(image_rows, timesteps):
     )  # fmt: skip
     told = transformer_flops(cfg, 3 * 2 * 3, text_rows=13, image_rows=image_rows, timesteps=timesteps)
     assert counted == told.total
+
+
+@pytest.mark.parametrize(
+    ("sp", "tp", "ulysses"), [(2, 1, 2), (2, 1, 1), (1, 2, 1), (3, 2, 1), (4, 2, 2), (4, 1, 4), (4, 1, 1)]
+)
+def test_the_share_of_a_device_is_counted_to_the_last_product(sp, tp, ulysses):
+    """Three frames of six tokens, of which four devices have two each, pads too."""
+    given = {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 18}
+    cfg = TransformerConfig(num_layers=3, ffn_dim=52, freq_dim=16, **given)
+    mesh = make_mesh(MeshSpec(sp=sp, tp=tp))
+    split = split_on(mesh, cfg, (3, 4, 6), ulysses)
+    graph, weights = abstract_weights(cfg, 1, 1, jnp.float32, parallel_on(mesh, split))
+    weights = jax.tree.map(lambda x: x.update(shape=x.shape[1:]), weights)
+    specs = jax.tree.map(lambda s: P(*s[1:]), map_axes(partial(RULES.spec, mesh), weights))
+
+    def forward(weights, patches, timesteps, text):
+        model = nnx.merge(graph, *weights)
+        temb, modulation = model.embed_time(timesteps)
+        x = model.embed_patches(patches.reshape(1, -1, 16))
+        x = model.run_blocks(x, jnp.arange(3), model.embed_context(text, None), modulation, (3, 2, 3))
+        return model.head_patches(x, temb).reshape(3, -1, 16)
+
+    tokens = RULES.spec(mesh, None, "token")
+    shared = jax.shard_map(forward, mesh=mesh, in_specs=(specs, tokens, P(), P()), out_specs=tokens)
+    counted = program_flops(shared, weights, floats(3, split.share * sp, 16), floats(1, 1), floats(1, 13, 18))
+    share = device_share(cfg, mesh.shape, 6, ulysses)
+    assert counted == device_flops(cfg, share, 3, 6, text_rows=13).total
 
 
 @pytest.mark.parametrize("kind", ["2.1", "2.2"])

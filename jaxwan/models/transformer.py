@@ -67,12 +67,13 @@ class SelfAttention(nnx.Module):
         self.norm_q = _norm_of_heads(cfg, dtype, parallel)
         self.norm_k = _norm_of_heads(cfg, dtype, parallel)
         self.head_dim = cfg.attention_head_dim
-        self.attention = attention if parallel.tokens is None else parallel.tokens.attention
+        self.tokens = parallel.tokens
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope) -> Float[Array, "b s d"]:
         q = rotate(split_heads(self.norm_q(self.q(x)), self.head_dim), rope)
         k = rotate(split_heads(self.norm_k(self.k(x)), self.head_dim), rope)
-        return self.out(merge_heads(self.attention(q, k, split_heads(self.v(x), self.head_dim))))
+        attend = attention if self.tokens is None else self.tokens.attention
+        return self.out(merge_heads(attend(q, k, split_heads(self.v(x), self.head_dim))))
 
 
 class CrossAttention(nnx.Module):

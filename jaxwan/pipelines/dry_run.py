@@ -23,7 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
-from jaxwan.flops import Share, device_share, transformer_flops, vae_decode_flops
+from jaxwan.flops import Share, device_flops, device_share, tick_traffic, transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.layers import abstract
 from jaxwan.models.vae import VAE
@@ -65,6 +65,8 @@ class DryRun:
     utilisation: float
     forwards: int  # model evaluations, all videos and branches
     forward_tflop: dict[str, float]  # one of them, by where the work is
+    device_tflop: float  # of a tick, on a device that has as much to do as any
+    sent: dict[str, dict[str, int]]  # of a tick, by mesh axis: collectives, and bytes that such a device sends
     decode_tflop: float  # one video
     parameter_bytes: list[int]
     activation_bytes: dict[str, dict[str, int]]  # phase -> named buffers; all phases but denoise on device 0 alone
@@ -92,6 +94,7 @@ class DryRun:
             f"({'x'.join(map(str, self.latent_shape))} latents), {sum(self.forward_tflop.values()):,.4g} TFLOP each",
             f"decoding    {self.decode_tflop:,.4g} TFLOP a video",
             f"layers      {_plus(self.layers_per_stage)}" + self._use(),
+            *[f"each tick   {self.device_tflop:,.4g} TFLOP a device" + self._sent()] * (len(self.parameter_bytes) > 1),
             *[f"weights     {self.weights}"] * bool(self.weights),
             "",
             f"memory          {'weights':>13} {'denoising':>13} {'decoding':>13} {'needed':>13}",
@@ -109,13 +112,21 @@ class DryRun:
         devices, stages = len(self.parameter_bytes), len(self.layers_per_stage)
         if devices == 1:
             return " on one device"
-        rings = f" in each of {devices // stages} rings" if devices > stages else ""
-        cfg, more = MeshSpec.parse(self.mesh).cfg, ""
-        if self.utilisation < 0.99 and self.microbatches < self.period * (devices // stages // cfg):
+        mesh, more = MeshSpec.parse(self.mesh), ""
+        rings = f" in each of {mesh.dp * mesh.cfg} rings" if mesh.dp * mesh.cfg > 1 else ""
+        share = f", each stage {mesh.sp * mesh.tp} of them" if mesh.sp * mesh.tp > 1 and stages > 1 else ""
+        if self.utilisation < 0.99 and self.microbatches < self.period * mesh.dp:
             more = "; more prompts or videos in one call fill the idle time"
-        elif self.utilisation < 0.99 and cfg > 1:
+        elif self.utilisation < 0.99 and mesh.cfg > 1:
             more = "; videos without guidance leave half of the devices idle"
-        return f"{rings} on {devices} devices, at work {self.utilisation:.0%} of the time{more}"
+        return f"{rings} on {devices} devices{share}, at work {self.utilisation:.0%} of the time{more}"
+
+    def _sent(self) -> str:
+        told = (
+            f"{_size(one['bytes'])} over {axis} in {one['collectives']} collective{'s' * (one['collectives'] > 1)}"
+            for axis, one in self.sent.items()
+        )
+        return f", which sends {', '.join(told)}" if self.sent else ""
 
     def _memory(self) -> list[str]:
         """A line a device, or one for several that are alike."""
@@ -243,6 +254,7 @@ def _report(
         microbatches=plan.microbatches, period=plan.period, ticks=ticks,
         utilisation=forwards / (ticks * mesh.dp * mesh.cfg), forwards=forwards,
         forward_tflop=_forward_tflop(checkpoint, job),
+        **_of_a_tick(checkpoint, mesh, job, jnp.dtype(dtype)),
         decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
         parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
@@ -260,8 +272,10 @@ def source_bytes(job: Job) -> int:
 
 def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str]:
     """Changes to a job that does not fit, in words, with each of which alone it would; else the least of all kinds."""
-    mesh, layers = MeshSpec.parse(report.mesh), checkpoint.transformer.num_layers
-    meshes = [replace(mesh, pp=pp) for pp in (2, 4, 8, 16, 32) if mesh.pp < pp <= layers]
+    mesh = MeshSpec.parse(report.mesh)
+    meshes = [replace(mesh, pp=pp) for pp in (2, 4, 8, 16, 32) if mesh.pp < pp]
+    meshes += [replace(mesh, tp=tp) for tp in (2, 4, 8) if mesh.tp < tp]
+    meshes = [m for m in meshes if _can_be(m, checkpoint)]
     dtypes = ["bfloat16"] * (report.dtype != "bfloat16")
     vae_dtypes = ["bfloat16"] * (report.vae_dtype != "bfloat16")
     smaller = [Job(tuple(replace(r, **size) for r in job.requests)) for size in _smaller(checkpoint, job)]
@@ -280,6 +294,14 @@ def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str
         changes = [(j, m) for j in (job, *smaller) for m in (mesh, *meshes)]
         for j, m in _first(changes, lambda both: fits(both[1], both[0], "bfloat16", "bfloat16")):
             yield f"mesh {m}, dtype and vae_dtype bfloat16, {_named(j)}, all together"
+
+
+def _can_be(mesh: MeshSpec, checkpoint: Checkpoint) -> bool:
+    try:
+        check_mesh(mesh, checkpoint)
+    except ValueError:
+        return False
+    return True
 
 
 def _named(job: Job) -> str:
@@ -304,13 +326,31 @@ def _first(candidates: Iterable[Any], accept: Callable[[Any], bool]) -> list[Any
 
 
 def _forward_tflop(checkpoint: Checkpoint, job: Job) -> dict[str, float]:
-    cfg, size = checkpoint.transformer, job.size
-    expand = checkpoint.variant.image_input is ImageInput.FIRST_FRAME
+    cfg = checkpoint.transformer
     flops = transformer_flops(
-        cfg, checkpoint.geometry.num_tokens(*size), image_rows=image_rows(cfg),
-        timesteps=checkpoint.geometry.latent_shape(*size)[0] if expand else 1,
+        cfg, checkpoint.geometry.num_tokens(*job.size), image_rows=image_rows(cfg),
+        timesteps=_timesteps(checkpoint, job),
     )  # fmt: skip
     return {name: value / 1e12 for name, value in flops._asdict().items()}
+
+
+def _of_a_tick(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.dtype) -> dict[str, Any]:
+    """What a device computes and sends in a tick; pads and padding layers count."""
+    cfg, rows = checkpoint.transformer, image_rows(checkpoint.transformer)
+    share, frames, per_frame = _share(checkpoint, mesh, job)
+    flops = device_flops(cfg, share, frames, per_frame, image_rows=rows, timesteps=_timesteps(checkpoint, job))
+    sent: dict[str, dict[str, int]] = {}
+    for one in tick_traffic(cfg, share, frames, dtype.itemsize, image_rows=rows):
+        total = sent.setdefault(one.axis, {"collectives": 0, "bytes": 0})
+        total["collectives"] += one.a_layer * share.layers + one.a_tick
+        total["bytes"] += one.sent(share.layers)
+    return {"device_tflop": flops.total / 1e12, "sent": sent}
+
+
+def _timesteps(checkpoint: Checkpoint, job: Job) -> int:
+    """Timesteps of an evaluation: one a latent frame, where a first one can be given."""
+    frames = checkpoint.geometry.latent_shape(*job.size)[0]
+    return frames if checkpoint.variant.image_input is ImageInput.FIRST_FRAME else 1
 
 
 def image_rows(cfg: TransformerConfig) -> int:

@@ -81,6 +81,7 @@ def resident_bytes(load):
     [
         ("t2v-A14B", "pp=1", "float32"), ("t2v-A14B", "pp=2", "bfloat16"), ("t2v-A14B", "pp=3", "float32"),
         ("2.1-i2v", "pp=2", "bfloat16"), ("t2v-A14B", "dp=2,cfg=2,pp=2", "float32"),
+        ("2.1-flf2v", "pp=2,sp=2,tp=2", "bfloat16"), ("ti2v-5B", "cfg=2,sp=3", "float32"),
     ],
 )  # fmt: skip
 def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, folder, family, mesh, dtype):
@@ -280,6 +281,34 @@ def test_rings_side_by_side_each_have_a_share(published, mesh, videos, counts, u
     layers = "30" if mesh.pp == 1 else "15 + 15"
     rings = mesh.num_devices // mesh.pp
     assert f"layers      {layers} in each of {rings} rings on {mesh.num_devices} devices, at work" in str(told)
+
+
+def test_devices_send_what_the_axes_of_a_mesh_take(published):
+    """By hand, for A14B: 75,600 tokens of 5,120 numbers in bfloat16, 40 layers."""
+    hidden = 75_600 * 5120 * 2
+    told = report(published("Wan2.2-T2V-A14B"), MeshSpec(pp=4))
+    assert told.sent == {"pp": {"collectives": 1, "bytes": hidden}}
+    told = report(published("Wan2.2-T2V-A14B"), MeshSpec(cfg=2, sp=4))
+    velocities = 2 * 4 * 21 * 90 * 160 * 16 // 4  # both, in float32, a quarter of each
+    assert told.sent == {
+        "cfg": {"collectives": 1, "bytes": velocities},
+        "sp": {"collectives": 4 * 40, "bytes": 4 * 40 * hidden // 4 * 3 // 4},  # each keeps a quarter of its quarter
+    }
+    told = report(published("Wan2.2-T2V-A14B"), MeshSpec(sp=3))  # 40 heads: keys and values go round
+    assert told.sent == {"sp": {"collectives": 4 * 40, "bytes": 4 * 40 * hidden // 3}}
+    told = report(published("Wan2.2-T2V-A14B"), MeshSpec(pp=2, tp=4))
+    means = 3 * 4 * 75_600 + 4 * 512  # of q, k and cross-attention's q; of the text's k
+    assert told.sent["tp"] == {"collectives": 7 * 20, "bytes": pytest.approx(20 * (3 * hidden + means) * 3 / 2)}
+    assert "each stage 4 of them" in str(told) and "over tp in 140 collectives" in str(told)
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "dp=2", "cfg=2", "sp=2", "tp=2", "pp=2,sp=2,tp=2"])
+def test_work_is_shared_by_the_axes_that_split_it(published, mesh):
+    """What stays whole are embeddings and head, and keys and values of the text where tokens alone are split."""
+    mesh = MeshSpec.parse(mesh)
+    told = report(published("Wan2.1-T2V-1.3B"), mesh, num_videos_per_prompt=2)
+    share = told.device_tflop * mesh.pp * mesh.sp * mesh.tp / sum(told.forward_tflop.values())
+    assert 1 <= share < 1.005
 
 
 def test_an_image_model_has_its_channels_and_clip(published):
