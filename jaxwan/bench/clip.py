@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jaxwan.bench.dit import FLOW_SHIFT, GUIDANCE, Ring, random_text, random_weights
 from jaxwan.bench.item import TERA, Item, dtype
@@ -63,7 +62,7 @@ def random_pipeline(preset: Preset) -> WanPipeline:
     """A pipeline with random weights. It has no tokenizer or text encoder: prompts come as embeddings."""
     mesh, checkpoint = make_mesh(MeshSpec()), make_checkpoint(preset)
     parts = abstract_parts(checkpoint, mesh, dtype(), VAE_DTYPE)._replace(encode_text=None)
-    vae = random_state(parts.coder.state, place=SingleDeviceSharding(mesh.devices.flat[0]))
+    vae = random_state(parts.coder.state)
     return WanPipeline(checkpoint, parts.filled({"vae": vae}, random_weights(preset, mesh)), progress=False)
 
 

@@ -10,7 +10,7 @@ Source: diffusers transformer_wan.py; Wan2.2 wan/modules/model.py.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxwan.models.rope import rope_tables, rotate
 from jaxwan.sharding.sequence import TokenSplit
 
 HIGHEST = jax.lax.Precision.HIGHEST
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Rope = tuple[Float[Array, "s k2"], Float[Array, "s k2"]]
 
 
@@ -349,9 +350,7 @@ def sinusoids(timesteps: Float[Array, "b q"], channels: int) -> Float[Array, "b 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def to_patches(
-    x: Shaped[Array | np.ndarray, "b t h w z"], patch: tuple[int, ...]
-) -> Shaped[Array | np.ndarray, "b s p"]:
+def to_patches(x: Shaped[AnyArray, "b t h w z"], patch: tuple[int, ...]) -> Shaped[AnyArray, "b s p"]:
     """Patches as rows, channels last within a patch: [B, T·H·W/|patch|, |patch|·Z]."""
     b, t, h, w, z = x.shape
     pt, ph, pw = patch
@@ -360,8 +359,8 @@ def to_patches(
 
 
 def from_patches(
-    x: Shaped[Array | np.ndarray, "b s p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> Shaped[Array | np.ndarray, "b t h w z"]:
+    x: Shaped[AnyArray, "b s p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Shaped[AnyArray, "b t h w z"]:
     """Inverse of to_patches for a token grid (t, h, w)."""
     (t, h, w), (pt, ph, pw) = grid, patch
     x = x.reshape(x.shape[0], t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
