@@ -1,20 +1,19 @@
-"""The tensors of one component folder: safetensors, single or sharded, read one tensor at a time."""
+"""The tensors of one component folder: safetensors, single or sharded."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.rules import CheckpointError, Shape, some
+from jaxwan.convert.tensors import DTYPES, Extent, Reader, read_safetensors
 
-_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # name in the header -> bytes
+_READABLE = ("F32", "BF16", "F16")
 _STEMS = ("diffusion_pytorch_model", "model")  # Diffusers' components, and those of transformers
 _SHARD = r"-\d{5}-of-\d{5}"
 _VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})(?:\.([\w-]+?)(?:{_SHARD})?|{_SHARD}\.([\w-]+))\.safetensors")
@@ -23,7 +22,7 @@ _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """Keys and shapes from the headers alone; `read` fetches one tensor by pread, so no file is ever mapped."""
+    """Keys and shapes from the headers alone; `read` fetches one tensor or rows of it, and no other byte."""
 
     paths: tuple[Path, ...]
 
@@ -34,55 +33,52 @@ class TensorFiles:
         return cls(tuple(folder / name for name in names))
 
     @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        from safetensors import SafetensorError, safe_open
-
-        handles = {}
-        for path in self.paths:
-            try:
-                handles[path] = safe_open(path, "numpy", backend="pread")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} {describe_file(path)} ({error})") from error
-        return handles
+    def _reader(self) -> Reader:
+        return Reader()
 
     @cached_property
-    def _file_of(self) -> dict[str, Any]:
-        """Key -> its file's handle, in the order in which the tensors lie on disk."""
-        found: dict[str, Any] = {}
-        for path, handle in self._handles.items():
-            for key in handle.offset_keys():
+    def extents(self) -> dict[str, Extent]:
+        """Key -> where its tensor is, in the order in which they lie on disk; reads the headers, whose claims it checks
+        (so no file is truncated)."""
+        found: dict[str, Extent] = {}
+        for path in self.paths:
+            for key, extent in read_safetensors(path, self._reader).items():
                 if key in found:
                     raise CheckpointError(f"{path} holds {key} a second time")
-                found[key] = handle
+                found[key] = extent
         return found
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Key -> shape, read from the headers (which also proves that no file is truncated)."""
-        return {key: tuple(handle.get_slice(key).get_shape()) for key, handle in self._file_of.items()}
+        """Key -> shape, in the order in which they lie on disk."""
+        return {key: extent.shape for key, extent in self.extents.items()}
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
         """Key -> dtype, as the headers say: "F32", "BF16", …"""
-        return {key: handle.get_slice(key).get_dtype() for key, handle in self._file_of.items()}
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {key: names[extent.dtype] for key, extent in self.extents.items()}
 
     def check_dtypes(self, keys: Iterable[str]) -> None:
         """Raises CheckpointError with the first few tensors of `keys` that hold no floats of a known kind."""
-        wrong = [f"{key} is {self.dtypes[key]}" for key in keys if self.dtypes[key] not in _DTYPES]
+        wrong = [f"{key} is {self.dtypes[key]}" for key in keys if self.dtypes[key] not in _READABLE]
         if wrong:
-            raise CheckpointError(f"{self.paths[0].parent}: {some(wrong)}; readable are {', '.join(_DTYPES)}")
+            raise CheckpointError(f"{self.paths[0].parent}: {some(wrong)}; readable are {', '.join(_READABLE)}")
 
     def kinds(self) -> dict[str, tuple[Shape, str]]:
         """Key -> shape and dtype, as the headers say."""
         return {key: (shape, self.dtypes[key]) for key, shape in self.shapes.items()}
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, in its dtype on disk."""
-        return self._file_of[key].get_tensor(key)
+    def read(self, key: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or these rows of its first axis, in its dtype on disk."""
+        return self._reader.read(self._extent(key, rows))
 
-    def count_bytes(self, keys: Iterable[str]) -> int:
-        """Bytes of these tensors, whose dtypes were checked."""
-        return sum(math.prod(self.shapes[key]) * _DTYPES[self.dtypes[key]] for key in keys)
+    def num_bytes(self, key: str, rows: slice | None = None) -> int:
+        """Bytes of one tensor, or of these rows of it."""
+        return self._extent(key, rows).num_bytes
+
+    def _extent(self, key: str, rows: slice | None) -> Extent:
+        return self.extents[key] if rows is None else self.extents[key].rows(rows)
 
 
 # Which files

@@ -1,12 +1,16 @@
 """Checkpoint tensors into device arrays, one tensor at a time.
 
+A process reads what its own devices hold and nothing else (`plan_reads`), however the shardings cut the parameters.
+
 A large parameter that stacks layers or experts is never stacked on the host: its device shards are allocated as zeros
 and each tensor is written into its row by a donated update, so the peak is one tensor above the parameters themselves.
 Small ones are stacked on the host, because a program for each of their shapes would take longer to compile than they to
 copy. Rows that no tensor fills stay zero: the ring's padding layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -18,11 +22,16 @@ from jaxtyping import Array
 
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.foreign import describe_tensors
-from jaxwan.convert.rules import CheckpointError, Rule, Shape, Target, plan
+from jaxwan.convert.rules import CheckpointError, Rule, Shape, Target, Transform, plan
 
 ON_HOST = 2**24  # bytes of a stacked parameter that is still stacked on the host
 
-OnBytes = Callable[[int], None]  # called with the bytes of each tensor once it is placed
+OnBytes = Callable[[int], None]  # called with the bytes of what was read, once it is placed
+
+Box = tuple[range, ...]  # a range on each axis of an array
+Targets = Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]]  # path -> shape, dtype and where its parts lie
+# Expert or nothing, files, key -> where it goes: tensors go to rows `expert + (layer,)` of the parameters
+Source = tuple[tuple[int, ...], TensorFiles, Mapping[str, Target]]
 
 
 def load_module(
@@ -48,12 +57,10 @@ def load_state(
     what: str = "checkpoint",
     progress: OnBytes | None = None,
 ) -> nnx.State:
-    """Parameters of these shapes, read from `files` onto one device."""
-    shapes = flat_shapes(abstract)
-    found = prove({path: s.shape for path, s in shapes.items()}, files, rules, what=what)
-    place = SingleDeviceSharding(device or jax.devices()[0])
-    arrays = load_arrays({path: (s, place) for path, s in shapes.items()}, [((), files, found)], progress)
-    return fill(abstract, arrays)
+    """Parameters of these shapes, read from `files` to where the shapes say that they lie, else onto one device."""
+    found = prove({path: s.shape for path, s in flat_shapes(abstract).items()}, files, rules, what=what)
+    targets = targets_of(abstract, SingleDeviceSharding(device or jax.devices()[0]))
+    return fill(abstract, load_arrays(targets, [((), files, found)], progress))
 
 
 def prove(targets: Mapping[str, Shape], files: TensorFiles, rules: Sequence[Rule], *, what: str) -> dict[str, Target]:
@@ -81,91 +88,200 @@ def flat_shapes(abstract: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def targets_of(
+    abstract: nnx.State, otherwise: Sharding | None = None
+) -> dict[str, tuple[jax.ShapeDtypeStruct, Sharding]]:
+    """Where an abstract state says that its parameters lie; those of which it says nothing lie as `otherwise`."""
+    targets = {}
+    for path, shape in flat_shapes(abstract).items():
+        sharding = shape.sharding or otherwise
+        assert sharding is not None, path
+        targets[path] = shape, sharding
+    return targets
+
+
 def fill(abstract: nnx.State, arrays: Mapping[str, Array]) -> nnx.State:
     """An abstract state with its leaves replaced by the arrays of the same path."""
     flat = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(abstract)]
     return nnx.from_flat_state(flat)
 
 
-def load_arrays(
-    targets: Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]],
-    sources: Sequence[tuple[tuple[int, ...], TensorFiles, Mapping[str, Target]]],
-    progress: OnBytes | None = None,
-) -> dict[str, Array]:
-    """Global arrays of `targets` (path -> shape, dtype, sharding), filled from `sources`.
+@dataclass(frozen=True)
+class Part:
+    """What devices hold of a tensor, all of these the same.
 
-    A source is (prefix, files, found): its tensors go to rows `prefix + (layer,)` of the parameters, where prefix is
-    the expert. Shardings may split only those leading axes. Tensors are read in the order in which they lie on disk.
+    box: what they hold of the parameter, a range on each axis. cut: where that is in what was read of the tensor.
     """
-    rows = {into.path for prefix, _, found in sources for into in found.values() if prefix or into.layer is not None}
-    small = {path for path in rows if _bytes(targets[path][0]) <= ON_HOST}
-    stacks = {path: _HostStack(*targets[path]) for path in small}
-    large = {path: targets[path] for path in sorted(rows - small)}
-    stacks |= {path: _Stack(zeros) for path, zeros in (_zeros(large) if large else {}).items()}
-    whole: dict[str, Array] = {}
 
-    def place(prefix: tuple[int, ...], into: Target, tensor: np.ndarray) -> int:
-        """Takes the tensor as an argument, so that no name keeps it while the next one is read."""
-        target, sharding = targets[into.path]
-        row = prefix if into.layer is None else (*prefix, into.layer)
-        if not row:
-            value = np.ascontiguousarray(into.transform.apply(tensor)).astype(target.dtype)
-            whole[into.path] = jax.device_put(value, sharding)
-        else:
-            stacks[into.path].write(row, tensor, into.transform.axes)
-        return tensor.nbytes
+    devices: tuple[jax.Device, ...]
+    box: Box
+    cut: tuple[slice, ...]
 
-    for prefix, files, found in sources:
-        for key in files.shapes:
+
+@dataclass(frozen=True)
+class Read:
+    """Rows (None: all) of a source's tensor, read at once, and the parts of them that devices hold.
+
+    row: where the tensor is in the parameter's leading axes, expert and layer; () if it has neither.
+    """
+
+    source: int
+    key: str
+    rows: slice | None
+    num_bytes: int
+    into: Target
+    row: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def plan_reads(targets: Targets, sources: Sequence[Source], devices: Collection[jax.Device]) -> list[Read]:
+    """What has to be read for these devices to hold their parts of `targets`, in the order in which it lies on disk.
+
+    A tensor of which they hold nothing, such as one of another's layer, is not in it, and neither are rows of a tensor
+    (along its own first axis) that none of them holds. Along its other axes all is read, and cut.
+    """
+    boxes = {path: _boxes(shape.shape, sharding, devices) for path, (shape, sharding) in targets.items()}
+    reads = []
+    for number, (prefix, files, found) in enumerate(sources):
+        for key, shape in files.shapes.items():
             if key in found:
-                placed = place(prefix, found[key], files.read(key))
-                if progress is not None:
-                    progress(placed)
-    return whole | {path: stack.array() for path, stack in stacks.items()}
+                into = found[key]
+                row = prefix if into.layer is None else (*prefix, into.layer)
+                parts = _parts_by_rows(shape, into.transform, row, boxes[into.path])
+                for first in sorted(parts, key=lambda first: first.start):
+                    rows = None if len(first) == math.prod(shape[:1]) else slice(first.start, first.stop)
+                    num_bytes = files.num_bytes(key, rows)
+                    reads.append(Read(number, key, rows, num_bytes, into, row, tuple(parts[first])))
+    return reads
+
+
+def _boxes(shape: Shape, sharding: Sharding, devices: Collection[jax.Device]) -> dict[Box, tuple[jax.Device, ...]]:
+    """What is held of an array of `shape` -> those of `devices` that hold it."""
+    boxes: dict[Box, tuple[jax.Device, ...]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        if device in devices:
+            box = tuple(range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+            boxes[box] = (*boxes.get(box, ()), device)
+    return boxes
+
+
+def _parts_by_rows(
+    shape: Shape, transform: Transform, row: tuple[int, ...], boxes: Mapping[Box, tuple[jax.Device, ...]]
+) -> dict[range, list[Part]]:
+    """Rows of a tensor of `shape` (one that has no axes is one row) -> what is held of them."""
+    parts: dict[range, list[Part]] = {}
+    for box, devices in boxes.items():
+        if all(r in own for r, own in zip(row, box, strict=False)):
+            held = transform.in_source(box[len(row) :])
+            rows = held[0] if shape else range(1)
+            cut = tuple(slice(None) if axis == 0 else slice(r.start, r.stop) for axis, r in enumerate(held))
+            parts.setdefault(rows, []).append(Part(devices, box, cut))
+    return parts
+
+
+def load_arrays(targets: Targets, sources: Sequence[Source], progress: OnBytes | None = None) -> dict[str, Array]:
+    """Global arrays of `targets`, filled from `sources`: by what `plan_reads` says for the devices of this process."""
+    stacked = {into.path for prefix, _, found in sources for into in found.values() if prefix or into.layer is not None}
+    parameters = _begin(targets, stacked)
+    for read in plan_reads(targets, sources, local_devices(targets)):
+        _place(parameters[read.into.path], read, sources[read.source][1].read(read.key, read.rows))
+        if progress is not None:
+            progress(read.num_bytes)
+    return {path: parameter.array() for path, parameter in parameters.items()}
+
+
+def count_bytes(targets: Targets, sources: Sequence[Source]) -> int:
+    """How many bytes `load_arrays` reads in this process and reports."""
+    return sum(read.num_bytes for read in plan_reads(targets, sources, local_devices(targets)))
+
+
+def local_devices(targets: Targets) -> set[jax.Device]:
+    """Those of the devices that hold `targets` that this process can write to."""
+    return {device for _, sharding in targets.values() for device in sharding.addressable_devices}
+
+
+def _place(parameter: "_Parameter", read: Read, tensor: np.ndarray) -> None:
+    """Takes the tensor as an argument, so that no name keeps it while the next one is read."""
+    for part in read.parts:
+        parameter.write(read, part, tensor[(*part.cut, ...)])  # with the ellipsis, a scalar stays an array
+
+
+# Parameters under construction: `write` takes a part of a tensor, cut out but neither permuted nor cast
+
+
+class _Whole:
+    """A parameter that is one tensor: permuted and cast on the host, part by part."""
+
+    def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding):
+        self.target, self.sharding, self.shards = target, sharding, {}
+
+    def write(self, read: Read, part: Part, tensor: np.ndarray) -> None:
+        value = read.into.transform.apply(tensor).astype(self.target.dtype, order="C", copy=False)
+        for device in part.devices:
+            self.shards[device] = jax.device_put(value, device).block_until_ready()
+
+    def array(self) -> Array:
+        return _assemble(self.target, self.sharding, self.shards)
 
 
 class _HostStack:
-    """One stacked parameter under construction, on the host."""
+    """A small stacked parameter: on the host, until all of it is there."""
 
     def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding):
-        self.rows, self.sharding = np.zeros(target.shape, target.dtype), sharding
+        self.values, self.sharding = np.zeros(target.shape, target.dtype), sharding
 
-    def write(self, row: tuple[int, ...], tensor: np.ndarray, axes: tuple[int, ...] | None) -> None:
-        self.rows[row] = (tensor if axes is None else tensor.transpose(axes)).astype(self.rows.dtype)
+    def write(self, read: Read, part: Part, tensor: np.ndarray) -> None:
+        own = tuple(slice(r.start, r.stop) for r in part.box[len(read.row) :])
+        self.values[read.row + own] = read.into.transform.apply(tensor).astype(self.values.dtype)
 
     def array(self) -> Array:
-        return jax.make_array_from_callback(self.rows.shape, self.sharding, lambda part: self.rows[part])
+        values = self.values
+        return jax.make_array_from_callback(values.shape, self.sharding, lambda box: values[box], dtype=values.dtype)
 
 
 class _Stack:
-    """One stacked parameter under construction: its shard on every device of this process."""
+    """A large stacked parameter: its shards on the devices of this process, written row by row."""
 
-    def __init__(self, zeros: Array):
-        self.shape, self.sharding = zeros.shape, zeros.sharding
-        self.shards = {shard.device: shard.data for shard in zeros.addressable_shards}
-        self.held = {
-            shard.device: [range(*part.indices(size)) for part, size in zip(shard.index, self.shape, strict=True)]
-            for shard in zeros.addressable_shards
-        }
+    def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding, zeros: Array | None):
+        self.target, self.sharding = target, sharding
+        self.shards = {} if zeros is None else {shard.device: shard.data for shard in zeros.addressable_shards}
 
-    def write(self, row: tuple[int, ...], tensor: np.ndarray, axes: tuple[int, ...] | None) -> None:
-        for device, held in self.held.items():
-            if all(r in own for r, own in zip(row, held, strict=False)):
-                local = np.array([r - own.start for r, own in zip(row, held, strict=False)], np.int32)
-                # put in the call, so that no name keeps one device's copy while the next is made
-                new = _write_row(self.shards[device], jax.device_put(tensor, device), local, axes=axes)
-                self.shards[device] = new.block_until_ready()
+    def write(self, read: Read, part: Part, tensor: np.ndarray) -> None:
+        row = np.array([r - own.start for r, own in zip(read.row, part.box, strict=False)], np.int32)
+        tensor = np.asarray(tensor, order="C")
+        for device in part.devices:
+            # put in the call, so that no name keeps one device's copy while the next is made
+            new = _write_row(self.shards[device], jax.device_put(tensor, device), row, axes=read.into.transform.axes)
+            self.shards[device] = new.block_until_ready()
 
     def array(self) -> Array:
-        shards = list(self.shards.values())
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
+        return _assemble(self.target, self.sharding, self.shards)
+
+
+_Parameter = _Whole | _HostStack | _Stack
+
+
+def _begin(targets: Targets, stacked: set[str]) -> dict[str, _Parameter]:
+    """All of `targets`, as yet without numbers."""
+    small = {path for path in stacked if _bytes(targets[path][0]) <= ON_HOST}
+    large = {path: targets[path] for path in sorted(stacked - small)}
+    here = {path: target for path, target in large.items() if target[1].addressable_devices}
+    zeros = _zeros(here) if here else {}
+    begun: dict[str, _Parameter] = {path: _Whole(*target) for path, target in targets.items() if path not in stacked}
+    begun |= {path: _HostStack(*targets[path]) for path in small}
+    return begun | {path: _Stack(*target, zeros.get(path)) for path, target in large.items()}
+
+
+def _assemble(target: jax.ShapeDtypeStruct, sharding: Sharding, shards: Mapping[jax.Device, Array]) -> Array:
+    arrays = list(shards.values())
+    return jax.make_array_from_single_device_arrays(target.shape, sharding, arrays, dtype=target.dtype)
 
 
 def _bytes(target: jax.ShapeDtypeStruct) -> int:
     return target.size * target.dtype.itemsize
 
 
-def _zeros(targets: Mapping[str, tuple[jax.ShapeDtypeStruct, Sharding]]) -> dict[str, Array]:
+def _zeros(targets: Targets) -> dict[str, Array]:
     """Zeros of every target, made where they belong (jnp.zeros(device=…) would copy from the first device).
 
     One program for all of them: a program a shape takes seconds to compile.

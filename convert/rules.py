@@ -13,8 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 Shape = tuple[int, ...]
+_A = TypeVar("_A")
 
 
 class CheckpointError(ValueError):
@@ -36,9 +38,9 @@ class Transform:
         """Parameter -> checkpoint tensor."""
         return value if self.axes is None else value.transpose(_inverse(self.axes))
 
-    def source_shape(self, shape: Shape) -> Shape:
-        """Shape of the checkpoint tensor from which a parameter of `shape` is made."""
-        return shape if self.axes is None else tuple(shape[a] for a in _inverse(self.axes))
+    def in_source(self, axes: tuple[_A, ...]) -> tuple[_A, ...]:
+        """What is said of each axis of a parameter, such as its size, in the order of the checkpoint tensor's axes."""
+        return axes if self.axes is None else tuple(axes[a] for a in _inverse(self.axes))
 
 
 def _inverse(axes: Shape) -> Shape:
@@ -133,7 +135,7 @@ def expected_sources(targets: Mapping[str, Shape], rules: Sequence[Rule]) -> dic
             key = rule.source.format(**names, layer=layer)
             if key in expected:
                 raise ValueError(f"{key} is read by two rules")
-            source = rule.transform.source_shape(shape[1:] if stacked else shape)
+            source = rule.transform.in_source(shape[1:] if stacked else shape)
             expected[key] = Target(path, layer, rule.transform), source
     return expected
 

@@ -4,7 +4,7 @@ import difflib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from jaxwan.convert.diffusers import TRANSFORMER, image_encoder_rules, text_encoder_rules
 from jaxwan.convert.diffusers import VAE as VAE_RULES
 from jaxwan.convert.files import TensorFiles, check_variant, is_weights, list_files
-from jaxwan.convert.load import OnBytes, flat_shapes, load_state, prove
-from jaxwan.convert.rules import CheckpointError, Rule
+from jaxwan.convert.load import OnBytes, count_bytes, flat_shapes, load_state, prove, targets_of
+from jaxwan.convert.rules import CheckpointError, Rule, Target
 from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
@@ -55,11 +55,12 @@ def load_parts(
     processor = load_image_processor(folder / "image_processor") if clip else None
     first = devices.devices.flat[0]
     dtype = dtype or default_dtype(first)
-    files, num_bytes = prove_components(checkpoint, dtype, vae_dtype)
+    files, found = prove_components(checkpoint, dtype, vae_dtype)
     if first.platform == "cpu":
         log.info("no accelerator: %d virtual CPU device%s", devices.size, "s" * (devices.size > 1))
     parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor, mesh.ulysses)
     phases = Progress(visible=progress)
+    num_bytes = bytes_to_read(checkpoint, parts, files, found)
     programs = [] if job is None else list(job_programs(checkpoint, parts, job))
     with compiling(programs, phases) as finished:
         with phases.phase("load", num_bytes, "B") as update:
@@ -84,6 +85,18 @@ def load_tensors(
     }  # fmt: skip
     experts = [files[name] for name in checkpoint.experts]
     return states, load_weights(checkpoint.transformer, experts, mesh, dtype, progress)
+
+
+def bytes_to_read(
+    checkpoint: Checkpoint, parts: Parts, files: Mapping[str, TensorFiles], found: Mapping[str, Mapping[str, Target]]
+) -> int:
+    """Bytes that this process will read of proved files, for parts that are shapes and say where they lie."""
+    blocks, ends = parts.denoiser.weights
+    experts = [((i,), files[name], found[name]) for i, name in enumerate(checkpoint.experts)]
+    count = count_bytes(targets_of(blocks) | targets_of(ends), experts)
+    for name, state in parts.states().items():
+        count += count_bytes(targets_of(state), [((), files[name], found[name])])
+    return count
 
 
 def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None) -> Mesh:
@@ -155,9 +168,9 @@ def check_use(mesh: MeshSpec, checkpoint: Checkpoint, job: Job, *, loaded: bool 
 
 def prove_components(
     checkpoint: Checkpoint, dtype: str = "float32", vae_dtype: str = "float32"
-) -> tuple[dict[str, TensorFiles], int]:
-    """The files of every component, each proved to hold exactly what its configuration asks for, and the bytes of all
-    that will be read; headers only.
+) -> tuple[dict[str, TensorFiles], dict[str, dict[str, Target]]]:
+    """The files of every component, each proved to hold exactly what its configuration asks for, and where each of
+    their tensors goes; headers only.
 
     Raises one CheckpointError for the complaints of all components.
     """
@@ -168,17 +181,16 @@ def prove_components(
     folder, variant = checkpoint.folder, checkpoint.weights_variant
     check_variant(variant, {name: list_files(folder / name) for name in shapes}, what=str(folder))
     files = {name: TensorFiles.find(folder / name, variant) for name in shapes}
-    problems, num_bytes = [], 0
+    problems, found = [], {}
     for name, targets in shapes.items():
         try:
             rules = component_rules(name, checkpoint, files[name])
-            found = prove(targets, files[name], rules, what=str(folder / name))
-            num_bytes += files[name].count_bytes(found)
+            found[name] = prove(targets, files[name], rules, what=str(folder / name))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
         raise CheckpointError("; ".join(problems))
-    return files, num_bytes
+    return files, found
 
 
 def check_weights(checkpoint: Checkpoint) -> str:
@@ -190,13 +202,14 @@ def check_weights(checkpoint: Checkpoint) -> str:
     if not any(is_weights(name) for folder in folders for name in list_files(folder)):
         return f"not checked: {checkpoint.name} has none here" + " yet" * (checkpoint.hub_id is not None)
     try:
-        _, num_bytes = prove_components(checkpoint)
+        files, found = prove_components(checkpoint)
     except FileNotFoundError as error:
         if checkpoint.hub_id is None:
             raise
         return f"not checked: not all are fetched ({error})"
     if checkpoint.text_encoder is not None and checkpoint.tokenizer is None and checkpoint.hub_id is None:
         load_tokenizer(checkpoint.folder / "tokenizer")  # raises: where there are weights, it is to be there too
+    num_bytes = sum(files[name].num_bytes(key) for name, keys in found.items() for key in keys)
     return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read"
 
 

@@ -44,6 +44,11 @@ class Parts(NamedTuple):
     encode_image: Jitted | None  # processed images -> CLIP rows
     seconds: dict[str, float]
 
+    def states(self) -> dict[str, Any]:
+        """The parameters by component folder, but for the DiT's."""
+        encoders = {"text_encoder": self.encode_text, "image_encoder": self.encode_image}
+        return {"vae": self.coder.state} | {name: coder.state for name, coder in encoders.items() if coder is not None}
+
     def filled(self, states: Mapping[str, Any], weights: Weights) -> "Parts":
         """The same programs with other parameters: by component folder, and the DiT's."""
         return self._replace(

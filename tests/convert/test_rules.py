@@ -72,12 +72,12 @@ def test_two_parameters_read_from_one_tensor_are_our_own_mistake():
 
 
 @pytest.mark.parametrize("transform", [KEEP, LINEAR, CONV2D, CONV3D])
-def test_a_transform_inverts_itself_and_knows_the_source_shape(transform):
+def test_a_transform_inverts_itself_and_knows_the_order_of_the_source_axes(transform):
     shape = (2, 3, 4, 5, 6)[: len(transform.axes or (0, 1))]
     tensor = np.arange(np.prod(shape)).reshape(shape)
     value = transform.apply(tensor)
     np.testing.assert_array_equal(transform.invert(value), tensor)
-    assert transform.source_shape(value.shape) == shape
+    assert transform.in_source(value.shape) == shape
 
 
 DIT = TransformerConfig(num_attention_heads=2, attention_head_dim=12, text_dim=10, freq_dim=8, ffn_dim=20, num_layers=3)

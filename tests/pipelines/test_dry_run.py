@@ -22,6 +22,7 @@ from published import write_configs
 from safetensors.numpy import load_file, save_file
 
 from jaxwan.convert.files import TensorFiles
+from jaxwan.pipelines import load as loading
 from jaxwan.pipelines import pipeline as pipeline_module
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
@@ -87,15 +88,17 @@ def resident_bytes(load):
 def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, folder, family, mesh, dtype):
     path, count = folder(family), MeshSpec.parse(mesh).num_devices
     expected = parameter_bytes(read_checkpoint(path), MeshSpec.parse(mesh), dtype, "float32")
-    read, of = Counter(), TensorFiles.read
+    read, told, read_tensor, count_bytes = {}, [], TensorFiles.read, loading.bytes_to_read
 
-    def counted(files, key):
-        read[*files.paths, key] += 1
-        return of(files, key)
+    def counted(files, key, rows):
+        assert (*files.paths, key) not in read  # once from disk, however many devices hold it
+        tensor = read[*files.paths, key] = read_tensor(files, key, rows)
+        return tensor
 
     monkeypatch.setattr(TensorFiles, "read", counted)
+    monkeypatch.setattr(loading, "bytes_to_read", lambda *parts: told.append(count_bytes(*parts)) or told[-1])
     pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, mesh, dtype, progress=False))
-    assert set(read.values()) == {1}  # once from disk, however many devices hold it
+    assert told == [sum(tensor.nbytes for tensor in read.values())]  # what the bar is as long as
     assert [resident[device.id] for device in jax.devices()[:count]] == expected
     assert sum(resident.values()) == sum(expected)
     assert pipe.checkpoint.folder == path
