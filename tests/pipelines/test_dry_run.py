@@ -91,8 +91,8 @@ def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, fol
     read, told, read_tensor, count_bytes = {}, [], TensorFiles.read, loading.bytes_to_read
 
     def counted(files, key, rows):
-        assert (*files.paths, key) not in read  # once from disk, however many devices hold it
-        tensor = read[*files.paths, key] = read_tensor(files, key, rows)
+        assert (*files.paths, key, str(rows)) not in read  # once from disk, however many devices hold it
+        tensor = read[*files.paths, key, str(rows)] = read_tensor(files, key, rows)
         return tensor
 
     monkeypatch.setattr(TensorFiles, "read", counted)
