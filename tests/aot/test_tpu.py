@@ -10,6 +10,7 @@ gets; not what they compute, nor how fast.
 """
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.parts import abstract_parts
 from jaxwan.pipelines.warmup import job_programs
-from jaxwan.sharding.mesh import AXES
+from jaxwan.sharding.mesh import AXES, MeshSpec
 
 pytestmark = [
     pytest.mark.aot,
@@ -70,17 +71,24 @@ def test_attention_fits_the_fast_memory(topology, dtype, queries, keys, heads, w
     assert text.count('custom_call_target="tpu_custom_call"') == 1
 
 
-def test_a_ring_of_the_largest_model_at_its_full_size_compiles_and_uses_the_kernel(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("mesh", "ulysses", "kernels", "collectives"), [
+    ("pp=8", None, 2, {"collective-permute"}),  # self- and cross-attention
+    ("pp=2,sp=4", 2, 3, {"collective-permute", "all-to-all"}),  # keys of both groups, and cross-attention
+])  # fmt: skip
+def test_a_ring_of_the_largest_model_at_its_full_size_compiles(
+    tmp_path, monkeypatch, mesh, ulysses, kernels, collectives
+):
     monkeypatch.setattr(attention, "_tpu_fits", lambda q: q.dtype == jnp.bfloat16 and q.shape[-1] == 128)
-    devices = tpus("v6e:2x4")
-    mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)
+    spec, devices = MeshSpec.parse(mesh, ulysses), np.array(tpus("v6e:2x4"))
     checkpoint = read_checkpoint(write_configs(tmp_path, "Wan2.2-T2V-A14B"))
-    parts = abstract_parts(checkpoint, mesh, "bfloat16", "float32")
+    placed = Mesh(devices.reshape(spec.sizes), AXES, axis_types=(AxisType.Auto,) * 5)
+    parts = abstract_parts(checkpoint, placed, "bfloat16", "float32", ulysses=ulysses)
     _, ring, arguments = next(job_programs(checkpoint, parts, make_job(checkpoint, prompt="a", seed=0)))
     program = compiled(ring, *arguments)
     peak = program.memory_analysis().peak_memory_in_bytes / 2**30
-    print(f"\npp=8 on TPU v6e: {peak:.1f} GiB a device")
-    assert peak < 0.9 * 32
+    print(f"\n{mesh} on TPU v6e: {peak:.1f} GiB a device")
     text = program.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') >= 2  # self- and cross-attention of a layer
-    assert not any(f"{word}(" in text for word in ("all-gather", "all-reduce", "all-to-all"))
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
+    kinds = ("collective-permute", "all-to-all", "all-reduce", "all-gather")
+    assert {kind for kind in kinds if re.search(rf"{kind}(-start)?\(", text)} == collectives
+    assert peak < 0.9 * 32
