@@ -78,7 +78,7 @@ def expected(preset: Preset, mesh: MeshSpec) -> float:
     if mesh.sp > 1:
         sent += layers * 4 * hidden // 4  # of q, k, v and the mean: of its half the half that is another's
     if mesh.tp > 1:
-        sent += layers * 2 * hidden
+        sent += layers * 3 * hidden  # sums of both attentions and the MLP
     tick = (forward.total - own) / (mesh.pp * mesh.sp * mesh.tp) + own
     tick += sent * FLOPS_A_BYTE.get(jax.default_backend(), ON_A_CARD)
     period = deal([1 if mesh.cfg > 1 else 2] * VIDEOS, ranks=mesh.dp, stages=mesh.pp).period

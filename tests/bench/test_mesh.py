@@ -44,7 +44,7 @@ def test_what_to_expect_is_the_work_over_the_largest_share():
         MeshSpec(dp=2): 2,
         MeshSpec(cfg=2): forward / (forward / 2 + 20 * 4 * 2 * 32 * 64 * 16 / 2),
         MeshSpec(sp=2): forward / ((forward + 4 * 512 * 4 * d * d) / 2 + 20 * 4 * hidden),
-        TP: forward / ((forward - ends) / 2 + ends + 20 * 8 * hidden),
+        TP: forward / ((forward - ends) / 2 + ends + 20 * 12 * hidden),
     }
     for spec, times in by_hand.items():
         assert expected(preset, spec) == pytest.approx(times, rel=2e-3), spec
