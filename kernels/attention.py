@@ -31,10 +31,10 @@ def attention(
     """softmax(q k^T / sqrt(K) + bias) v, in q's dtype.
 
     bias: float32, one number a key, for all queries and heads; log(n) makes one key count as n equal ones, -inf hides
-    it. implementation: "cudnn" (CUDA, 16-bit, no bias), "tpu" (TPUs, bfloat16 and float32, no bias), "xla" (anywhere),
-    None: without a bias cuDNN where it can run, and on TPUs "tpu" for heads of 64 or 128 in bfloat16, else XLA. A named
-    one either runs or raises: ValueError for an unknown name or a bias it does not take, and the kernel's own error
-    where it cannot run.
+    it. implementation: "cudnn" (CUDA, 16-bit, no bias), "tpu" (TPUs, bfloat16 and float32, no bias, no gradient), "xla"
+    (anywhere), None: without a bias cuDNN where it can run, and on TPUs "tpu" for heads of 64 or 128 in bfloat16, else
+    XLA. A named one either runs or raises: ValueError for an unknown name or a bias it does not take, and the kernel's
+    own error where it cannot run.
     """
     match _chosen(q, bias, implementation):
         case "cudnn":
