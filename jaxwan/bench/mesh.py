@@ -125,6 +125,8 @@ def _row(item: Item, mesh: MeshSpec, sides: tuple[Denoising, ...], cores: list[i
     if cores is not None:
         details |= {f"cpu / wall, {name}": median(step.cpu / step.seconds for step in side)
                     for name, side in (("one", one), ("two", two))}  # fmt: skip
+        # if no device waited for another or for a core: others change it little
+        details["at most, by cpu seconds"] = 2 * median(step.cpu for step in one) / median(step.cpu for step in two)
         details["quiet"] = f"{len(quiet)} of {len(pairs)}"
         if not quiet:
             others = median(max(step.others for step in pair) for pair in pairs)

@@ -18,7 +18,7 @@ from jaxwan.sharding.mesh import MeshSpec
 
 LESS = replace(SMALL.with_layers(2), experts=2)
 PP, TP = MeshSpec(pp=2), MeshSpec(tp=2)
-QUIET, LOUD = Segment(1.0, 1.0, 0.0), Segment(8.0, 1.0, 0.7)
+QUIET, LOUD = Segment(1.0, 1.0, 0.0), Segment(8.0, 1.0, 0.7)  # the same work
 
 
 @pytest.fixture
@@ -98,6 +98,7 @@ def test_steps_during_which_others_worked_are_left_out_or_it_is_said(monkeypatch
     monkeypatch.setattr(module, "segment", mock.Mock(side_effect=pairs))
     _, row, _ = measure(Item("mesh", LESS, runs=2))
     assert row.details["times sooner"] == times and row.details["quiet"] == quiet
+    assert row.details["at most, by cpu seconds"] == 2 * 1.0 / 1.0
     told = row.details.get("not to be trusted")
     assert told == (None if quiet == "1 of 2" else "others took 0.7 cores")
 
