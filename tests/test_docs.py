@@ -1,34 +1,43 @@
-"""Numbers in the docs that the program can work out."""
+"""Numbers in the docs are what the program works out."""
 
 import re
 from pathlib import Path
 
 import pytest
+from published import write_configs
 
+from jaxwan.pipelines.call import make_job
+from jaxwan.pipelines.checkpoint import read_checkpoint
+from jaxwan.pipelines.dry_run import make_report
 from jaxwan.sharding.mesh import MeshSpec
 from jaxwan.sharding.turns import deal
 
 DOCS = Path(__file__).parents[1] / "docs"
-ROWS = re.findall(
-    r"^\| (\d+) \| `([\w=,]+)` \| ([\d.]+) \| ([\d.–]+) \| ([\d.]+) \|",
-    (DOCS / "parallelism.md").read_text(),
-    re.MULTILINE,
-)
+ROW = r"^\| (\d+) \| `([\w=,]+)` \| ([\d.]+) \| ([\d.–]+) \| ([\d.]+) \| ([\d.–]+) \| ([\d.–]+)"
+ROWS = re.findall(ROW, (DOCS / "parallelism.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def job_of(tmp_path_factory):
+    """A14B and a call of one video at its official size."""
+    checkpoint = read_checkpoint(write_configs(tmp_path_factory.mktemp("configs"), "Wan2.2-T2V-A14B"))
+    return checkpoint, make_job(checkpoint, prompt="a", seed=0)
 
 
 def test_the_table_of_meshes_is_found():
     assert len(ROWS) == 18 and {row[0] for row in ROWS} == {"1", "2", "4", "8"}
 
 
-@pytest.mark.parametrize(("devices", "mesh", "weights", "one", "four"), ROWS)
-def test_a_mesh_has_the_devices_weights_and_time_that_are_told(devices, mesh, weights, one, four):
-    spec = MeshSpec.parse(mesh)
+@pytest.mark.parametrize(("devices", "mesh", "weights", "one", "four", "sent", "share"), ROWS)
+def test_what_a_mesh_holds_takes_and_sends(job_of, devices, mesh, weights, one, four, sent, share):
+    spec, told = MeshSpec.parse(mesh), make_report(job_of[0], MeshSpec.parse(mesh), job_of[1], device_memory=10**12)
     assert (str(spec), spec.num_devices) == (mesh, int(devices))
     assert float(weights) == pytest.approx(57.2 / (spec.pp * spec.tp), abs=0.06)
-    for videos, told in ((1, one), (4, four)):
-        if spec.dp > videos:
-            assert told == "–"
-            continue
-        dealt = deal([1 if spec.cfg > 1 else 2] * videos, ranks=spec.dp, stages=spec.pp)
-        forwards = dealt.ticks([40] * videos) / (spec.pp * spec.sp * spec.tp * videos)
-        assert float(told) == pytest.approx(forwards, abs=0.051)
+    forward = spec.pp * spec.sp * spec.tp  # ticks
+    assert one == "–" if spec.dp > 1 else float(one) == pytest.approx(told.ticks / forward, abs=0.051)
+    four_dealt = deal([1 if spec.cfg > 1 else 2] * 4, ranks=spec.dp, stages=spec.pp)
+    assert float(four) == pytest.approx(four_dealt.ticks([40] * 4) / forward / 4, abs=0.051)
+    gigabytes = sum(way["bytes"] for way in told.sent.values()) / 1e9
+    if spec.num_devices > 1:
+        assert float(sent) == pytest.approx(gigabytes, abs=0.051)
+        assert float(share) == pytest.approx(100 * gigabytes / 450 / (told.device_tflop / 790), abs=0.051)
