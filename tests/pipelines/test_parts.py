@@ -179,6 +179,8 @@ def test_predict_takes_timesteps_of_samples_latent_frames_and_tokens(reference, 
         name: relative_error(pipeline("ti2v-5B").predict(x, given, text), forward(model, x, as_tokens, text))
         for name, (given, as_tokens) in cases.items()
     }
+    split = pipeline("ti2v-5B", "sp=2,tp=2").predict(x, per_token, text)  # each device takes those of its own tokens
+    errors["split tokens"] = relative_error(split, forward(model, x, per_token, text))
     print("measured", errors)
     assert max(errors.values()) < FORWARD
 
