@@ -86,11 +86,11 @@ MORE = [
     ("2.1-flf2v", "dp=2,cfg=2,pp=2"), ("2.1-flf2v", "dp=2,pp=3"), ("2.1-t2v", "dp=2,cfg=2"), ("2.1-t2v", "pp=2"),
     ("i2v-A14B", "dp=2"), ("ti2v-5B", "cfg=2,pp=2"), ("2.1-flf2v", "pp=2"),
     ("t2v-A14B", "sp=2"), ("i2v-A14B", "sp=4"), ("ti2v-5B", "sp=3"), ("2.1-flf2v", "sp=8"), ("2.1-t2v", "sp=5"),
-    ("t2v-A14B", "tp=2"), ("i2v-A14B", "tp=2"), ("ti2v-5B", "tp=2"), ("2.1-t2v", "tp=2"),
+    ("t2v-A14B", "tp=2"), ("i2v-A14B", "tp=2"), ("ti2v-5B", "tp=2"), ("2.1-t2v", "tp=3"),
     ("i2v-A14B", "pp=3,sp=2"), ("ti2v-5B", "pp=4,sp=2"), ("2.1-flf2v", "pp=2,sp=3"), ("t2v-A14B", "pp=4,tp=2"),
     ("i2v-A14B", "cfg=2,tp=2"), ("2.1-t2v", "cfg=2,sp=3"), ("t2v-A14B", "dp=2,sp=4"), ("ti2v-5B", "dp=3,tp=2"),
     ("2.1-flf2v", "sp=4,tp=2"), ("ti2v-5B", "sp=3,tp=2"), ("i2v-A14B", "dp=2,cfg=2,tp=2"),
-    ("2.1-t2v", "dp=2,sp=2,tp=2"), ("2.1-flf2v", "cfg=2,pp=2,sp=2"),
+    ("2.1-t2v", "dp=2,tp=3"), ("2.1-flf2v", "cfg=2,pp=2,sp=2"),
 ]  # fmt: skip
 MESHES = USUAL + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE]
 
