@@ -54,12 +54,16 @@ def load_state(
     rules: Sequence[Rule],
     *,
     device: jax.Device | None = None,
+    placed: nnx.State | None = None,
     what: str = "checkpoint",
     progress: OnBytes | None = None,
 ) -> nnx.State:
-    """Parameters of these shapes, read from `files` to where the shapes say that they lie, else onto one device."""
+    """Parameters of these shapes, read from `files` to where the shapes say that they lie, else onto one device.
+
+    placed: instead, where; of shapes that may have more rows than `abstract`, zeros behind those of the files.
+    """
     found = prove({path: s.shape for path, s in flat_shapes(abstract).items()}, files, rules, what=what)
-    targets = targets_of(abstract, SingleDeviceSharding(device or jax.devices()[0]))
+    targets = targets_of(abstract if placed is None else placed, SingleDeviceSharding(device or jax.devices()[0]))
     return fill(abstract, load_arrays(targets, [((), files, found)], progress))
 
 
@@ -173,6 +177,7 @@ def _parts_by_rows(
     for box, devices in boxes.items():
         if all(r in own for r, own in zip(row, box, strict=False)):
             held = transform.in_source(box[len(row) :])
+            held = tuple(range(min(r.start, size), min(r.stop, size)) for r, size in zip(held, shape, strict=True))
             rows = held[0] if shape else range(1)
             cut = tuple(slice(None) if axis == 0 else slice(r.start, r.stop) for axis, r in enumerate(held))
             parts.setdefault(rows, []).append(Part(devices, box, cut))
@@ -210,13 +215,15 @@ def _place(parameter: "_Parameter", read: Read, tensor: np.ndarray) -> None:
 
 
 class _Whole:
-    """A parameter that is one tensor: permuted and cast on the host, part by part."""
+    """A parameter that is one tensor, with zeros behind it if it is larger: made on the host, part by part."""
 
     def __init__(self, target: jax.ShapeDtypeStruct, sharding: Sharding):
         self.target, self.sharding, self.shards = target, sharding, {}
 
     def write(self, read: Read, part: Part, tensor: np.ndarray) -> None:
         value = read.into.transform.apply(tensor).astype(self.target.dtype, order="C", copy=False)
+        if value.shape != (shape := tuple(map(len, part.box))):
+            value = np.pad(value, [(0, size - own) for size, own in zip(shape, value.shape, strict=True)])
         for device in part.devices:
             self.shards[device] = jax.device_put(value, device).block_until_ready()
 

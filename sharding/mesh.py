@@ -123,9 +123,17 @@ def make_mesh(mesh: MeshSpec) -> Mesh:
     devices = find_devices(mesh.num_devices)
     if len(devices) < mesh.num_devices:
         raise ValueError(_too_few(mesh, devices))
-    grid = np.array(devices[: mesh.num_devices]).reshape(mesh.sizes)
+    return _arranged(devices[: mesh.num_devices], mesh)
+
+
+def in_line(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, all of them stages: pp = all."""
+    return _arranged(mesh.devices, MeshSpec(pp=mesh.size))
+
+
+def _arranged(devices: Any, mesh: MeshSpec) -> Mesh:
     # Auto, not make_mesh's default Explicit: the program is manual over all axes, and its inputs come unsharded too
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(np.reshape(devices, mesh.sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _too_few(mesh: MeshSpec, devices: list) -> str:

@@ -21,6 +21,7 @@ class Rules:
     branch: str = "cfg"  # cond, uncond
     layer: str = "pp"
     stage: str = "pp"  # what each stage has a copy of its own of
+    row: str = "pp"  # of a table that is looked up
     token: str = "sp"  # those of each latent frame
     head: str = "tp"
     mlp: str = "tp"

@@ -69,13 +69,13 @@ def optimised():
 def optimised_ring(optimised):
     """The ring as in use, because its bits are compared between programs: optimised less, the last ones do differ.
 
-    VAE and encoders take a single video or text at a time: the same program on both sides of a comparison.
+    VAE and encoders take a video or text by itself: the same program on both sides of a comparison.
     """
     from jaxwan.models.video_coder import VideoCoder
-    from jaxwan.pipelines.parts import Jitted
+    from jaxwan.pipelines.encoder_ring import EncoderRing
 
     with pytest.MonkeyPatch.context() as patch:
-        for cls, name in ((VideoCoder, "encode_chunk"), (VideoCoder, "decode_chunk"), (Jitted, "__call__")):
+        for cls, name in ((VideoCoder, "encode_chunk"), (VideoCoder, "decode_chunk"), (EncoderRing, "__call__")):
             patch.setattr(cls, name, compiling_quickly()(getattr(cls, name)))
         yield
 

@@ -41,16 +41,23 @@ class CLIPVisionEncoder(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b s d"]:
         """pixels are normalised by CLIP's mean and std, of exactly image_size; any other raises ValueError."""
+        return self.run_layers(self.embed(pixels))
+
+    def embed(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b s d"]:
+        """What the first layer takes: class token and patches with their positions, normalised."""
         size, channels = self.cfg.image_size, self.cfg.num_channels
         if pixels.shape[1:] != (size, size, channels):
             raise ValueError(
                 f"pixels have shape {pixels.shape}, the image encoder takes (B, {size}, {size}, {channels})"
             )
         dtype = self.patch_embedding[...].dtype
-        x = self.pre_norm(self._embed(pixels.astype(dtype))).astype(dtype)
+        return self.pre_norm(self._patches(pixels.astype(dtype))).astype(dtype)
+
+    def run_layers(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """All layers that are stored, or those that this module has of them."""
         return scan_layers(self.layers, x, lambda layer, x: layer(x))
 
-    def _embed(self, pixels):
+    def _patches(self, pixels):
         p = self.cfg.patch_size
         batch, side = pixels.shape[0], self.cfg.image_size // p
         patches = pixels.reshape(batch, side, p, side, p, -1).swapaxes(2, 3).reshape(batch, side * side, -1)

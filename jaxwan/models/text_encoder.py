@@ -7,6 +7,7 @@ logits are not divided by sqrt(K), norms neither centre nor shift, and no layer 
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxwan.config import TextEncoderConfig
 from jaxwan.models.layers import Linear, RMSNorm, param, scan_layers, stack
+from jaxwan.sharding.collectives import position, psum
 
 
 class UMT5Encoder(nnx.Module):
@@ -24,7 +26,7 @@ class UMT5Encoder(nnx.Module):
 
     def __init__(self, cfg: TextEncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.embedding = param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.d_model), dtype))
+        self.embedding = param(jax.random.normal(rngs.params(), (cfg.vocab_size, cfg.d_model), dtype), ("row",))
         self.layers = stack(lambda rngs: _Layer(cfg, dtype=dtype, rngs=rngs), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon, dtype=dtype)
 
@@ -32,12 +34,30 @@ class UMT5Encoder(nnx.Module):
         self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | Int[Array, "b l"]
     ) -> Float[Array, "b l c"]:
         """Rows behind the mask are not attended to; what they hold themselves means nothing."""
+        return self.norm(self.run_layers(self.embed(tokens), mask))
+
+    def embed(self, tokens: Int[Array, "b l"], axis: str | None = None) -> Float[Array, "b l c"]:
+        """Each token's row of the table.
+
+        axis: inside shard_map, a mesh axis whose positions hold equal shares of the table's rows, in order. Each looks
+        up what it has, and a sum with the zeros of the others is exact (`collectives.gather`).
+        """
+        table = self.embedding[...]
+        if axis is None:
+            return table[tokens]
+        row = tokens - position(axis) * len(table)
+        here = (row >= 0) & (row < len(table))
+        return psum(jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0), axis)
+
+    def run_layers(
+        self, x: Float[Array, "b l c"], mask: Bool[Array, "b l"] | Int[Array, "b l"]
+    ) -> Float[Array, "b l c"]:
+        """All layers, or those that this module has of them."""
         buckets = position_buckets(
-            tokens.shape[1], self.cfg.relative_attention_num_buckets, self.cfg.relative_attention_max_distance
+            x.shape[1], self.cfg.relative_attention_num_buckets, self.cfg.relative_attention_max_distance
         )
         visible = mask.astype(bool)[:, None, None, :]
-        x = scan_layers(self.layers, self.embedding[...][tokens], lambda layer, x: layer(x, visible, buckets))
-        return self.norm(x)
+        return scan_layers(self.layers, x, lambda layer, x: layer(x, visible, buckets))
 
 
 class _Layer(nnx.Module):

@@ -32,6 +32,7 @@ from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
 from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, map_axes, most_ulysses
+from jaxwan.pipelines.encoder_ring import share_of
 from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
@@ -47,7 +48,7 @@ _LEAST_MEMORY = 10**6  # bytes
 @dataclass(frozen=True)
 class DryRun:
     """The report. Bytes are per device; lists go by device, in the mesh's order with dp outermost, and device 0 also
-    holds the encoders and the VAE."""
+    holds the VAE."""
 
     variant: str
     mesh: str
@@ -359,10 +360,10 @@ def image_rows(cfg: TransformerConfig) -> int:
 
 
 def parameter_bytes(checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
-    """Bytes of parameters on each device, in the mesh's order: a share of the DiT; the other models on the first."""
+    """Bytes of parameters on each device, in the mesh's order: shares of DiT and encoders; on the first the VAE too."""
     each = sum(_weight_bytes(checkpoint.transformer, checkpoint.num_experts, mesh, jnp.dtype(dtype)))
-    first = _first_device_bytes(checkpoint, jnp.dtype(dtype), jnp.dtype(vae_dtype))
-    return [each + first, *[each] * (mesh.num_devices - 1)]
+    encoders, vae = _component_bytes(checkpoint, mesh.num_devices, jnp.dtype(dtype), jnp.dtype(vae_dtype))
+    return [each + encoders + vae, *[each + encoders] * (mesh.num_devices - 1)]
 
 
 @cache  # like what else traces a model: a search for what fits asks for the same again and again
@@ -378,8 +379,11 @@ def _weight_bytes(cfg: TransformerConfig, num_experts: int, mesh: MeshSpec, dtyp
 
 
 @cache
-def _first_device_bytes(checkpoint: Checkpoint, dtype: np.dtype, vae_dtype: np.dtype) -> int:
-    return sum(tree_bytes(state) for _, state in abstract_components(checkpoint, dtype, vae_dtype).values())
+def _component_bytes(checkpoint: Checkpoint, devices: int, dtype: np.dtype, vae_dtype: np.dtype) -> tuple[int, int]:
+    """Bytes of a device's shares of the encoders, and of the VAE."""
+    states = {name: state for name, (_, state) in abstract_components(checkpoint, dtype, vae_dtype).items()}
+    vae = tree_bytes(states.pop("vae"))
+    return sum(tree_bytes(share_of(state, devices)) for state in states.values()), vae
 
 
 def activation_bytes(
@@ -387,7 +391,7 @@ def activation_bytes(
 ) -> dict[str, dict[str, int]]:
     """Named buffers of each phase that live at once; phases follow one another, so a device needs the largest.
 
-    Encoding texts (0.1 GiB of UMT5's) and images comes before them, and takes less than decoding.
+    Encoding texts (0.1 GiB of UMT5's, on every device) and images comes before them, and takes less.
     """
     return {
         "denoise": _denoise_bytes(checkpoint, mesh, job, jnp.dtype(dtype)),

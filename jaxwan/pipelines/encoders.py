@@ -24,14 +24,15 @@ from jaxwan.schedulers.table import MAX_STEPS, SamplerState, Table, add_noise
 
 def prepare(checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], progress: Progress) -> list[Entry]:
     """The entry of each request; what several share, such as a text or an image, is encoded once."""
-    texts = dict.fromkeys(text for r in requests for rows, text in _branches(r) if rows is None)
+    texts = list(dict.fromkeys(text for r in requests for rows, text in _branches(r) if rows is None))
     made: dict[str, np.ndarray] = {}
     with progress.phase("text", len(texts), "text") as update:
-        for text in texts:
+        if texts:
             assert parts.encode_text is not None and parts.tokenizer is not None
             length = requests[0].max_sequence_length
-            made[text] = encode_prompts(parts.encode_text, parts.tokenizer, [text], length=length)[0]
-            update(1)
+            rows = encode_prompts(parts.encode_text, parts.tokenizer, texts, length=length)
+            made = dict(zip(texts, rows, strict=True))
+            update(len(texts))
     encoders, entries, seen = Encoders(checkpoint, parts), [], set()
     with progress.phase("encode", len({i for r in requests for i in _sources(r)}), "input") as update:
         for request in requests:
@@ -116,8 +117,7 @@ class Encoders:
         encode, processor = self.parts.encode_image, self.parts.image_processor
         assert encode is not None
         shown = [crop_image(i, height, width) if fit == "crop" else i for i in (image, last) if i is not None]
-        pixels = [clip_pixels(i, processor)[None] for i in shown]
-        return np.concatenate([np.asarray(encode(p), np.float32)[0] for p in pixels])
+        return np.concatenate(encode(np.stack([clip_pixels(i, processor) for i in shown])))
 
     def _video(self, video: np.ndarray) -> Float[np.ndarray, "t h w z"]:
         return encode_video(self.parts.coder, 2 * to_unit_range(video)[None] - 1)[0]

@@ -22,7 +22,7 @@ from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.dit import Weights, load_weights
 from jaxwan.pipelines.media import load_image_processor
-from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts
+from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts, placed_components
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.pipelines.request import Job
@@ -76,12 +76,13 @@ def load_tensors(
     checkpoint: Checkpoint, mesh: Mesh, dtype: str, vae_dtype: str, files: dict[str, TensorFiles], progress: OnBytes
 ) -> tuple[dict[str, nnx.State], Weights]:
     """Parameters by component folder, and the DiT's, from files that were proved to hold them."""
+    models = abstract_components(checkpoint, dtype, vae_dtype)
     states = {
         name: load_state(
-            state, files[name], component_rules(name, checkpoint, files[name]), device=mesh.devices.flat[0],
+            models[name][1], files[name], component_rules(name, checkpoint, files[name]), placed=placed,
             what=str(checkpoint.folder / name), progress=progress,
         )
-        for name, (_, state) in abstract_components(checkpoint, dtype, vae_dtype).items()
+        for name, placed in placed_components(models, mesh).items()
     }  # fmt: skip
     experts = [files[name] for name in checkpoint.experts]
     return states, load_weights(checkpoint.transformer, experts, mesh, dtype, progress)

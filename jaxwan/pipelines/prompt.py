@@ -1,4 +1,4 @@
-"""Prompts: cleaned as Diffusers cleans them, tokenized by the checkpoint's own tokenizer.json, encoded one by one."""
+"""Prompts: cleaned as Diffusers cleans them, tokenized by the checkpoint's own tokenizer.json, encoded."""
 
 import html
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxwan.config import Defaults, read_json
 from jaxwan.pipelines.telling import warn
@@ -113,7 +113,7 @@ def tokenize(
     return padded, np.arange(length) < len(ids)
 
 
-Encode = Callable[[Int[np.ndarray, "1 l"], Bool[np.ndarray, "1 l"]], Float[Array, "1 l c"]]
+Encode = Callable[[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]], Float[np.ndarray, "b l c"]]
 
 
 def encode_prompts(
@@ -121,16 +121,15 @@ def encode_prompts(
 ) -> Float[np.ndarray, "b l c"]:
     """Context rows of each prompt, float32 on the host, zero behind its last token.
 
-    encode: the text encoder as a jitted function of (tokens, mask). It is called with one prompt at a time, so that a
-    result never depends on what else is in the batch, and once for prompts that are equal after cleaning.
+    encode: the text encoder as a function of (tokens, mask), in which no text's rows depend on the others'. It is
+    called once, and prompts that are equal after cleaning are one text.
     Source: diffusers pipelines/wan/pipeline_wan.py:WanPipeline._get_t5_prompt_embeds.
     """
-    rows: dict[str, Float[np.ndarray, "1 l c"]] = {}
     texts = [clean_prompt(prompt) for prompt in prompts]
-    for text in dict.fromkeys(texts):
-        tokens, mask = (a[None] for a in tokenize(tokenizer, text, length))
-        rows[text] = np.where(mask[..., None], np.asarray(encode(tokens, mask), np.float32), np.float32(0))
-    return np.concatenate([rows[text] for text in texts])
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    tokens, mask = map(np.stack, zip(*(tokenize(tokenizer, text, length) for text in places), strict=True))
+    rows = np.where(mask[..., None], encode(tokens, mask), np.float32(0))
+    return rows[[places[text] for text in texts]]
 
 
 def _encoded(tokenizer: Tokenizer, text: str, length: int) -> tuple[Any, int]:
@@ -141,8 +140,8 @@ def _encoded(tokenizer: Tokenizer, text: str, length: int) -> tuple[Any, int]:
 
 
 def abstract_prompt(length: int = MAX_TOKENS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes of the (tokens, mask) with which `encode_prompts` calls the text encoder."""
-    return jax.ShapeDtypeStruct((1, length), np.int32), jax.ShapeDtypeStruct((1, length), np.bool_)
+    """Shapes of a prompt's (tokens, mask), as `encode_prompts` gives the text encoder several of."""
+    return jax.ShapeDtypeStruct((length,), np.int32), jax.ShapeDtypeStruct((length,), np.bool_)
 
 
 def _pad_token(folder: Path) -> str:

@@ -50,11 +50,11 @@ def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool
     encode = parts.encode_text
     given = [r.prompt_embeds for r in requests] + [r.negative_prompt_embeds for r in requests if r.guided]
     if encode is not None and any(rows is None for rows in given):
-        yield "text encoder", encode.run, (encode.state, *abstract_prompt(requests[0].max_sequence_length))
+        yield "text encoder", *encode.program(*abstract_prompt(requests[0].max_sequence_length))
     encode, cfg = parts.encode_image, checkpoint.image_encoder
     if encode is not None and cfg is not None:
-        image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), np.float32)
-        yield "image encoder", encode.run, (encode.state, image)
+        image = jax.ShapeDtypeStruct((cfg.image_size, cfg.image_size, 3), np.float32)
+        yield "image encoder", *encode.program(image)
     yield noise_program(shape)
 
 

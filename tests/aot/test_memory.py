@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from published import write_configs
@@ -29,7 +30,8 @@ from jaxwan.models import causal_conv
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.dry_run import make_report, tree_bytes
-from jaxwan.pipelines.parts import abstract_parts
+from jaxwan.pipelines.encoder_ring import share_of
+from jaxwan.pipelines.parts import abstract_components, abstract_parts
 from jaxwan.pipelines.warmup import job_programs
 from jaxwan.sharding.mesh import AXES, MeshSpec
 
@@ -93,11 +95,14 @@ def h100s(mesh: MeshSpec) -> Mesh:
     return Mesh(np.array(described.devices).reshape(mesh.sizes), AXES, axis_types=(AxisType.Auto,) * 5)
 
 
+def compiled_for_h100s(program):
+    _, function, arguments = program
+    return function.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+
+
 def beside_parameters(program, parameters: int) -> float:
     """GiB that a program takes at its peak, without its parameters."""
-    _, function, arguments = program
-    compiled = function.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-    return (compiled.memory_analysis().peak_memory_in_bytes - parameters) / GIB
+    return (compiled_for_h100s(program).memory_analysis().peak_memory_in_bytes - parameters) / GIB
 
 
 @pytest.mark.parametrize(("name", "mesh", "dtype", "call"), CASES)
@@ -135,11 +140,29 @@ def test_decoding_takes_what_the_dry_run_tells(published, name, vae_dtype):
     assert told == pytest.approx(taken, rel=WITHIN)
 
 
+def test_encoders_take_less_than_denoising_and_send_each_other_no_weights(published):
+    checkpoint, devices = published("Wan2.1-FLF2V-14B"), 8
+    call = P480 | dict(num_frames=17)  # less to denoise than what anybody takes so many devices for
+    job = make_job(checkpoint, prompt="a", seed=0, image=PICTURE, last_image=PICTURE, **call)
+    parts = abstract_parts(checkpoint, h100s(MeshSpec(pp=devices)), "bfloat16", "float32")
+    told = make_report(checkpoint, MeshSpec(pp=devices), job, "bfloat16", "float32", 10**12)
+    sent = {"text encoder": ["all-reduce", "collective-permute"], "image encoder": ["collective-permute"]}
+    models = abstract_components(checkpoint, "bfloat16", "float32")
+    for program in job_programs(checkpoint, parts, job):
+        if program[0] in sent:
+            share = tree_bytes(share_of(models[program[0].replace(" ", "_")][1], devices))
+            compiled = compiled_for_h100s(program)
+            taken = (compiled.memory_analysis().peak_memory_in_bytes - share) / GIB
+            print(f"\n| {program[0]}, {devices} devices, {share / GIB:.2f} GiB of parameters | {taken:.2f} |")
+            assert [kind for kind, _ in collectives(compiled.as_text())] == sent.pop(program[0])
+            assert 0 < taken < sum(told.activation_bytes["denoise"].values()) / GIB
+    assert not sent
+
+
 def test_attention_is_cudnns_and_stages_pass_on_nothing_but_the_hidden_state(published):
     checkpoint = published(A14B)
     parts = abstract_parts(checkpoint, h100s(MeshSpec(pp=4)), "bfloat16", "float32")
-    _, ring, arguments = next(job_programs(checkpoint, parts, make_job(checkpoint, prompt="a", seed=0)))
-    text = ring.trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+    text = compiled_for_h100s(next(job_programs(checkpoint, parts, make_job(checkpoint, prompt="a", seed=0)))).as_text()
     assert text.count("__cudnn$fmha") >= 2 and "collective-permute" in text
     assert not any(f"{word}(" in text for word in ("all-gather", "all-reduce", "all-to-all"))
     assert jax.default_backend() == "cpu"

@@ -96,8 +96,8 @@ def test_a_variant_that_diffusers_saved_loads_by_its_name(reference, pipeline, t
     expected = pipeline("t2v-A14B").parts
     assert loaded.encode_text is not None and expected.encode_text is not None
     for ours, theirs in (
-        (loaded.denoiser.weights, expected.denoiser.weights), (loaded.encode_text.state, expected.encode_text.state),
-        (loaded.coder.state, expected.coder.state),
+        (loaded.denoiser.weights, expected.denoiser.weights), (loaded.coder.state, expected.coder.state),
+        (loaded.encode_text.weights, expected.encode_text.weights),
     ):  # fmt: skip
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

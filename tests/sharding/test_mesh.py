@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxwan.sharding.collectives import gather, position, psum, shift
-from jaxwan.sharding.mesh import AXES, MeshSpec, make_mesh, request_virtual_devices, spec
+from jaxwan.sharding.mesh import AXES, MeshSpec, in_line, make_mesh, request_virtual_devices, spec
 from jaxwan.sharding.rules import RULES
 
 
@@ -86,6 +86,11 @@ def test_a_mesh_has_all_five_axes_and_takes_the_first_devices():
         assert dict(mesh.shape) == {"dp": 1, "cfg": 1, "pp": size, "sp": 1, "tp": 1}
         assert list(mesh.devices.flat) == jax.devices()[:size]
     assert make_mesh(MeshSpec(dp=2, pp=4)).devices.shape == (2, 1, 4, 1, 1)
+
+
+def test_any_mesh_is_also_a_line_of_its_devices_in_their_order():
+    mesh = make_mesh(MeshSpec(dp=2, cfg=2, pp=2))
+    assert in_line(mesh) == make_mesh(MeshSpec(pp=8)) and list(in_line(mesh).devices.flat) == list(mesh.devices.flat)
 
 
 def test_too_few_cpu_devices_are_told_with_the_line_to_add():

@@ -163,7 +163,7 @@ def velocity(encoder):
 def test_the_velocity_is_that_of_inference(params, dit, encoder, velocity, tokenizer, monkeypatch):
     """Captions of ROWS rows give what inference gives with 512."""
     encode = jax.jit(encoder)
-    rows = encode_prompts(lambda tokens, mask: encode(tokens, mask), tokenizer, TEXTS)
+    rows = encode_prompts(lambda tokens, mask: np.asarray(encode(tokens, mask)), tokenizer, TEXTS)
     with monkeypatch.context() as patch:  # float32 sums over 512 rows would be the less exact side
         patch.setattr(transformer, "attention", exact_attention)
         expected = jax.jit(dit)(X, 1000 * SIGMAS[:, None], rows)
