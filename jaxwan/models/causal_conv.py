@@ -3,6 +3,9 @@
 A causal convolution of 3 frames needs the 2 frames ahead of its input. For a video's first chunk, which is one frame,
 these are zeros: only the last tap of the kernel counts and the convolution is one of images. For later chunks they are
 the last frames of its input in the chunk before. `Chunk` hands them from chunk to chunk.
+
+Frames may be split in space (`Chunk.space`): every device then convolves a strip of them, and `conv` fetches the pixels
+that it reads beyond it.
 """
 
 from typing import Literal
@@ -14,20 +17,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxwan.models.layers import fan_in_normal, param
+from jaxwan.sharding.space import Space
 
 Cache = tuple[Array, ...]  # the halos that one chunk leaves to the next, in the order of their convolutions
 Formulation = Literal["direct", "taps", "joined"]
+Padding = list[tuple[int, int]]  # ahead and behind, of rows and of columns
 
 
 class Chunk:
-    """What convolutions need besides their input: the halos of the chunk before, and how to convolve.
+    """What convolutions need besides their input: the halos of the chunk before, how to convolve, and how frames are
+    split over devices, if they are.
 
     Lives while one chunk is traced. Every causal convolution takes its halo and leaves the next one, so that `halos()`
     after the last convolution is the cache for the next chunk. A cache of None makes this the first chunk of a video.
     """
 
-    def __init__(self, cache: Cache | None, formulation: Formulation | None = None):
+    def __init__(self, cache: Cache | None, formulation: Formulation | None = None, space: Space | None = None):
         self.first = cache is None
+        self.space = space
         self.formulation: Formulation = formulation or default_formulation()
         self._before = iter(cache or ())
         self._after: list[Array] = []
@@ -68,46 +75,48 @@ def conv(
     formulation: Formulation,
     *,
     stride: tuple[int, int] = (1, 1),
+    space: Space | None = None,
 ) -> Float[Array, "b g h2 w2 o"]:
     """Convolution of a video, the one place where pixels of other frames, rows and columns are read.
 
     stride is (time, space). Time is not padded. Space is padded with zeros: all around for stride 1, below and to the
-    right only for stride 2. formulation: "direct" is XLA's convolution of videos; "taps" sums convolutions of images,
-    one for each frame that the kernel sees; "joined" convolves these frames at once, as channels of one image.
+    right only for stride 2; where frames are split, with the neighbours' pixels. formulation: "direct" is XLA's
+    convolution of videos; "taps" sums convolutions of images, one for each frame that the kernel sees; "joined"
+    convolves these frames at once, as channels of one image.
     """
+    padding = [(size // 2 if stride[1] == 1 else 0, size // 2) for size in kernel.shape[1:3]]  # of rows, of columns
+    if space is not None and kernel.shape[space.dim - 1] > 1:
+        x = space.with_neighbours(x, *padding[space.dim - 2])
+        padding[space.dim - 2] = (0, 0)
     frames = (x.shape[1] - kernel.shape[0]) // stride[0] + 1
     if formulation == "direct" and kernel.shape[0] > 1:
-        return _conv3d(x, kernel, stride) + bias.astype(x.dtype)
+        return _conv3d(x, kernel, stride, padding) + bias.astype(x.dtype)
     reach = (frames - 1) * stride[0] + 1
     seen = [x[:, t : t + reach : stride[0]] for t in range(kernel.shape[0])]
     if formulation == "joined":
         seen = [jnp.concatenate(seen, axis=-1)]
         kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(1, *kernel.shape[1:3], -1, kernel.shape[-1])
-    y = sum(_conv2d(images, tap, stride[1]) for images, tap in zip(seen, kernel, strict=True))
+    y = sum(_conv2d(images, tap, stride[1], padding) for images, tap in zip(seen, kernel, strict=True))
     return (y + bias).astype(x.dtype)
 
 
-def _conv3d(x: Array, kernel: Array, stride: tuple[int, int]) -> Array:
-    padding = [(0, 0), *(_padding(size, stride[1]) for size in kernel.shape[1:3])]
+def _conv3d(x: Array, kernel: Array, stride: tuple[int, int], padding: Padding) -> Array:
     strides = (stride[0], stride[1], stride[1])
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, [(0, 0), *padding], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
 
 
-def _conv2d(x: Array, kernel: Array, stride: int) -> Array:
+def _conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """Each frame by itself, the result in float32 so that taps are summed unrounded."""
     if kernel.shape[:2] == (1, 1):
         return jnp.matmul(x, kernel[0, 0], preferred_element_type=jnp.float32)
     images = x.reshape(-1, *x.shape[2:])
-    padding = [_padding(size, stride) for size in kernel.shape[:2]]
     y = jax.lax.conv_general_dilated(
         images, kernel, (stride, stride), padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
     )  # fmt: skip
     return y.reshape(*x.shape[:2], *y.shape[1:])
-
-
-def _padding(size: int, stride: int) -> tuple[int, int]:
-    return (size // 2 if stride == 1 else 0, size // 2)
 
 
 class Conv2d(nnx.Module):
@@ -119,7 +128,8 @@ class Conv2d(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: Float[Array, "b f h w i"], chunk: Chunk) -> Float[Array, "b f h2 w2 o"]:
-        return conv(x, self.kernel[...][None], self.bias[...], chunk.formulation, stride=(1, self.stride))
+        kernel, bias = self.kernel[...][None], self.bias[...]
+        return conv(x, kernel, bias, chunk.formulation, stride=(1, self.stride), space=chunk.space)
 
 
 class CausalConv3d(nnx.Module):
@@ -141,4 +151,5 @@ class CausalConv3d(nnx.Module):
             x = chunk.extend(x, self.halo)
             if chunk.first:
                 kernel = kernel[-1:]  # the others meet the zeros ahead of the video
-        return conv(x, kernel, self.bias[...], chunk.formulation, stride=(self.time_stride, 1))
+        stride = (self.time_stride, 1)
+        return conv(x, kernel, self.bias[...], chunk.formulation, stride=stride, space=chunk.space)

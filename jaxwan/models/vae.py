@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxwan.config import ConfigError, VAEConfig
 from jaxwan.models.causal_conv import Cache, CausalConv3d, Chunk, Formulation
 from jaxwan.models.vae_blocks import Decoder, Encoder
+from jaxwan.sharding.space import Space
 
 
 class VAE(nnx.Module):
@@ -33,13 +34,15 @@ class VAE(nnx.Module):
         self.decoder = Decoder(cfg, dtype=dtype, rngs=rngs)
 
     def encode_chunk(self, cache: Cache | None, pixels: Float[Array, "b f h w 3"], *,
-                     formulation: Formulation | None = None) -> tuple[Cache, Float[Array, "b t y x z"]]:  # fmt: skip
+                     formulation: Formulation | None = None, space: Space | None = None
+                     ) -> tuple[Cache, Float[Array, "b t y x z"]]:  # fmt: skip
         """The next 4t frames of a video to t latent frames, the means of their distributions.
 
-        cache is what the chunk before returned; None for a video's first chunk, which is a single frame.
+        cache is what the chunk before returned; None for a video's first chunk, which is a single frame. space: how
+        frames are split over devices, their units being latent pixels; called by all of them (`Space.spread`).
         """
         _check_chunk(cache, pixels.shape[1], self.cfg.scale_factor_temporal)
-        chunk = Chunk(cache, formulation)
+        chunk = Chunk(cache, formulation, space)
         x = patchify(pixels.astype(self.dtype), self.cfg.patch_size or 1)
         moments = self.quant_conv(self.encoder(x, chunk), chunk)
         mean = moments[..., : self.cfg.z_dim].astype(jnp.float32)
@@ -47,20 +50,23 @@ class VAE(nnx.Module):
         return chunk.halos(), (mean - center) / scale
 
     def decode_chunk(self, cache: Cache | None, latents: Float[Array, "b t y x z"], *,
-                     formulation: Formulation | None = None) -> tuple[Cache, Float[Array, "b f h w 3"]]:  # fmt: skip
+                     formulation: Formulation | None = None, space: Space | None = None
+                     ) -> tuple[Cache, Float[Array, "b f h w 3"]]:  # fmt: skip
         """The next t latent frames of a video to 4t frames, clamped to [-1, 1], in float32.
 
         cache is what the chunk before returned; None for a video's first: one latent frame, which gives one frame.
+        space as in `encode_chunk`.
         """
-        cache, frames = self.decode_chunk_unclamped(cache, latents, formulation=formulation)
+        cache, frames = self.decode_chunk_unclamped(cache, latents, formulation=formulation, space=space)
         return cache, jnp.clip(frames, -1.0, 1.0)
 
     def decode_chunk_unclamped(
-        self, cache: Cache | None, latents: Float[Array, "b t y x z"], *, formulation: Formulation | None = None
-    ) -> tuple[Cache, Float[Array, "b f h w 3"]]:
+        self, cache: Cache | None, latents: Float[Array, "b t y x z"], *, formulation: Formulation | None = None,
+        space: Space | None = None,
+    ) -> tuple[Cache, Float[Array, "b f h w 3"]]:  # fmt: skip
         """`decode_chunk` without the clamp, which has no gradient outside [-1, 1]: for training."""
         _check_chunk(cache, latents.shape[1], 1)
-        chunk = Chunk(cache, formulation)
+        chunk = Chunk(cache, formulation, space)
         center, scale = self._latent_statistics()
         z = latents.astype(jnp.float32) * scale + center
         x = self.decoder(self.post_quant_conv(z.astype(self.dtype), chunk), chunk)

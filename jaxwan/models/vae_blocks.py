@@ -59,10 +59,19 @@ class AttentionBlock(nnx.Module):
         self.proj = Conv2d(dim, dim, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b f h w c"], chunk: Chunk) -> Float[Array, "b f h w c"]:
-        b, f, h, w, c = x.shape
-        qkv = self.to_qkv(self.norm(x), chunk).reshape(b * f, h * w, 1, 3 * c)
-        y = attention(*jnp.split(qkv, 3, axis=-1))
+        c = x.shape[-1]
+        qkv = self.to_qkv(self.norm(x), chunk)
+        q, kv = qkv[..., :c], qkv[..., c:]
+        if chunk.space is not None:
+            kv = chunk.space.gather(kv)  # every pixel of a frame is attended to
+        y = attention(_pixels(q), *jnp.split(_pixels(kv), 2, axis=-1))
         return x + self.proj(y.reshape(x.shape), chunk)
+
+
+def _pixels(x: Float[Array, "b f h w c"]) -> Float[Array, "bf hw 1 c"]:
+    """The pixels of each frame in a row, of one head."""
+    b, f, h, w, c = x.shape
+    return x.reshape(b * f, h * w, 1, c)
 
 
 class MidBlock(nnx.Module):

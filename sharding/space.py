@@ -1,0 +1,110 @@
+"""Pictures cut into strips, one on each device, and what a strip needs of the others.
+
+A picture is `size` units along one axis, and an array of it has some pixels a unit there, which may change from layer
+to layer. Every device holds `share` units. Units that do not divide leave the last devices with fewer or none, and with
+pixels outside of the picture instead: what is computed of them is not looked at, and `with_neighbours` reads zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+from jaxwan.sharding.ring import check_types
+
+AXIS = "space"
+
+
+def strip_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """Devices in a row: neighbours hold neighbouring strips."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+@dataclass(frozen=True)
+class Space:
+    """How the axis `dim` of a picture's arrays is split over a mesh of one axis, `strip_mesh`."""
+
+    mesh: Mesh
+    dim: int
+    size: int  # units of the picture along it
+
+    @property
+    def share(self) -> int:
+        """Units on each device."""
+        return -(-self.size // self.mesh.size)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of an array that is split."""
+        return PartitionSpec(*[None] * self.dim, AXIS)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of an array that is split."""
+        return NamedSharding(self.mesh, self.spec)
+
+    # On the host
+
+    def padded(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the array that holds a picture's, with what is outside of it."""
+        pixels = shape[self.dim] // self.size * self.share * self.mesh.size
+        return (*shape[: self.dim], pixels, *shape[self.dim + 1 :])
+
+    def split(self, x: Shaped[np.ndarray, "*s"]) -> Shaped[Array, "*p"]:
+        """A picture on the devices."""
+        more = [(0, after - before) for before, after in zip(x.shape, self.padded(x.shape), strict=True)]
+        return jax.device_put(np.pad(x, more) if any(n for _, n in more) else x, self.sharding)
+
+    def join(self, x: Shaped[Array, "*p"]) -> Shaped[np.ndarray, "*s"]:
+        """The picture that the devices hold, without what is outside of it."""
+        pixels = x.shape[self.dim] // (self.share * self.mesh.size) * self.size
+        return np.asarray(x)[(slice(None),) * self.dim + (slice(pixels),)]
+
+    def spread(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(whole, *split)` of what all devices have and of trees of strips, to trees of strips, as a function
+        of whole arrays: every device runs it on its strip."""
+
+        def run(whole, *split):
+            specs = (PartitionSpec(), *[self.spec] * len(split))
+            sharded = jax.shard_map(
+                function, mesh=self.mesh, in_specs=specs, out_specs=self.spec, check_vma=check_types(self.mesh)
+            )
+            return sharded(whole, *split)
+
+        return run
+
+    # Inside of what is spread
+
+    def with_neighbours(self, x: Shaped[Array, "*s"], before: int, after: int) -> Shaped[Array, "*p"]:
+        """A strip between the last `before` pixels of the strip ahead of it and the first `after` of the next one.
+
+        Pixels outside of the picture are zeros, those of the strip itself too. A strip is at least as wide as it gives.
+        """
+        x = self._picture_alone(x)
+        last, parts = self.mesh.size - 1, [x]
+        if before:
+            end = jax.lax.slice_in_dim(x, x.shape[self.dim] - before, None, axis=self.dim)
+            parts.insert(0, jax.lax.ppermute(end, AXIS, [(i, i + 1) for i in range(last)]))  # the first receives zeros
+        if after:
+            start = jax.lax.slice_in_dim(x, 0, after, axis=self.dim)
+            parts.append(jax.lax.ppermute(start, AXIS, [(i + 1, i) for i in range(last)]))
+        return jnp.concatenate(parts, axis=self.dim)
+
+    def gather(self, x: Shaped[Array, "*s"]) -> Shaped[Array, "*p"]:
+        """The whole picture, on every device."""
+        whole = jax.lax.all_gather(x, AXIS, axis=self.dim, tiled=True)
+        return jax.lax.slice_in_dim(whole, 0, x.shape[self.dim] // self.share * self.size, axis=self.dim)
+
+    def _picture_alone(self, x: Array) -> Array:
+        """x with zeros outside of the picture; x itself where nothing is."""
+        if self.size == self.share * self.mesh.size:
+            return x
+        pixels = x.shape[self.dim]
+        first = jax.lax.axis_index(AXIS) * pixels
+        inside = first + jnp.arange(pixels) < pixels // self.share * self.size
+        return jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1 - self.dim)), x, jnp.zeros_like(x))
