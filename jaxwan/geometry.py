@@ -60,6 +60,14 @@ class Geometry:
         """The largest valid num_frames in so many frames, at least one: 83 -> 81."""
         return (available - 1) // self.temporal * self.temporal + 1
 
+    def check_more_frames(self, num_frames: int) -> None:
+        """Raises ValueError for a number of frames that a video cannot go on with, which is 4k from 4 on."""
+        if num_frames < 1 or num_frames % self.temporal:
+            raise ValueError(
+                f"num_frames={num_frames} of a video that goes on is no multiple of {self.temporal}: "
+                f"{_nearest(num_frames, self.temporal, 0)}"
+            )
+
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises ValueError naming every size that does not fit and its nearest valid values. Nothing is rounded."""
         wanted = (

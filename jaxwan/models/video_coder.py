@@ -1,34 +1,41 @@
-"""Whole videos through the VAE, as a loop over chunks.
+"""Whole videos through the VAE, as a loop over chunks, on one device or with frames split over several.
 
 Each direction has exactly two programs, for a video's first frame and for later ones, and coding chunk by chunk gives
-what coding the whole video would.
+what coding the whole video would. Videos come from the host and go there.
 """
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxwan.geometry import Geometry
 from jaxwan.models.causal_conv import Cache, Formulation
 from jaxwan.models.vae import VAE
+from jaxwan.sharding.space import Space
+
+Direction = Literal["encode", "decode"]
 
 
 class VideoCoder:
     """Whole videos through one VAE, chunk by chunk: two compiled programs per direction, frame size and batch.
 
-    Programs do not depend on the number of frames. The cache is donated from chunk to chunk, so one is alive at a time.
-    `formulation` overrides the platform's choice of convolution.
+    Programs do not depend on the number of frames. The cache is donated from chunk to chunk, so a video has one alive.
+    mesh: a `strip_mesh` of several devices, each of which codes a strip of every frame along its longer side; the
+    result is that of one device but for rounding. The VAE's parameters are then on all of them. `formulation` overrides
+    the platform's choice of convolution.
     """
 
-    def __init__(self, vae: VAE, *, formulation: Formulation | None = None):
-        self.cfg = vae.cfg
+    def __init__(self, vae: VAE, *, mesh: Mesh | None = None, formulation: Formulation | None = None):
+        self.cfg, self.mesh = vae.cfg, mesh
+        self.geometry = Geometry(vae.cfg.scale_factor_temporal, vae.cfg.scale_factor_spatial, patch=(1, 1, 1))
         graph, self.state = nnx.split(vae)
         self._encode, self._decode = _programs(graph, formulation)
 
@@ -38,78 +45,167 @@ class VideoCoder:
         other.state = state
         return other
 
-    def encode_chunk(
-        self, cache: Cache | None, pixels: Float[Array | np.ndarray, "b f h w 3"]
-    ) -> tuple[Cache, Float[Array, "b t y x z"]]:
-        """`VAE.encode_chunk`, compiled; uses up `cache`."""
-        return self._encode(self.state, cache, pixels)
+    # Videos
 
-    def decode_chunk(
-        self, cache: Cache | None, latents: Float[Array | np.ndarray, "b t y x z"]
-    ) -> tuple[Cache, Float[Array, "b f h w 3"]]:
-        """`VAE.decode_chunk`, compiled; uses up `cache`."""
-        return self._decode(self.state, cache, latents)
+    def encode_stream(self) -> "Stream":
+        """Frames in [-1, 1] to normalised latents, in several calls: of 4k+1 frames, and then of 4k each."""
+        return Stream(self, "encode")
 
-    def encode_chunks(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Iterator[Float[Array, "b 1 y x z"]]:
+    def decode_stream(self) -> "Stream":
+        """Normalised latents to frames in [-1, 1], in several calls: the very first latent frame is one frame, each of
+        the others 4."""
+        return Stream(self, "decode")
+
+    def encode_chunks(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Iterator[Float[np.ndarray, "b 1 y x z"]]:
         """Normalised latents of a video in [-1, 1], a latent frame at a time: of its first frame, then of 4 each.
 
         Raises ValueError when f is not 4k+1, or h or w no multiple of the VAE's stride.
         """
-        step = self.cfg.scale_factor_temporal
-        Geometry(step, self.cfg.scale_factor_spatial, patch=(1, 1, 1)).check_size(*pixels.shape[1:4])
-        cache, latent = self.encode_chunk(None, _frames(pixels, 0, 1))
-        yield latent
-        for start in range(1, pixels.shape[1], step):
-            cache, latent = self.encode_chunk(cache, _frames(pixels, start, step))
-            yield latent
+        return self.encode_stream().chunks(pixels)
 
-    def encode(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Float[Array, "b t y x z"]:
+    def encode(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Float[np.ndarray, "b t y x z"]:
         """The latents of `encode_chunks` as one array."""
-        return jnp.concatenate(list(self.encode_chunks(pixels)), axis=1)
+        return self.encode_stream()(pixels)
 
-    def decode_chunks(self, latents: Float[Array | np.ndarray, "b t y x z"]) -> Iterator[Float[Array, "b f h w 3"]]:
-        """The frames of each latent frame in turn, in [-1, 1]: one for the first, 4 for each of the others."""
-        cache = None
-        for start in range(latents.shape[1]):
-            cache, frames = self.decode_chunk(cache, _frames(latents, start, 1))
-            yield frames
+    def decode_chunks(
+        self, latents: Float[Array | np.ndarray, "b t y x z"]
+    ) -> Iterator[Float[np.ndarray, "b f h w 3"]]:
+        """The frames of each latent frame in turn, in [-1, 1]: one for the first, 4 for each of the others.
 
-    def decode(self, latents: Float[Array | np.ndarray, "b t y x z"]) -> Float[Array, "b f h w 3"]:
+        Raises ValueError for latents of another number of channels, or none at all.
+        """
+        return self.decode_stream().chunks(latents)
+
+    def decode(self, latents: Float[Array | np.ndarray, "b t y x z"]) -> Float[np.ndarray, "b f h w 3"]:
         """The video, in [-1, 1], of normalised latents: 4 (t - 1) + 1 frames."""
-        return jnp.concatenate(list(self.decode_chunks(latents)), axis=1)
+        return self.decode_stream()(latents)
 
-    def programs(self, direction: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable, tuple]]:
+    # Chunks
+
+    def encode_chunk(
+        self, cache: Cache | None, pixels: Float[Array | np.ndarray, "b f h w 3"], space: Space | None = None
+    ) -> tuple[Cache, Float[Array, "b t y x z"]]:
+        """`VAE.encode_chunk`, compiled; uses up `cache`. With a space, of frames that it split."""
+        return self._encode(self.state, cache, pixels, space)
+
+    def decode_chunk(
+        self, cache: Cache | None, latents: Float[Array | np.ndarray, "b t y x z"], space: Space | None = None
+    ) -> tuple[Cache, Float[Array, "b f h w 3"]]:
+        """`VAE.decode_chunk`, compiled; uses up `cache`. With a space, of latents that it split."""
+        return self._decode(self.state, cache, latents, space)
+
+    def space(self, height: int, width: int) -> Space | None:
+        """How frames of so many latent pixels are split: along their longer side. None on one device."""
+        if self.mesh is None or self.mesh.size == 1:
+            return None
+        return Space(self.mesh, *((2, height) if height > width else (3, width)))
+
+    def programs(self, direction: Direction, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of all that coding a host array of `shape` compiles.
 
         direction: "encode" for frames [B, F, H, W, 3], "decode" for latents [B, T, H, W, Z].
         """
-        function, step = {
-            "encode": (self._encode, self.cfg.scale_factor_temporal), "decode": (self._decode, 1)
-        }[direction]  # fmt: skip
-        first, later = (jax.ShapeDtypeStruct((shape[0], n, *shape[2:]), jnp.float32) for n in (1, step))
+        function = self._encode if direction == "encode" else self._decode
+        stream = Stream(self, direction)
+        space = stream.space(shape)
+        place = jax.tree.leaves(self.state)[0].sharding if space is None else space.sharding
+
+        def frames(count: int) -> jax.ShapeDtypeStruct:
+            part = (shape[0], count, *shape[2:])
+            if space is None:
+                return jax.ShapeDtypeStruct(part, jnp.float32)
+            return jax.ShapeDtypeStruct(space.padded(part), jnp.float32, sharding=place)
+
         if shape[1] > 1:
-            cache, _ = jax.eval_shape(function, self.state, None, first)
-            place = jax.tree.leaves(self.state)[0].sharding
+            cache, _ = jax.eval_shape(partial(function, space=space), self.state, None, frames(1))
             cache = jax.tree.map(lambda leaf: leaf.update(sharding=place), cache)
-            yield f"VAE {direction}, later frames", function, (self.state, cache, later)
-        yield f"VAE {direction}, first frame", function, (self.state, None, first)
+            yield f"VAE {direction}, later frames", function, (self.state, cache, frames(stream.step), space)
+        yield f"VAE {direction}, first frame", function, (self.state, None, frames(1), space)
+
+
+class Stream:
+    """Videos of one size through a VAE, in as many calls as they come in.
+
+    However they are cut into calls, the same programs run, and the results have the same bits. `cache` is all that a
+    call leaves to the next, which uses it up; None before the first. Streams know nothing of each other.
+    """
+
+    def __init__(self, coder: VideoCoder, direction: Direction):
+        self.cache: Cache | None = None
+        self._coder, self._direction = coder, direction
+        self._size: tuple[int, ...] | None = None  # [B, H, W, C] of what is given
+        # frames of what is given to a latent one, and pixels
+        self.step, self._stride = (coder.geometry.temporal, coder.geometry.spatial) if self._encodes else (1, 1)
+
+    @property
+    def _encodes(self) -> bool:
+        return self._direction == "encode"
+
+    def __call__(self, given: Float[Array | np.ndarray, "b f h w c"]) -> Float[np.ndarray, "b g y x o"]:
+        """What the next frames, or latents, are coded to.
+
+        Raises ValueError for another size than before, for numbers of frames other than 4k+1 in the first call and 4k
+        in those that follow, and for what `VideoCoder.encode_chunks` and `decode_chunks` refuse.
+        """
+        return np.concatenate(list(self.chunks(given)), axis=1)
+
+    def chunks(self, given: Float[Array | np.ndarray, "b f h w c"]) -> Iterator[Float[np.ndarray, "b g y x o"]]:
+        """The same, chunk by chunk, each fetched when the next one is under way: devices compute while the host copies.
+
+        The call is made as these are taken; the next call is to come after the last.
+        """
+        self._check(given.shape)
+        return self._coded(np.asarray(given))
+
+    def space(self, shape: tuple[int, ...]) -> Space | None:
+        """How what is given in this shape is split over devices."""
+        return self._coder.space(*(size // self._stride for size in shape[2:4]))
+
+    def _coded(self, given: np.ndarray) -> Iterator[Float[np.ndarray, "b g y x o"]]:
+        code = self._coder.encode_chunk if self._encodes else self._coder.decode_chunk
+        space, under_way = self.space(given.shape), []
+        while given.shape[1]:
+            count = 1 if self.cache is None else self.step
+            chunk, given = given[:, :count], given[:, count:]
+            self.cache, coded = code(self.cache, chunk if space is None else space.split(chunk), space)
+            under_way.append(coded)
+            if len(under_way) > 1:
+                yield _fetched(under_way.pop(0), space)
+        yield _fetched(under_way.pop(), space)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        size, cfg, geometry = (shape[0], *shape[2:]), self._coder.cfg, self._coder.geometry
+        if self._size not in (None, size):
+            raise ValueError(f"this stream goes on with {self._size} (B, H, W, C), and not with {size}")
+        if not self._encodes and shape[-1] != cfg.z_dim:
+            raise ValueError(f"latents have {shape[-1]} channels, and this VAE's have {cfg.z_dim}")
+        if self._encodes:
+            geometry.check_size(1 if self.cache is not None else shape[1], *shape[2:4])
+            if self.cache is not None:
+                geometry.check_more_frames(shape[1])
+        if 0 in shape:
+            raise ValueError(f"nothing is to be coded in shape {shape}")
+        self._size = size
 
 
 @lru_cache(maxsize=8)
 def _programs(graph: Any, formulation: Formulation | None) -> tuple[Callable, Callable]:
-    """The jitted chunks of a VAE of this structure, encode and decode: the same for all coders of it."""
+    """The jitted chunks of a VAE of this structure, encode and decode: the same for all its coders, on any devices."""
 
-    def encode(state, cache, pixels):
-        return nnx.merge(graph, state).encode_chunk(cache, pixels, formulation=formulation)
+    def encode(state, cache, pixels, space):
+        return spread(VAE.encode_chunk, space)(state, cache, pixels)
 
-    def decode(state, cache, latents):
-        return nnx.merge(graph, state).decode_chunk(cache, latents, formulation=formulation)
+    def decode(state, cache, latents, space):
+        return spread(VAE.decode_chunk, space)(state, cache, latents)
 
-    return jax.jit(encode, donate_argnums=1), jax.jit(decode, donate_argnums=1)
+    def spread(method, space):
+        def code(state, cache, given):
+            return method(nnx.merge(graph, state), cache, given, formulation=formulation, space=space)
+
+        return code if space is None else space.spread(code)
+
+    return tuple(jax.jit(f, donate_argnums=1, static_argnames="space") for f in (encode, decode))
 
 
-def _frames(x: Array | np.ndarray, start: int, count: int) -> Array | np.ndarray:
-    """x[:, start : start + count], compiled once for all `start`; a host array's stay where they are."""
-    if isinstance(x, np.ndarray):
-        return x[:, start : start + count]
-    return jax.lax.dynamic_slice_in_dim(x, np.int32(start), count, axis=1)
+def _fetched(x: Array, space: Space | None) -> np.ndarray:
+    return np.asarray(x) if space is None else space.join(x)

@@ -1,7 +1,5 @@
 """Latents to frames."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from jaxtyping import Float
 
@@ -19,19 +17,8 @@ def decode_videos(
     with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
         for video, rows in zip(to_internal(latents), frames, strict=True):
             start = 0
-            for chunk in _one_behind(coder.decode_chunks(video[None])):
-                pixels = np.asarray(chunk)[0]
+            for (pixels,) in coder.decode_chunks(video[None]):
                 rows[start : start + len(pixels)] = pixels * 0.5 + 0.5
                 start += len(pixels)
                 update(1)
     return frames
-
-
-def _one_behind(items: Iterator) -> Iterator:
-    """The items, each only after the next one is under way: devices compute while the host copies."""
-    held = []
-    for item in items:
-        held.append(item)
-        if len(held) > 1:
-            yield held.pop(0)
-    yield from held

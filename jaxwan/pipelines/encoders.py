@@ -105,7 +105,7 @@ class Encoders:
         if image is None:
             geometry = self.checkpoint.geometry
             return np.zeros((*geometry.latent_shape(1, height, width), geometry.z_dim), np.float32)
-        return encode_video(self.parts.coder, _resized(image, height, width, fit)[None, None])[0]
+        return self.parts.coder.encode(_resized(image, height, width, fit)[None, None])[0]
 
     def _channels(self, image: Any, last: Any, frames: int, *size: Any) -> Float[np.ndarray, "t h w y"]:
         last = None if last is None else _resized(last, *size)
@@ -120,7 +120,7 @@ class Encoders:
         return np.concatenate(encode(np.stack([clip_pixels(i, processor) for i in shown])))
 
     def _video(self, video: np.ndarray) -> Float[np.ndarray, "t h w z"]:
-        return encode_video(self.parts.coder, 2 * to_unit_range(video)[None] - 1)[0]
+        return self.parts.coder.encode(2 * to_unit_range(video)[None] - 1)[0]
 
 
 def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "h w 3"]:
@@ -141,17 +141,12 @@ def image_channels(
     video[0, 0] = first
     if last is not None:
         video[0, -1] = last
-    latents = encode_video(coder, video)[0]
+    latents = coder.encode(video)[0]
     mask = np.zeros((*latents.shape[:3], CHANNEL_MASK), np.float32)
     mask[0] = 1
     if last is not None:
         mask[-1, ..., -1] = 1
     return np.concatenate([mask, latents], axis=-1)
-
-
-def encode_video(coder: VideoCoder, pixels: Float[np.ndarray, "b f h w 3"]) -> Float[np.ndarray, "b t y x z"]:
-    """`VideoCoder.encode`, joined on the host, where that takes no program for each number of frames."""
-    return np.concatenate([np.asarray(latent) for latent in list(coder.encode_chunks(pixels))], axis=1)
 
 
 # What they will be, before anything is encoded

@@ -20,7 +20,7 @@ from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float3
 from jaxwan.pipelines.decode import decode_videos
 from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
-from jaxwan.pipelines.encoders import Encoders, encode_video, prepare
+from jaxwan.pipelines.encoders import Encoders, prepare
 from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place
 from jaxwan.pipelines.media import check_writable, load_video, to_unit_range
 from jaxwan.pipelines.output import Output, numbered
@@ -264,7 +264,7 @@ class WanPipeline:
         if pixels.ndim != 5 or pixels.shape[-1] != 3 or not len(pixels):
             raise ValueError(f"frames have shape {pixels.shape}, expected (B, F, H, W, 3)")
         videos = [2 * to_unit_range(load_video(video)[0]) - 1 for video in pixels]
-        return to_public(np.concatenate([encode_video(self.parts.coder, video[None]) for video in videos]))
+        return to_public(np.concatenate([self.parts.coder.encode(video[None]) for video in videos]))
 
     def decode(self, latents: Any) -> Any:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w); of an Output of latents, one that has
