@@ -99,8 +99,8 @@ def plan(args: argparse.Namespace) -> int:
     made = like(args)
     checkpoint = open_model(args, made)
     report = jaxwan.dry_run(
-        checkpoint, mesh=args.mesh, ulysses=args.ulysses, device_memory=args.device_memory, **dtypes(args, made),
-        **arguments(args, made),
+        checkpoint, mesh=args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices,
+        device_memory=args.device_memory, **dtypes(args, made), **arguments(args, made),
     )  # fmt: skip
     print(report.to_json() if args.json else report, flush=True)
     return DOES_NOT_FIT if report.fits is False else 0
@@ -122,8 +122,9 @@ def generate(args: argparse.Namespace) -> int:
         os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
     seconds = {"start": time.perf_counter() - START}
     pipe = jaxwan.WanPipeline.from_pretrained(
-        checkpoint, args.mesh, ulysses=args.ulysses, warmup=job, progress=not args.quiet, **dtypes(args, made)
-    )
+        checkpoint, args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices, warmup=job,
+        progress=not args.quiet, **dtypes(args, made),
+    )  # fmt: skip
     output = pipe.run(job, output_type="latent")
     start = time.perf_counter()
     saved, decoding = write(args, pipe, output, targets)
@@ -371,6 +372,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--ulysses", type=int, metavar="N",
                        help="how many of sp's devices trade tokens for heads; the rest pass keys and values round, as "
                             "all do with 1; default: as many as divide the heads")  # fmt: skip
+    where.add_argument("--vae-devices", type=int, metavar="N",
+                       help="devices of the VAE's own, beside the mesh's; default: it is on the mesh's")  # fmt: skip
     where.add_argument(
         "--dtype", help="of DiT and text encoder: bfloat16 or float32; default bfloat16, on a CPU float32"
     )

@@ -115,14 +115,15 @@ def find_devices(count: int = 1) -> list:
         ) from error
 
 
-def make_mesh(mesh: MeshSpec) -> Mesh:
-    """The first `mesh.num_devices` devices as a Mesh with all five axes.
+def make_mesh(mesh: MeshSpec, *, vae_devices: int = 0) -> Mesh:
+    """The first `mesh.num_devices` devices as a Mesh with all five axes, of which so many more for the VAE follow.
 
     Without an accelerator these are virtual CPU devices. Raises ValueError when there are too few, with the remedy.
     """
-    devices = find_devices(mesh.num_devices)
-    if len(devices) < mesh.num_devices:
-        raise ValueError(_too_few(mesh, devices))
+    need = mesh.num_devices + vae_devices
+    devices = find_devices(need)
+    if len(devices) < need:
+        raise ValueError(_too_few(mesh, vae_devices, devices))
     return _arranged(devices[: mesh.num_devices], mesh)
 
 
@@ -136,16 +137,24 @@ def _arranged(devices: Any, mesh: MeshSpec) -> Mesh:
     return Mesh(np.reshape(devices, mesh.sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _too_few(mesh: MeshSpec, devices: list) -> str:
-    need, have = mesh.num_devices, len(devices)
+def devices_behind(mesh: Mesh, count: int) -> list:
+    """The `count` devices that follow those of a mesh (`make_mesh`)."""
+    return jax.devices()[mesh.size : mesh.size + count]
+
+
+def _too_few(mesh: MeshSpec, vae_devices: int, devices: list) -> str:
+    need, have = mesh.num_devices + vae_devices, len(devices)
+    asked = f"mesh {mesh} and vae_devices={vae_devices} need" if vae_devices else f"mesh {mesh} needs"
     if devices[0].platform == "cpu":
         return (
-            f"mesh {mesh} needs {need} devices and JAX is already initialised with {have} on the CPU: "
+            f"{asked} {need} devices and JAX is already initialised with {have} on the CPU: "
             f"add jax.config.update('jax_num_cpu_devices', {need}) before the first use of JAX"
         )
+    left = have - mesh.num_devices  # for the VAE, of which it may have 1 or more, or share the mesh's
+    fit = [f"vae_devices={left}"] if left > 0 else [f"mesh {mesh} alone"] if left == 0 else _that_fit(mesh, have)
     return (
-        f"mesh {mesh} needs {need} devices and there are {have} ({devices[0].device_kind}): "
-        f"what fits is {' or '.join(_that_fit(mesh, have))}; or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
+        f"{asked} {need} devices and there are {have} ({devices[0].device_kind}): "
+        f"what fits is {' or '.join(fit)}; or set JAX_PLATFORMS=cpu to run on virtual CPU devices"
     )
 
 

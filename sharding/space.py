@@ -5,14 +5,14 @@ to layer. Every device holds `share` units. Units that do not divide leave the l
 pixels outside of the picture instead: what is computed of them is not looked at, and `with_neighbours` reads zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from jaxwan.sharding.ring import check_types
@@ -20,16 +20,19 @@ from jaxwan.sharding.ring import check_types
 AXIS = "space"
 
 
-def strip_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def strip_mesh(devices: Iterable[Any]) -> Mesh:
     """Devices in a row: neighbours hold neighbouring strips."""
-    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(list(devices)), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 @dataclass(frozen=True)
 class Space:
-    """How the axis `dim` of a picture's arrays is split over a mesh of one axis, `strip_mesh`."""
+    """How the axis `dim` of a picture's arrays is split over a mesh of one axis, `strip_mesh`.
 
-    mesh: Mesh
+    An abstract mesh is enough for sizes.
+    """
+
+    mesh: Mesh | AbstractMesh
     dim: int
     size: int  # units of the picture along it
 
@@ -48,11 +51,16 @@ class Space:
         """Of an array that is split."""
         return NamedSharding(self.mesh, self.spec)
 
+    def strip(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of what each device holds of a picture's array."""
+        pixels = shape[self.dim] // self.size * self.share
+        return (*shape[: self.dim], pixels, *shape[self.dim + 1 :])
+
     # On the host
 
     def padded(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the array that holds a picture's, with what is outside of it."""
-        pixels = shape[self.dim] // self.size * self.share * self.mesh.size
+        pixels = self.strip(shape)[self.dim] * self.mesh.size
         return (*shape[: self.dim], pixels, *shape[self.dim + 1 :])
 
     def split(self, x: Shaped[np.ndarray, "*s"]) -> Shaped[Array, "*p"]:

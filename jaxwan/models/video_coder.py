@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from jaxwan.geometry import Geometry
@@ -94,12 +94,6 @@ class VideoCoder:
         """`VAE.decode_chunk`, compiled; uses up `cache`. With a space, of latents that it split."""
         return self._decode(self.state, cache, latents, space)
 
-    def space(self, height: int, width: int) -> Space | None:
-        """How frames of so many latent pixels are split: along their longer side. None on one device."""
-        if self.mesh is None or self.mesh.size == 1:
-            return None
-        return Space(self.mesh, *((2, height) if height > width else (3, width)))
-
     def programs(self, direction: Direction, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of all that coding a host array of `shape` compiles.
 
@@ -158,8 +152,10 @@ class Stream:
         return self._coded(np.asarray(given))
 
     def space(self, shape: tuple[int, ...]) -> Space | None:
-        """How what is given in this shape is split over devices."""
-        return self._coder.space(*(size // self._stride for size in shape[2:4]))
+        """How what is given in this shape is split over devices; None on one."""
+        if self._coder.mesh is None or self._coder.mesh.size == 1:
+            return None
+        return frame_space(self._coder.mesh, shape[2] // self._stride, shape[3] // self._stride)
 
     def _coded(self, given: np.ndarray) -> Iterator[Float[np.ndarray, "b g y x o"]]:
         code = self._coder.encode_chunk if self._encodes else self._coder.decode_chunk
@@ -186,6 +182,11 @@ class Stream:
         if 0 in shape:
             raise ValueError(f"nothing is to be coded in shape {shape}")
         self._size = size
+
+
+def frame_space(mesh: Mesh | AbstractMesh, height: int, width: int) -> Space:
+    """How frames of so many latent pixels are split: along their longer side."""
+    return Space(mesh, *((2, height) if height > width else (3, width)))
 
 
 @lru_cache(maxsize=8)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
@@ -27,6 +28,7 @@ from jaxwan.flops import Share, device_flops, device_share, tick_traffic, transf
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.layers import abstract
 from jaxwan.models.vae import VAE
+from jaxwan.models.video_coder import frame_space
 from jaxwan.pipelines.arguments import whole
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
@@ -38,6 +40,7 @@ from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import AXES, MeshSpec, find_devices
 from jaxwan.sharding.rules import RULES
+from jaxwan.sharding.space import AXIS
 from jaxwan.sharding.turns import deal
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -47,8 +50,8 @@ _LEAST_MEMORY = 10**6  # bytes
 
 @dataclass(frozen=True)
 class DryRun:
-    """The report. Bytes are per device; lists go by device, in the mesh's order with dp outermost, and device 0 also
-    holds the VAE."""
+    """The report. Bytes are per device; lists go by device, in the mesh's order with dp outermost, and then the VAE's
+    own, if it has any."""
 
     variant: str
     mesh: str
@@ -70,13 +73,14 @@ class DryRun:
     sent: dict[str, dict[str, int]]  # of a tick, by mesh axis: collectives, and bytes that such a device sends
     decode_tflop: float  # one video
     parameter_bytes: list[int]
-    activation_bytes: dict[str, dict[str, int]]  # phase -> named buffers; all phases but denoise on device 0 alone
+    activation_bytes: dict[str, dict[str, int]]  # phase -> named buffers, of each device that has a part in it
     needed_bytes: list[int]
     device_memory: int | None
     memory_fraction: float  # of it that JAX takes; 1 where device_memory is what JAX says that it took
     fits: bool | None
     would_fit: tuple[str, ...] = ()  # changes, in words
     notes: tuple[str, ...] = ()  # what the call leaves open, or gives in vain
+    vae_devices: int = 0  # of its own
     host_bytes: int = 0  # of the frames of source videos, on the host
     weights: str = ""  # whether their headers were checked
 
@@ -93,7 +97,8 @@ class DryRun:
             f"{self.dtype} transformer, {self.vae_dtype} VAE",
             f"model runs  {self.forwards} of {self.tokens:,} tokens "
             f"({'x'.join(map(str, self.latent_shape))} latents), {sum(self.forward_tflop.values()):,.4g} TFLOP each",
-            f"decoding    {self.decode_tflop:,.4g} TFLOP a video",
+            f"decoding    {self.decode_tflop:,.4g} TFLOP a video"
+            + f", on {self.vae_devices} device{'s' * (self.vae_devices > 1)} of its own" * (self.vae_devices > 0),
             f"layers      {_plus(self.layers_per_stage)}" + self._use(),
             *[f"each tick   {self.device_tflop:,.4g} TFLOP a device" + self._sent()] * (len(self.parameter_bytes) > 1),
             *[f"weights     {self.weights}"] * bool(self.weights),
@@ -110,10 +115,10 @@ class DryRun:
         return "\n".join(lines)
 
     def _use(self) -> str:
-        devices, stages = len(self.parameter_bytes), len(self.layers_per_stage)
+        mesh, stages = MeshSpec.parse(self.mesh), len(self.layers_per_stage)
+        devices, more = mesh.num_devices, ""
         if devices == 1:
             return " on one device"
-        mesh, more = MeshSpec.parse(self.mesh), ""
         rings = f" in each of {mesh.dp * mesh.cfg} rings" if mesh.dp * mesh.cfg > 1 else ""
         share = f", each stage {mesh.sp * mesh.tp} of them" if mesh.sp * mesh.tp > 1 and stages > 1 else ""
         if self.utilisation < 0.99 and self.microbatches < self.period * mesh.dp:
@@ -131,10 +136,10 @@ class DryRun:
 
     def _memory(self) -> list[str]:
         """A line a device, or one for several that are alike."""
-        phases = [sum(self.activation_bytes[phase].values()) for phase in ("denoise", "decode")]
+        phases = _phases(MeshSpec.parse(self.mesh), self.vae_devices, self.activation_bytes)
         rows = [
-            (weights, phases[0], phases[1] if i == 0 else 0, needed)
-            for i, (weights, needed) in enumerate(zip(self.parameter_bytes, self.needed_bytes, strict=True))
+            (weights, taken.get("denoise", 0), taken.get("decode", 0), needed)
+            for weights, taken, needed in zip(self.parameter_bytes, phases, self.needed_bytes, strict=True)
         ]
         lines, start = [], 0
         for end in range(1, len(rows) + 1):
@@ -176,6 +181,7 @@ def dry_run(
     ulysses: int | None = None,
     dtype: Any = None,
     vae_dtype: Any = "float32",
+    vae_devices: int | None = None,
     variant: str | None = None,
     device_memory: int | str | None = None,
     **call: Any,
@@ -193,6 +199,7 @@ def dry_run(
         print(dry_run("Wan-AI/Wan2.2-T2V-A14B-Diffusers", mesh="pp=4", device_memory="80GB", num_frames=81))
     """
     ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
+    own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
     spec, memory = MeshSpec.parse(mesh, ulysses), parse_memory(device_memory)
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
     checkpoint = open_checkpoint(model, variant)
@@ -200,7 +207,7 @@ def dry_run(
     job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
     check_use(spec, checkpoint, job)
     weights = check_weights(checkpoint)
-    return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory), weights=weights)
+    return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory, own), weights=weights)
 
 
 def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,28 +231,29 @@ def make_report(
     dtype: str | None = None,
     vae_dtype: str = "float32",
     device_memory: int | None = None,
+    vae_devices: int = 0,
 ) -> DryRun:
     """The report for a checked job; arguments as `dry_run`'s."""
     fraction = memory_fraction()
     if device_memory is None:
-        device = find_devices(mesh.num_devices)[0]  # as many as a later pipeline is to find
+        device = find_devices(mesh.num_devices + vae_devices)[0]  # as many as a later pipeline is to find
         dtype, device_memory, fraction = dtype or default_dtype(device), present_memory(device), 1.0
-    report = _report(checkpoint, mesh, job, dtype or "bfloat16", vae_dtype, device_memory, fraction)
+    report = _report(checkpoint, mesh, job, dtype or "bfloat16", vae_dtype, vae_devices, device_memory, fraction)
     return report if report.fits is not False else replace(report, would_fit=tuple(_would_fit(report, checkpoint, job)))
 
 
 def _report(
-    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, device_memory: int | None,
-    fraction: float,
+    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: str, vae_dtype: str, vae_devices: int,
+    device_memory: int | None, fraction: float,
 ) -> DryRun:  # fmt: skip
     cfg, size = checkpoint.transformer, job.size
     branches, steps = [1 + r.guided for r in job.requests], [int(r.table.num_steps) for r in job.requests]
     plan = deal([1] * len(steps) if mesh.cfg > 1 else branches, ranks=mesh.dp, stages=mesh.pp)
     forwards, ticks = sum(n * count for n, count in zip(steps, branches, strict=True)), plan.ticks(steps)
-    parameters = parameter_bytes(checkpoint, mesh, dtype, vae_dtype)
-    activations = activation_bytes(checkpoint, mesh, job, dtype, vae_dtype)
-    peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
-    needed = [p + (max(peaks.values()) if i == 0 else peaks["denoise"]) for i, p in enumerate(parameters)]
+    parameters = parameter_bytes(checkpoint, mesh, dtype, vae_dtype, vae_devices)
+    activations = activation_bytes(checkpoint, mesh, job, dtype, vae_dtype, vae_devices)
+    phases = _phases(mesh, vae_devices, activations)
+    needed = [weights + max(taken.values()) for weights, taken in zip(parameters, phases, strict=True)]
     full = -(-cfg.num_layers // mesh.pp)
     return DryRun(
         variant=checkpoint.variant.name, mesh=str(mesh), dtype=dtype, vae_dtype=vae_dtype,
@@ -260,7 +268,7 @@ def _report(
         parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
         fits=None if device_memory is None else max(needed) <= fraction * device_memory, notes=job.notes,
-        host_bytes=source_bytes(job),
+        vae_devices=vae_devices, host_bytes=source_bytes(job),
     )  # fmt: skip
 
 
@@ -282,7 +290,8 @@ def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str
     smaller = [Job(tuple(replace(r, **size) for r in job.requests)) for size in _smaller(checkpoint, job)]
 
     def fits(mesh: MeshSpec = mesh, job: Job = job, dtype: str = report.dtype, vae_dtype: str = report.vae_dtype):
-        return _report(checkpoint, mesh, job, dtype, vae_dtype, report.device_memory, report.memory_fraction).fits
+        memory = report.device_memory, report.memory_fraction
+        return _report(checkpoint, mesh, job, dtype, vae_dtype, report.vae_devices, *memory).fits
 
     told = [
         *(f"mesh {m}" for m in _first(meshes, lambda m: fits(mesh=m))),
@@ -359,11 +368,15 @@ def image_rows(cfg: TransformerConfig) -> int:
     return 0 if cfg.image_dim is None else cfg.pos_embed_seq_len or 257
 
 
-def parameter_bytes(checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike) -> list[int]:
-    """Bytes of parameters on each device, in the mesh's order: shares of DiT and encoders; on the first the VAE too."""
+def parameter_bytes(
+    checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike, vae_devices: int = 0
+) -> list[int]:
+    """Bytes of parameters on each device, in the mesh's order and then the VAE's own devices: shares of DiT and encoders,
+    and the whole VAE where it has no devices of its own."""
     each = sum(_weight_bytes(checkpoint.transformer, checkpoint.num_experts, mesh, jnp.dtype(dtype)))
     encoders, vae = _component_bytes(checkpoint, mesh.num_devices, jnp.dtype(dtype), jnp.dtype(vae_dtype))
-    return [each + encoders + vae, *[each + encoders] * (mesh.num_devices - 1)]
+    each += encoders + (0 if vae_devices else vae)
+    return [each] * mesh.num_devices + [vae] * vae_devices
 
 
 @cache  # like what else traces a model: a search for what fits asks for the same again and again
@@ -387,16 +400,27 @@ def _component_bytes(checkpoint: Checkpoint, devices: int, dtype: np.dtype, vae_
 
 
 def activation_bytes(
-    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: DTypeLike, vae_dtype: DTypeLike
+    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: DTypeLike, vae_dtype: DTypeLike, vae_devices: int = 0
 ) -> dict[str, dict[str, int]]:
-    """Named buffers of each phase that live at once; phases follow one another, so a device needs the largest.
+    """Named buffers of each phase that live at once, on each device that has a part in it.
+
+    Phases follow one another, so a device needs the largest.
 
     Encoding texts (0.1 GiB of UMT5's, on every device) and images comes before them, and takes less.
     """
     return {
         "denoise": _denoise_bytes(checkpoint, mesh, job, jnp.dtype(dtype)),
-        "decode": _decode_bytes(checkpoint, job, jnp.dtype(vae_dtype)),
+        "decode": _decode_bytes(checkpoint, job, jnp.dtype(vae_dtype), vae_devices or mesh.num_devices),
     }
+
+
+def _phases(mesh: MeshSpec, vae_devices: int, activations: Mapping[str, Mapping[str, int]]) -> list[dict[str, int]]:
+    """What each device needs in the phases that it has a part in: with devices of its own the VAE is on no others."""
+    peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
+    if not vae_devices:
+        return [peaks] * mesh.num_devices
+    denoise, decode = ({phase: peaks[phase]} for phase in ("denoise", "decode"))
+    return [denoise] * mesh.num_devices + [decode] * vae_devices
 
 
 def _denoise_bytes(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.dtype) -> dict[str, int]:
@@ -455,10 +479,12 @@ def _share(checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> tuple[Share, int
     return share, geometry.latent_shape(*job.size)[0], per_frame
 
 
-def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype) -> dict[str, int]:
-    """One step of four frames: the convolutions' halos, exactly, and an operation's input and result where the step's
-    arrays are largest, one of them in float32 as norms compute."""
+def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: int) -> dict[str, int]:
+    """One step of four frames in one device's strip of them: the convolutions' halos, exactly, and an operation's input
+    and result where the step's arrays are largest, one of them in float32 as norms compute."""
     frames, height, width = checkpoint.geometry.latent_shape(*job.size)
+    space = frame_space(AbstractMesh((devices,), (AXIS,)), height, width)
+    _, frames, height, width = space.strip((1, frames, height, width))
     halos, largest = _decode_step_sizes(checkpoint.vae, height, width, dtype)
     return {
         "halos of the causal convolutions": halos,

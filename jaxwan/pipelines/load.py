@@ -22,7 +22,7 @@ from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.dit import Weights, load_weights
 from jaxwan.pipelines.media import load_image_processor
-from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts, placed_components
+from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.pipelines.request import Job
@@ -36,9 +36,10 @@ log = logging.getLogger(__name__)
 
 def load_parts(
     checkpoint: Checkpoint, mesh: MeshSpec, dtype: str | None, vae_dtype: str, job: Job | None = None, *,
-    progress: bool = True,
+    vae_devices: int = 0, progress: bool = True,
 ) -> Parts:  # fmt: skip
-    """Load a checkpoint whose configuration was read; dtype None is the devices' default.
+    """Load a checkpoint whose configuration was read; dtype None is the devices' default. vae_devices: how many of its
+    own the VAE has, 0 if it is on the mesh's.
 
     The programs of a `job` are compiled meanwhile; `seconds`, which add up to the time that this took, say under
     "compile" for how long nothing else happened any more.
@@ -46,7 +47,7 @@ def load_parts(
     tensors that do not fit.
     """
     start = time.perf_counter()
-    devices = place(checkpoint, mesh, job)
+    devices = place(checkpoint, mesh, job, vae_devices)
     folder = checkpoint.folder
     tokenizer = checkpoint.tokenizer
     if tokenizer is None and checkpoint.text_encoder is not None:
@@ -56,15 +57,16 @@ def load_parts(
     first = devices.devices.flat[0]
     dtype = dtype or default_dtype(first)
     files, found = prove_components(checkpoint, dtype, vae_dtype)
+    count = devices.size + vae_devices
     if first.platform == "cpu":
-        log.info("no accelerator: %d virtual CPU device%s", devices.size, "s" * (devices.size > 1))
-    parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor, mesh.ulysses)
+        log.info("no accelerator: %d virtual CPU device%s", count, "s" * (count > 1))
+    parts = abstract_parts(checkpoint, devices, dtype, vae_dtype, tokenizer, processor, mesh.ulysses, vae_devices)
     phases = Progress(visible=progress)
     num_bytes = bytes_to_read(checkpoint, parts, files, found)
     programs = [] if job is None else list(job_programs(checkpoint, parts, job))
     with compiling(programs, phases) as finished:
         with phases.phase("load", num_bytes, "B") as update:
-            loaded = load_tensors(checkpoint, devices, dtype, vae_dtype, files, update)
+            loaded = load_tensors(checkpoint, parts, files, update)
         with phases.phase("compile", len(programs), "program") as update:
             for _ in finished:
                 update(1)
@@ -73,19 +75,20 @@ def load_parts(
 
 
 def load_tensors(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: str, vae_dtype: str, files: dict[str, TensorFiles], progress: OnBytes
+    checkpoint: Checkpoint, parts: Parts, files: Mapping[str, TensorFiles], progress: OnBytes
 ) -> tuple[dict[str, nnx.State], Weights]:
-    """Parameters by component folder, and the DiT's, from files that were proved to hold them."""
-    models = abstract_components(checkpoint, dtype, vae_dtype)
+    """Parameters by component folder, and the DiT's, of parts that are shapes and say where they lie; from files that
+    were proved to hold them."""
+    models = abstract_components(checkpoint, parts.denoiser.dtype, parts.vae_dtype)
     states = {
         name: load_state(
             models[name][1], files[name], component_rules(name, checkpoint, files[name]), placed=placed,
             what=str(checkpoint.folder / name), progress=progress,
         )
-        for name, placed in placed_components(models, mesh).items()
+        for name, placed in parts.states().items()
     }  # fmt: skip
-    experts = [files[name] for name in checkpoint.experts]
-    return states, load_weights(checkpoint.transformer, experts, mesh, dtype, progress)
+    denoiser, experts = parts.denoiser, [files[name] for name in checkpoint.experts]
+    return states, load_weights(checkpoint.transformer, experts, denoiser.mesh, denoiser.dtype, progress)
 
 
 def bytes_to_read(
@@ -100,12 +103,15 @@ def bytes_to_read(
     return count
 
 
-def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None) -> Mesh:
-    """The devices for a checkpoint. Raises ValueError for a mesh that it or its first job does not fit, or too few."""
+def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None, vae_devices: int = 0) -> Mesh:
+    """The devices for a checkpoint; so many of the VAE's own are behind them.
+
+    Raises ValueError for a mesh that it or its first job does not fit, or too few devices.
+    """
     check_mesh(mesh, checkpoint)
     if job is not None:
         check_use(mesh, checkpoint, job)
-    return make_mesh(mesh)
+    return make_mesh(mesh, vae_devices=vae_devices)
 
 
 def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxwan.models.image_encoder import CLIPVisionEncoder
@@ -19,12 +20,15 @@ from jaxwan.pipelines.denoise import Denoiser
 from jaxwan.pipelines.dit import Weights, placed_weights, shapes_at
 from jaxwan.pipelines.encoder_ring import EncoderRing, make_encoder_ring, placed
 from jaxwan.pipelines.prompt import Tokenizer
+from jaxwan.sharding.mesh import devices_behind
+from jaxwan.sharding.space import strip_mesh
 
 MODELS = {"vae": VAE, "text_encoder": UMT5Encoder, "image_encoder": CLIPVisionEncoder}  # by component folder
 
 
 class Parts(NamedTuple):
-    """What a pipeline is made of. DiT and encoders are spread over the mesh; the VAE lives on its first device."""
+    """What a pipeline is made of. DiT and encoders are spread over the mesh; the VAE is whole on each of its devices, or
+    on those behind it."""
 
     denoiser: Denoiser
     coder: VideoCoder
@@ -33,6 +37,11 @@ class Parts(NamedTuple):
     image_processor: Any  # with the next: Wan2.1 image to video
     encode_image: EncoderRing | None  # processed images -> CLIP rows
     seconds: dict[str, float]
+
+    @property
+    def vae_dtype(self) -> Any:
+        """Of the VAE's parameters."""
+        return jax.tree.leaves(self.coder.state)[0].dtype
 
     def states(self) -> dict[str, Any]:
         """The parameters by component folder, but for the DiT's."""
@@ -51,11 +60,13 @@ class Parts(NamedTuple):
 
 def abstract_parts(
     checkpoint: Checkpoint, mesh: Mesh, dtype: DTypeLike, vae_dtype: DTypeLike, tokenizer: Tokenizer | None = None,
-    image_processor: Any = None, ulysses: int | None = None,
+    image_processor: Any = None, ulysses: int | None = None, vae_devices: int = 0,
 ) -> Parts:  # fmt: skip
-    """The parts on a mesh, with shapes of parameters, each where it will be. ulysses: as of `MeshSpec`."""
+    """The parts on a mesh, with shapes of parameters, each where it will be. ulysses: as of `MeshSpec`. vae_devices:
+    how many of its own the VAE has, behind the mesh's; 0: it is on the mesh's."""
+    strips = strip_mesh(devices_behind(mesh, vae_devices) if vae_devices else mesh.devices.flat)
     models = abstract_components(checkpoint, dtype, vae_dtype)
-    states = placed_components(models, mesh)
+    states = placed_components(models, mesh, strips)
     rings = {
         name: make_encoder_ring(MODELS[name], graph, states[name], mesh)
         for name, (graph, _) in models.items()
@@ -64,7 +75,7 @@ def abstract_parts(
     weights = placed_weights(checkpoint.transformer, checkpoint.num_experts, mesh, dtype)
     return Parts(
         denoiser=Denoiser(checkpoint.transformer, weights, mesh, jnp.dtype(dtype), ulysses),
-        coder=VideoCoder(nnx.merge(models["vae"][0], states["vae"])),
+        coder=VideoCoder(nnx.merge(models["vae"][0], states["vae"]), mesh=strips),
         tokenizer=tokenizer,
         encode_text=rings.get("text_encoder"),
         image_processor=image_processor,
@@ -87,9 +98,9 @@ def abstract_components(
     }
 
 
-def placed_components(models: Mapping[str, tuple[Any, nnx.State]], mesh: Mesh) -> dict[str, nnx.State]:
-    """Component folder -> shapes, dtypes and shardings of its parameters on a mesh."""
-    first = SingleDeviceSharding(mesh.devices.flat[0])
+def placed_components(models: Mapping[str, tuple[Any, nnx.State]], mesh: Mesh, strips: Mesh) -> dict[str, nnx.State]:
+    """Component folder -> shapes, dtypes and shardings of its parameters: the VAE's on all devices of `strips`."""
+    every = NamedSharding(strips, PartitionSpec()) if strips.size > 1 else SingleDeviceSharding(strips.devices.flat[0])
     return {
-        name: shapes_at(first, state) if name == "vae" else placed(state, mesh) for name, (_, state) in models.items()
+        name: shapes_at(every, state) if name == "vae" else placed(state, mesh) for name, (_, state) in models.items()
     }

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxwan.pipelines.arguments import Number, as_array, local_path, no_attribute, refuse_unknown, whole
@@ -22,7 +21,7 @@ from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, prepare
 from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place
-from jaxwan.pipelines.media import check_writable, load_video, to_unit_range
+from jaxwan.pipelines.media import check_writable
 from jaxwan.pipelines.output import Output, numbered
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
@@ -30,6 +29,7 @@ from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
 from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.snapshot import identity, load_entry, save_entry
 from jaxwan.pipelines.steps import StepState, checked_latents
+from jaxwan.pipelines.streams import DecodeStream, EncodeStream, coded_pixels
 from jaxwan.pipelines.telling import warn
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
@@ -56,6 +56,7 @@ class WanPipeline:
         vae_dtype: Any = "float32",
         *,
         ulysses: int | None = None,
+        vae_devices: int | None = None,
         variant: str | None = None,
         warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
@@ -71,6 +72,10 @@ class WanPipeline:
         Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", as
         `open_checkpoint` takes it.
 
+        vae_devices: how many devices of its own, behind the mesh's, the VAE has; None: it is on all of the mesh's. It
+        splits every frame over its devices, which changes results by rounding alone. With its own it can work beside
+        the mesh: call `decode` in another thread.
+
         warmup: the arguments of a call, `dict(prompt="…", num_frames=81)`, or what `make_job` made of them. The call is
         checked before anything heavy is read, and what it runs is compiled while the weights are. Calls of the same
         size, number of videos and inputs then compile nothing.
@@ -81,7 +86,9 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
-        refuse_unknown(unknown, ("model", "mesh", "dtype", "vae_dtype", "ulysses", "variant", "warmup", "progress"))
+        known = "model mesh dtype vae_dtype ulysses vae_devices variant warmup progress"
+        refuse_unknown(unknown, tuple(known.split()))
+        own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
         ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
         spec, dtype = MeshSpec.parse(mesh, ulysses), parse_dtype("dtype", dtype)
         vae_dtype = parse_dtype("vae_dtype", vae_dtype)
@@ -92,10 +99,11 @@ class WanPipeline:
         if not isinstance(warmup, Job | None):
             call = {name: value for name, value in warmup.items() if name not in _AT_THE_END}
             job = make_job(checkpoint, False, **with_prompt(checkpoint, call))
-        place(checkpoint, spec, job)
+        place(checkpoint, spec, job, own)
         keep_compiled_programs()
         ensure_weights(checkpoint)
-        parts = load_parts(checkpoint, spec, dtype, vae_dtype or "float32", job, progress=progress)
+        vae_dtype = vae_dtype or "float32"
+        parts = load_parts(checkpoint, spec, dtype, vae_dtype, job, vae_devices=own, progress=progress)
         return cls(checkpoint, parts, progress=progress)
 
     def __getattr__(self, name: str) -> Any:
@@ -108,8 +116,9 @@ class WanPipeline:
 
     def __repr__(self) -> str:
         denoiser, mesh = self.parts.denoiser, self._mesh
-        kind = denoiser.mesh.devices.flat[0].device_kind
-        return f"WanPipeline({self.checkpoint.name}, {denoiser.dtype}, mesh {mesh}, {mesh.num_devices} x {kind})"
+        kind, coding = denoiser.mesh.devices.flat[0].device_kind, self.parts.coder.mesh
+        own = "" if coding.devices.flat[0] == denoiser.mesh.devices.flat[0] else f", VAE on {coding.size} more"
+        return f"WanPipeline({self.checkpoint.name}, {denoiser.dtype}, mesh {mesh}, {mesh.num_devices} x {kind}{own})"
 
     @property
     def _mesh(self) -> MeshSpec:
@@ -210,7 +219,7 @@ class WanPipeline:
 
     def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
         """What made each video: the call's settings, the model and its numbers."""
-        vae_dtype = jax.tree.leaves(self.parts.coder.state)[0].dtype
+        vae_dtype = self.parts.vae_dtype
         made_by = {"model": self.checkpoint.name, "dtype": str(self.parts.denoiser.dtype), "vae_dtype": str(vae_dtype)}
         if self.checkpoint.weights_variant is not None:
             made_by["variant"] = self.checkpoint.weights_variant
@@ -260,11 +269,7 @@ class WanPipeline:
 
         Raises ValueError for another rank, sizes that do not fit the VAE, or values outside the range.
         """
-        pixels = as_array(frames, "frames")
-        if pixels.ndim != 5 or pixels.shape[-1] != 3 or not len(pixels):
-            raise ValueError(f"frames have shape {pixels.shape}, expected (B, F, H, W, 3)")
-        videos = [2 * to_unit_range(load_video(video)[0]) - 1 for video in pixels]
-        return to_public(np.concatenate([self.parts.coder.encode(video[None]) for video in videos]))
+        return to_public(np.concatenate([self.parts.coder.encode(video[None]) for video in coded_pixels(frames)]))
 
     def decode(self, latents: Any) -> Any:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w); of an Output of latents, one that has
@@ -274,6 +279,21 @@ class WanPipeline:
             progress.seconds |= latents.seconds
             return replace(latents, frames=self._decode(latents.latents, progress), seconds=progress.seconds)
         return self._decode(self._checked(latents), progress)
+
+    def encode_stream(self) -> EncodeStream:
+        """`encode` for videos that come in parts: call it with the next frames, which gives their latents.
+
+            stream = pipe.encode_stream()
+            parts = [stream(frames[:, :17]), stream(frames[:, 17:])]  # 1 + 4k frames, then 4k in every call
+
+        However the frames are divided, the latents are those of `encode`. As many streams as memory has room for may be
+        under way, each with the state that one call leaves to its next.
+        """
+        return EncodeStream(self.parts.coder.encode_stream())
+
+    def decode_stream(self) -> DecodeStream:
+        """`decode` for latents that come in parts, as `encode_stream` is `encode` for frames."""
+        return DecodeStream(self.parts.coder.decode_stream(), self._checked)
 
     def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
         return decode_videos(self.parts.coder, self.checkpoint.geometry, latents, progress)

@@ -35,6 +35,7 @@ from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 GB = 10**9
+VAE = 4 * 0.127  # GB of the 2.1 kind in float32
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +79,17 @@ def resident_bytes(load):
 
 
 @pytest.mark.parametrize(
-    ("family", "mesh", "dtype"),
+    ("family", "mesh", "dtype", "vae_devices"),
     [
-        ("t2v-A14B", "pp=1", "float32"), ("t2v-A14B", "pp=2", "bfloat16"), ("t2v-A14B", "pp=3", "float32"),
-        ("2.1-i2v", "pp=2", "bfloat16"), ("2.1-i2v", "dp=4", "float32"), ("t2v-A14B", "dp=2,cfg=2,pp=2", "float32"),
-        ("2.1-flf2v", "pp=2,sp=2,tp=2", "bfloat16"), ("ti2v-5B", "cfg=2,sp=3", "float32"),
+        ("t2v-A14B", "pp=1", "float32", None), ("t2v-A14B", "pp=2", "bfloat16", None),
+        ("t2v-A14B", "pp=3", "float32", 1), ("2.1-i2v", "pp=2", "bfloat16", 3),
+        ("2.1-i2v", "dp=4", "float32", None), ("t2v-A14B", "dp=2,cfg=2,pp=2", "float32", None),
+        ("2.1-flf2v", "pp=2,sp=2,tp=2", "bfloat16", None), ("ti2v-5B", "cfg=2,sp=3", "float32", None),
     ],
 )  # fmt: skip
-def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, folder, family, mesh, dtype):
-    path, count = folder(family), MeshSpec.parse(mesh).num_devices
-    expected = parameter_bytes(read_checkpoint(path), MeshSpec.parse(mesh), dtype, "float32")
+def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, folder, family, mesh, dtype, vae_devices):
+    path, count = folder(family), MeshSpec.parse(mesh).num_devices + (vae_devices or 0)
+    expected = parameter_bytes(read_checkpoint(path), MeshSpec.parse(mesh), dtype, "float32", vae_devices or 0)
     read, told, read_tensor, count_bytes = {}, [], TensorFiles.read, loading.bytes_to_read
 
     def counted(files, key, rows):
@@ -97,7 +99,8 @@ def test_parameter_bytes_are_those_on_each_device_after_loading(monkeypatch, fol
 
     monkeypatch.setattr(TensorFiles, "read", counted)
     monkeypatch.setattr(loading, "bytes_to_read", lambda *parts: told.append(count_bytes(*parts)) or told[-1])
-    pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, mesh, dtype, progress=False))
+    given = dict(vae_devices=vae_devices, progress=False)
+    pipe, resident = resident_bytes(lambda: WanPipeline.from_pretrained(path, mesh, dtype, **given))
     assert told == [sum(tensor.nbytes for tensor in read.values())]  # what the bar is as long as
     assert [resident[device.id] for device in jax.devices()[:count]] == expected
     assert sum(resident.values()) == sum(expected)
@@ -205,16 +208,13 @@ def test_a14b_on_four_stages(told):
     assert (told.microbatches, told.period, told.ticks, told.forwards) == (2, 5, 200, 80)
     assert told.utilisation == pytest.approx(0.4)
     # two experts in bfloat16, a quarter of the layers each, and all of what is not a layer (0.24 billion, the fifth of
-    # it being kept in float32); and a quarter of UMT5 (5.68 billion) in bfloat16
-    assert told.parameter_bytes[1] == told.parameter_bytes[3] == pytest.approx((15.1 + 2.84) * GB, rel=0.01)
-    assert told.parameter_bytes[1] > (2 * 14.288 + 5.68) * GB * 2 / 4
-    # the first device also has the VAE (0.127 billion) in float32
-    assert told.parameter_bytes[0] - told.parameter_bytes[1] == pytest.approx(4 * 0.127 * GB, rel=0.01)
+    # it being kept in float32); a quarter of UMT5 (5.68 billion) in bfloat16, and the VAE (0.127 billion) in float32
+    assert told.parameter_bytes == [told.parameter_bytes[0]] * 4
+    assert told.parameter_bytes[0] == pytest.approx((15.1 + 2.84 + VAE) * GB, rel=0.01)
+    assert told.parameter_bytes[0] > ((2 * 14.288 + 5.68) * 2 / 4 + VAE) * GB
     assert told.fits and max(told.needed_bytes) < 80 * GB
-    assert told.needed_bytes[0] == told.parameter_bytes[0] + max(
-        sum(buffers.values()) for buffers in told.activation_bytes.values()
-    )
-    assert told.needed_bytes[2] == told.parameter_bytes[2] + sum(told.activation_bytes["denoise"].values())
+    phases = [sum(buffers.values()) for buffers in told.activation_bytes.values()]
+    assert told.needed_bytes == [weights + max(phases) for weights in told.parameter_bytes]
     denoise, hidden = told.activation_bytes["denoise"], 75_600 * 5120 * 2
     assert denoise["hidden state"] == hidden
     assert denoise["one layer, in attention: q, k, v and the result"] == 4 * hidden
@@ -237,7 +237,7 @@ def test_the_work_of_a_forward_and_of_decoding(told, name, forward, decode, text
 
 def test_float32_takes_twice_the_bytes_of_the_dit(published):
     half, full = (
-        parameter_bytes(published("Wan2.1-T2V-1.3B"), MeshSpec(pp=4), dtype, "float32")[1] for dtype in DTYPES
+        parameter_bytes(published("Wan2.1-T2V-1.3B"), MeshSpec(pp=4), dtype, "float32", 1)[1] for dtype in DTYPES
     )
     assert 1.9 * half < full < 2 * half  # some modules are float32 in either
 
@@ -327,6 +327,35 @@ def test_an_image_model_has_its_channels_and_clip(published):
     without = parameter_bytes(without, MeshSpec(pp=4), "bfloat16", "float32")
     clip = [have - lack for have, lack in zip(told.parameter_bytes, without, strict=True)]
     assert clip == pytest.approx([0.632 * GB] * 4, rel=0.1)  # a quarter of ViT-H/14, in float32
+
+
+def test_every_device_decodes_a_strip(published):
+    """Of 160 columns of latents, so that it needs about as little of one device."""
+    checkpoint = published("Wan2.2-T2V-A14B")
+    decode = [report(checkpoint, MeshSpec(pp=n)).activation_bytes["decode"] for n in (1, 4, 8, 7)]
+    halos = [buffers["halos of the causal convolutions"] for buffers in decode]
+    assert halos[0] == 4 * halos[1] == 8 * halos[2] and 23 * halos[0] == 160 * halos[3]  # 23 columns, of 160 / 7
+    assert sum(decode[0].values()) == pytest.approx(8 * sum(decode[2].values()), rel=1e-3)
+    eight = report(checkpoint, MeshSpec(pp=8))
+    assert "devices 1-7" in str(eight) and "of its own" not in str(eight)
+
+
+def test_a_vae_with_devices_of_its_own_is_nowhere_else(published):
+    checkpoint = published("Wan2.2-T2V-A14B")
+    shared, apart = dry_run(checkpoint, mesh="pp=4"), dry_run(checkpoint, mesh="pp=4", vae_devices=2)
+    assert len(apart.parameter_bytes) == len(apart.needed_bytes) == 6
+    vae = apart.parameter_bytes[5]
+    assert vae == pytest.approx(VAE * GB, rel=0.01)
+    assert apart.parameter_bytes == [size - vae for size in shared.parameter_bytes] + [vae] * 2
+    denoise, decode = (sum(apart.activation_bytes[phase].values()) for phase in ("denoise", "decode"))
+    assert [n - w for n, w in zip(apart.needed_bytes, apart.parameter_bytes, strict=True)] == [denoise] * 4 + [
+        decode
+    ] * 2
+    assert decode == pytest.approx(2 * sum(shared.activation_bytes["decode"].values()), rel=1e-3)
+    assert "decoding    633.1 TFLOP a video, on 2 devices of its own\n" in str(apart) and "devices 4-5 " in str(apart)
+    assert "10 + 10 + 10 + 10 on 4 devices" in str(apart)
+    with pytest.raises(ValueError, match="vae_devices=0 must be a whole number from 1"):
+        dry_run(checkpoint, vae_devices=0)
 
 
 # The report
