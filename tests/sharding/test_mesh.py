@@ -126,6 +126,26 @@ def test_too_few_accelerators_are_told_with_the_largest_mesh_and_the_way_to_the_
 
 
 @pytest.mark.parametrize(
+    ("mesh", "vae_devices", "words"),
+    [
+        (
+            MeshSpec(pp=2),
+            4,
+            "mesh pp=2 and vae_devices=4 need 6 devices and there are 4 (H200): what fits is vae_devices=2",
+        ),
+        (MeshSpec(pp=4), 1, "need 5 devices and there are 4 (H200): what fits is mesh pp=4 alone"),
+        (MeshSpec(pp=5), 1, "need 6 devices and there are 4 (H200): what fits is pp=4"),
+    ],
+)
+def test_too_few_accelerators_for_a_vae_of_its_own_are_told_with_what_is_left(monkeypatch, mesh, vae_devices, words):
+    device = SimpleNamespace(platform="gpu", device_kind="H200")
+    monkeypatch.setattr(jax, "devices", lambda: [device] * 4)
+    with pytest.raises(ValueError) as caught:
+        make_mesh(mesh, vae_devices=vae_devices)
+    assert f"{words}; or set JAX_PLATFORMS=cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "error", [RuntimeError("Unable to initialize backend 'cuda': no plugin\nmore"), AssertionError()]
 )
 def test_a_platform_that_is_not_here_is_told(monkeypatch, error):

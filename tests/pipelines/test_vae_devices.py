@@ -1,0 +1,122 @@
+"""A pipeline whose VAE is on several devices, the mesh's or its own, against one; and videos that come in parts."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from oracle import relative_error
+from runs import IMAGE, compilations, unit_noise
+
+from jaxwan.pipelines.pipeline import WanPipeline
+
+# Rounding: sums are ordered by the size of arrays (tests/models/test_video_coder.py)
+TOLERANCE = 1e-6
+
+CALL = dict(prompt="a red cat", height=48, width=80, num_frames=5, num_inference_steps=2, seed=1, guidance_scale=1.0)
+LATENTS = unit_noise((1, 16, 3, 6, 10))
+
+
+@pytest.fixture(scope="module")
+def on(folder):
+    """(mesh, vae_devices) -> a pipeline."""
+
+    @cache
+    def load(mesh=None, vae_devices=None):
+        given = dict(vae_devices=vae_devices, progress=False)
+        return WanPipeline.from_pretrained(folder("2.1-t2v"), mesh, "float32", **given)
+
+    return load
+
+
+def coding_devices(pipe) -> list[int]:
+    """Those that hold the VAE."""
+    leaves = jax.tree.leaves(pipe.parts.coder.state)
+    (placed,) = {tuple(sorted(device.id for device in leaf.devices())) for leaf in leaves}
+    return list(placed)
+
+
+def test_a_mesh_codes_as_one_device_does(on):
+    assert coding_devices(on("pp=3")) == [0, 1, 2] and coding_devices(on()) == [0]
+    frames, alone = on("pp=3").decode(LATENTS), on().decode(LATENTS)
+    assert relative_error(frames, alone) < TOLERANCE and alone.std() > 0.05
+    assert np.abs((255 * frames).round() - (255 * alone).round()).max() <= 1
+    latents = on().encode(alone)
+    assert relative_error(on("pp=3").encode(alone), latents) < TOLERANCE and latents.std() > 0.3
+
+
+def test_a_vae_with_devices_of_its_own_gives_the_bits_of_as_many_devices_of_a_mesh(on):
+    apart = on("pp=2", 3)
+    assert coding_devices(apart) == [2, 3, 4] and "mesh pp=2, 2 x cpu, VAE on 3 more" in repr(apart)
+    np.testing.assert_array_equal(apart.decode(LATENTS), on("pp=3").decode(LATENTS))
+    frames = on("pp=3").decode(LATENTS)
+    np.testing.assert_array_equal(apart.encode(frames), on("pp=3").encode(frames))
+    assert coding_devices(on(None, 1)) == [1]
+    np.testing.assert_array_equal(on(None, 1).decode(LATENTS), on().decode(LATENTS))
+
+
+def test_decoding_in_another_thread_beside_a_call_gives_the_same_bits(on):
+    pipe = on("pp=2", 3)
+    pipe.warmup(**CALL)
+    video, decoded = pipe(**CALL), pipe.decode(LATENTS)
+    with ThreadPoolExecutor(1) as pool:
+        beside = [pool.submit(pipe.decode, LATENTS) for _ in range(4)]
+        again = [pipe(**CALL) for _ in range(2)]
+    for result in beside:
+        np.testing.assert_array_equal(result.result(), decoded)
+    for result in again:
+        np.testing.assert_array_equal(result.latents, video.latents)
+        np.testing.assert_array_equal(result.frames, video.frames)
+
+
+def test_after_a_warm_up_neither_a_mesh_nor_a_vae_apart_compiles_anything(folder):
+    """What a call encodes included."""
+    for vae_devices in (None, 2):
+        pipe = WanPipeline.from_pretrained(
+            folder("i2v-A14B"), "pp=2", "float32", vae_devices=vae_devices, progress=False,
+            warmup=CALL | dict(image=IMAGE),
+        )  # fmt: skip
+        assert compilations(lambda p=pipe: p(**CALL, image=IMAGE)) == 0
+
+
+def test_more_devices_than_there_are_and_none_are_refused(folder, on):
+    for vae_devices, words in (
+        (7, "mesh pp=2 and vae_devices=7 need 9 devices and JAX is already initialised with 8 on the CPU"),
+        (0, "vae_devices=0 must be a whole number from 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            WanPipeline.from_pretrained(folder("2.1-t2v"), "pp=2", vae_devices=vae_devices, progress=False)
+
+
+# In parts
+
+
+@pytest.mark.parametrize("mesh", [None, "pp=3"])
+def test_videos_that_come_in_parts_are_coded_as_whole_ones(on, mesh):
+    pipe, latents = on(mesh), np.concatenate([LATENTS, 2 * LATENTS])
+    stream, other = pipe.decode_stream(), pipe.decode_stream()
+    assert stream.state is None
+    first = stream(latents[:, :, :2])
+    assert other(latents[:1]).shape == (1, 9, 48, 80, 3)  # another stream, in between
+    frames = np.concatenate([first, stream(latents[:, :, 2:])], axis=1)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(stream.state)) > 2**16
+    assert frames.shape == (2, 9, 48, 80, 3)
+    for video, whole in zip(frames, pipe.decode(latents), strict=True):
+        assert relative_error(video, whole) < TOLERANCE  # which is decoded alone: other sums
+    stream, pixels = pipe.encode_stream(), (255 * frames[:1]).astype(np.uint8)
+    parts = [stream(pixels[:, :1]), stream(pixels[:, 1:5]), stream(pixels[:, 5:])]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=2), pipe.encode(pixels))
+
+
+def test_parts_that_do_not_go_on_are_refused(on):
+    decode, encode = on().decode_stream(), on().encode_stream()
+    with pytest.raises(ValueError, match=r"latents have shape \(1, 15, 3, 6, 10\), expected \(B, 16, T, h, w\)"):
+        decode(LATENTS[:, :15])
+    with pytest.raises(ValueError, match="num_frames=3 is not 4k\\+1: nearest are 1 and 5"):
+        encode(np.zeros((1, 3, 48, 80, 3)))
+    with pytest.raises(ValueError, match=r"frames have shape \(48, 80, 3\), expected \(B, F, H, W, 3\)"):
+        encode(np.zeros((48, 80, 3)))
+    decode(LATENTS)
+    with pytest.raises(ValueError, match=r"goes on with \(1, 6, 10, 16\) \(B, H, W, C\), and not with \(1, 6, 9, 16\)"):
+        decode(LATENTS[..., :9])
