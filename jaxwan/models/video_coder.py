@@ -205,7 +205,8 @@ def _programs(graph: Any, formulation: Formulation | None) -> tuple[Callable, Ca
 
         return code if space is None else space.spread(code)
 
-    return tuple(jax.jit(f, donate_argnums=1, static_argnames="space") for f in (encode, decode))
+    jit = partial(jax.jit, donate_argnums=1, static_argnames="space")
+    return jit(encode), jit(decode)
 
 
 def _fetched(x: Array, space: Space | None) -> np.ndarray:

@@ -117,7 +117,9 @@ class WanPipeline:
     def __repr__(self) -> str:
         denoiser, mesh = self.parts.denoiser, self._mesh
         kind, coding = denoiser.mesh.devices.flat[0].device_kind, self.parts.coder.mesh
-        own = "" if coding.devices.flat[0] == denoiser.mesh.devices.flat[0] else f", VAE on {coding.size} more"
+        own = ""
+        if coding is not None and coding.devices.flat[0] != denoiser.mesh.devices.flat[0]:
+            own = f", VAE on {coding.size} more"
         return f"WanPipeline({self.checkpoint.name}, {denoiser.dtype}, mesh {mesh}, {mesh.num_devices} x {kind}{own})"
 
     @property

@@ -67,7 +67,7 @@ def mean_psnr(code: Callable[[Clips], Clips], clips: Clips, batch: int = 4) -> f
 def coding(vae: VAE) -> Callable[[Clips], Clips]:
     """Through the latents and back as users do it, chunk by chunk."""
     coder = VideoCoder(vae)
-    return lambda clips: (coder.decode(coder.encode(2 * clips - 1)) + 1) / 2
+    return lambda clips: (jnp.asarray(coder.decode(coder.encode(2 * clips - 1))) + 1) / 2
 
 
 def baselines(clips: Clips, others: Float[Array, "n f h w 3"], components: int = 16) -> dict[str, float]:

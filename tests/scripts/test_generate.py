@@ -196,8 +196,8 @@ def test_a_checkpoint_that_diffusers_saved_gives_diffusers_frames_on_four_stages
     IMAGE.save(tmp_path / "image.png")
     flags = [text for key, value in size.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     status = main([
-        "--model", str(folder), "--mesh", "pp=4", "--prompt", PROMPTS[0], "--negative-prompt", NEGATIVES[0],
-        "--image", str(tmp_path / "image.png"), "--guidance-scale", "4", "--guidance-scale-2", "3", *flags,
+        "--model", str(folder), "--mesh", "pp=4", "--vae-devices", "2",
+        "--prompt", PROMPTS[0], "--negative-prompt", NEGATIVES[0], "--image", str(tmp_path / "image.png"), "--guidance-scale", "4", "--guidance-scale-2", "3", *flags,
         "--latents", str(tmp_path / "noise.npy"), "--save-npz", str(tmp_path / "ours.npz"),
         "--output", str(tmp_path / "video.mp4"),
     ])  # fmt: skip
@@ -291,8 +291,8 @@ def test_every_flag_is_in_the_help(run):
         "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength --fit "
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
-        "--vae-dtype -o --overwrite --no-metadata --save-npz --json -q --version --like --no-compilation-cache "
-        "--dry-run --device-memory"
+        "--vae-dtype --vae-devices -o --overwrite --no-metadata --save-npz --json -q --version --like "
+        "--no-compilation-cache --dry-run --device-memory"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
 
@@ -317,8 +317,8 @@ def test_a_dry_run_needs_neither_weights_nor_devices(tmp_path, cache):
 
 
 def test_a_dry_run_reads_as_text_too(run):
-    status, out, _ = run("--model", BUNDLED_MODEL, "--dry-run", "--mesh", "pp=5")
-    assert status == 0
+    status, out, _ = run("--model", BUNDLED_MODEL, "--dry-run", "--mesh", "pp=5", "--vae-devices", 2)
+    assert status == 0 and "TFLOP a video, on 2 devices of its own" in out
     assert "layers      2 + 2 + 2 + 2 + 0 on 5 devices" in out and "the fullest device needs" in out
     assert os.listdir() == []
 
@@ -327,9 +327,9 @@ def test_a_dry_run_that_does_not_fit_says_what_would_and_exits_with_3(run):
     status, out, _ = run("--dry-run", "--device-memory", "30MB")
     assert status == 3
     taken = "the 92% of 28.61 MiB that JAX takes, a device"
-    assert re.search(rf"^DOES NOT FIT: .* of 26.32 MiB, {taken}. What would fit: .*mesh pp=4", out, re.MULTILINE)
+    assert re.search(rf"^DOES NOT FIT: .* of 26.32 MiB, {taken}. What would fit: .*mesh pp=2", out, re.MULTILINE)
     status, out, _ = run("--dry-run", "--device-memory", "30MB", "--json")
-    assert status == 3 and "mesh pp=4" in json.loads(out)["would_fit"]
+    assert status == 3 and "mesh pp=2" in json.loads(out)["would_fit"]
 
 
 # For scripts
@@ -644,6 +644,7 @@ BAD = [
     (["--mesh", "sp=2", "--ulysses", 3], "ulysses=3 does not divide the 2 devices of sp and the "),
     (["--mesh", "dp=2"], "mesh dp=2 deals videos to 2 groups of devices and this call has 1 video: leave dp out, or"),
     (["--mesh", "cfg=2", "--guidance-scale", 1], "no video of this call is guided: leave cfg out, or give a guidance_"),
+    (["--mesh", "pp=2", "--vae-devices", 7], "mesh pp=2 and vae_devices=7 need 9 devices and JAX is already"),
     (["--mesh", "cfg=4", "--dry-run"], "cfg=4 is for the two branches of guidance, the largest is cfg=2"),
     (["--num-inference-steps", 0], "num_inference_steps=0 is outside 1 to 128: nearest is 1"),
     (["--num-inference-steps", "many"], "invalid int value: 'many'"),
