@@ -197,7 +197,8 @@ def test_a_checkpoint_that_diffusers_saved_gives_diffusers_frames_on_four_stages
     flags = [text for key, value in size.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     status = main([
         "--model", str(folder), "--mesh", "pp=4", "--vae-devices", "2",
-        "--prompt", PROMPTS[0], "--negative-prompt", NEGATIVES[0], "--image", str(tmp_path / "image.png"), "--guidance-scale", "4", "--guidance-scale-2", "3", *flags,
+        "--prompt", PROMPTS[0], "--negative-prompt", NEGATIVES[0], "--guidance-scale", "4", "--guidance-scale-2", "3",
+        "--image", str(tmp_path / "image.png"), *flags,
         "--latents", str(tmp_path / "noise.npy"), "--save-npz", str(tmp_path / "ours.npz"),
         "--output", str(tmp_path / "video.mp4"),
     ])  # fmt: skip
