@@ -371,8 +371,8 @@ def image_rows(cfg: TransformerConfig) -> int:
 def parameter_bytes(
     checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike, vae_devices: int = 0
 ) -> list[int]:
-    """Bytes of parameters on each device, in the mesh's order and then the VAE's own devices: shares of DiT and encoders,
-    and the whole VAE where it has no devices of its own."""
+    """Bytes of parameters on each device, in the mesh's order and then the VAE's own: shares of DiT and encoders, and the
+    whole VAE where it has no devices of its own."""
     each = sum(_weight_bytes(checkpoint.transformer, checkpoint.num_experts, mesh, jnp.dtype(dtype)))
     encoders, vae = _component_bytes(checkpoint, mesh.num_devices, jnp.dtype(dtype), jnp.dtype(vae_dtype))
     each += encoders + (0 if vae_devices else vae)
@@ -480,15 +480,19 @@ def _share(checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> tuple[Share, int
 
 
 def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: int) -> dict[str, int]:
-    """One step of four frames in one device's strip of them: the convolutions' halos, exactly, and an operation's input
-    and result where the step's arrays are largest, one of them in float32 as norms compute."""
+    """One step of four frames: the convolutions' halos, exactly, and an operation's input and result where the step's
+    arrays are largest, one of them in float32 as norms compute. Of a device's strip XLA holds more arrays at once, with
+    the neighbours' pixels and without."""
     frames, height, width = checkpoint.geometry.latent_shape(*job.size)
     space = frame_space(AbstractMesh((devices,), (AXIS,)), height, width)
     _, frames, height, width = space.strip((1, frames, height, width))
     halos, largest = _decode_step_sizes(checkpoint.vae, height, width, dtype)
+    arrays = {"two arrays of the step's largest size": (dtype.itemsize + 4) * largest}
+    if devices > 1:
+        arrays = {"five arrays of the step's largest size": 5 * dtype.itemsize * largest}
     return {
         "halos of the causal convolutions": halos,
-        "two arrays of the step's largest size": (dtype.itemsize + 4) * largest,
+        **arrays,
         "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
     }
 

@@ -95,14 +95,14 @@ def h100s(mesh: MeshSpec) -> Mesh:
     return Mesh(np.array(described.devices).reshape(mesh.sizes), AXES, axis_types=(AxisType.Auto,) * 5)
 
 
-def compiled_for_h100s(program):
+def compiled_for_h100s(program, **options):
     _, function, arguments = program
-    return function.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    return function.trace(*arguments).lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
 
 
-def beside_parameters(program, parameters: int) -> float:
+def beside_parameters(program, parameters: int, **options) -> float:
     """GiB that a program takes at its peak, without its parameters."""
-    return (compiled_for_h100s(program).memory_analysis().peak_memory_in_bytes - parameters) / GIB
+    return (compiled_for_h100s(program, **options).memory_analysis().peak_memory_in_bytes - parameters) / GIB
 
 
 @pytest.mark.parametrize(("name", "mesh", "dtype", "call"), CASES)
@@ -126,18 +126,23 @@ def test_denoising_takes_what_the_dry_run_tells(published, name, mesh, dtype, ca
     assert told == pytest.approx(taken, rel=WITHIN)
 
 
+@pytest.mark.parametrize("devices", [1, 4, 8])
 @pytest.mark.parametrize("vae_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [A14B, TI2V])
-def test_decoding_takes_what_the_dry_run_tells(published, name, vae_dtype):
-    checkpoint = published(name)
+def test_decoding_takes_what_the_dry_run_tells(published, name, vae_dtype, devices):
+    checkpoint, mesh = published(name), MeshSpec(pp=devices)
     job = make_job(checkpoint, prompt="a", seed=0)
-    parts = abstract_parts(checkpoint, h100s(MeshSpec()), "bfloat16", vae_dtype)
-    later = next(p for p in job_programs(checkpoint, parts, job) if p[0] == "VAE decode, later frames")
-    told = make_report(checkpoint, MeshSpec(), job, "bfloat16", vae_dtype, 10**12)
+    parts = abstract_parts(checkpoint, h100s(mesh), "bfloat16", vae_dtype)
+    latents = (1, *checkpoint.geometry.latent_shape(*job.size), checkpoint.geometry.z_dim)
+    later = next(p for p in parts.coder.programs("decode", latents) if p[0] == "VAE decode, later frames")
+    told = make_report(checkpoint, mesh, job, "bfloat16", vae_dtype, 10**12)
     told = sum(told.activation_bytes["decode"].values()) / GIB
-    taken = beside_parameters(later, tree_bytes(parts.coder.state))
-    print(f"\n| {name}, VAE decoding {'x'.join(map(str, job.size))}, {vae_dtype} | {taken:.2f} | {told:.2f} |")
-    assert told == pytest.approx(taken, rel=WITHIN)
+    # products by cuBLAS: without a card to try tiles on, XLA finds none for a strip's attention with Triton
+    taken = beside_parameters(later, tree_bytes(parts.coder.state), xla_gpu_enable_triton_gemm=devices == 1)
+    size = "x".join(map(str, job.size))
+    print(f"\n| {name}, VAE decoding {size}, {vae_dtype}, {devices} devices | {taken:.2f} | {told:.2f} |")
+    most = WITHIN if devices == 1 else 0.5  # of strips the 2.2 kind needs less than the 2.1 kind, which is the measure
+    assert (1 - WITHIN) * taken < told < (1 + most) * taken
 
 
 def test_encoders_take_less_than_denoising_and_send_each_other_no_weights(published):

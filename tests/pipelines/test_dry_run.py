@@ -330,12 +330,12 @@ def test_an_image_model_has_its_channels_and_clip(published):
 
 
 def test_every_device_decodes_a_strip(published):
-    """Of 160 columns of latents, so that it needs about as little of one device."""
+    """Of 160 columns of latents."""
     checkpoint = published("Wan2.2-T2V-A14B")
     decode = [report(checkpoint, MeshSpec(pp=n)).activation_bytes["decode"] for n in (1, 4, 8, 7)]
     halos = [buffers["halos of the causal convolutions"] for buffers in decode]
     assert halos[0] == 4 * halos[1] == 8 * halos[2] and 23 * halos[0] == 160 * halos[3]  # 23 columns, of 160 / 7
-    assert sum(decode[0].values()) == pytest.approx(8 * sum(decode[2].values()), rel=1e-3)
+    assert sum(decode[1].values()) == 2 * sum(decode[2].values()) < sum(decode[0].values())
     eight = report(checkpoint, MeshSpec(pp=8))
     assert "devices 1-7" in str(eight) and "of its own" not in str(eight)
 
