@@ -371,8 +371,8 @@ def image_rows(cfg: TransformerConfig) -> int:
 def parameter_bytes(
     checkpoint: Checkpoint, mesh: MeshSpec, dtype: DTypeLike, vae_dtype: DTypeLike, vae_devices: int = 0
 ) -> list[int]:
-    """Bytes of parameters on each device, in the mesh's order and then the VAE's own: shares of DiT and encoders, and the
-    whole VAE where it has no devices of its own."""
+    """Bytes of parameters on each device, in the mesh's order and then the VAE's own: shares of DiT and encoders, and
+    the whole VAE where it has no devices of its own."""
     each = sum(_weight_bytes(checkpoint.transformer, checkpoint.num_experts, mesh, jnp.dtype(dtype)))
     encoders, vae = _component_bytes(checkpoint, mesh.num_devices, jnp.dtype(dtype), jnp.dtype(vae_dtype))
     each += encoders + (0 if vae_devices else vae)

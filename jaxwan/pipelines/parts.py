@@ -27,8 +27,8 @@ MODELS = {"vae": VAE, "text_encoder": UMT5Encoder, "image_encoder": CLIPVisionEn
 
 
 class Parts(NamedTuple):
-    """What a pipeline is made of. DiT and encoders are spread over the mesh, the VAE is whole on each of its devices, or
-    on others behind them."""
+    """What a pipeline is made of. DiT and encoders are spread over the mesh, the VAE is whole on each of its devices,
+    or on others behind them."""
 
     denoiser: Denoiser
     coder: VideoCoder
