@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from oracle import relative_error
 
 from jaxwan import BUNDLED_MODEL, WanPipeline
 from jaxwan.kernels.attention import attend, attention
+from jaxwan.kernels.blend import blend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +31,20 @@ def test_cudnn_attention_equals_the_reference_at_lengths_that_are_no_multiple_of
     actual = jax.jit(lambda *a: attention(*a, implementation="cudnn"))(q, k, v)
     expected = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
     assert relative_error(actual.astype(jnp.float32), expected) <= SIXTEEN_BITS
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("to", [None, jnp.uint8])
+def test_the_blending_kernel_equals_xlas_form(dtype, to):
+    """Of 720p: 28 tiles, thin ones at the ends."""
+    tiles = jnp.tanh(jax.random.normal(jax.random.key(0), (4, 7, 1, 4, 256, 256, 3), dtype))
+    kernel, slices = (
+        jax.jit(partial(blend, size=(720, 1280), stride=(192, 192), dtype=to, implementation=name))(tiles)
+        for name in ("pallas", "xla")
+    )
+    # the same float32 operations in another order, rounded once; of uint8 a few sums on the other side of a half
+    tolerance = 1e-6 if kernel.dtype == jnp.float32 else 1e-3
+    assert relative_error(kernel.astype(jnp.float32), slices.astype(jnp.float32)) < tolerance
 
 
 def generate(mesh, dtype):
