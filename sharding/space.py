@@ -7,13 +7,13 @@ pixels outside of the picture instead: what is computed of them is not looked at
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxwan.sharding.ring import check_types
 
@@ -116,3 +116,43 @@ class Space:
         first = jax.lax.axis_index(AXIS) * pixels
         inside = first + jnp.arange(pixels) < pixels // self.share * self.size
         return jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1 - self.dim)), x, jnp.zeros_like(x))
+
+    def bias(self, x: Shaped[Array, "b f h w c"]) -> None:
+        """What attention adds to the logits of a gathered picture's pixels: nothing, none is outside of it."""
+
+
+class Filled(NamedTuple):
+    """A picture in an array that is larger, from its first row and column on: several sizes for one program.
+
+    Behind the picture are zeros to those who ask for neighbours, and pixels that attention does not see; what is
+    computed there is not looked at. Units are as of `Space`, and the methods are those that it has inside.
+    """
+
+    units: Int[Array, " 2"]  # rows and columns of the picture
+    whole: tuple[int, int]  # and of the array
+
+    dim = 2  # rows are those that come back with neighbours; to columns who asks adds zeros, as without a space
+
+    def with_neighbours(self, x: Shaped[Array, "b f h w c"], before: int, after: int) -> Shaped[Array, "b f g w c"]:
+        """x with rows of zeros around it, and zeros behind the picture."""
+        x = jnp.where(self._inside(x)[..., None], x, jnp.zeros_like(x))
+        return jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0), (0, 0)))
+
+    def gather(self, x: Shaped[Array, "b f h w c"]) -> Shaped[Array, "b f h w c"]:
+        """x, which is all there is."""
+        return x
+
+    def bias(self, x: Shaped[Array, "b f h w c"]) -> Float[Array, "bf hw"]:
+        """What attention adds to the logits of the pixels of each frame: 0, and -inf behind the picture."""
+        row = jnp.where(self._inside(x).reshape(-1), 0.0, -jnp.inf)
+        return jnp.broadcast_to(row, (x.shape[0] * x.shape[1], row.size))
+
+    def _inside(self, x: Array) -> Bool[Array, "h w"]:
+        rows, columns = (
+            jnp.arange(pixels) < pixels // whole * filled
+            for pixels, whole, filled in zip(x.shape[2:4], self.whole, self.units, strict=True)
+        )
+        return rows[:, None] & columns
+
+
+AnySpace = Space | Filled

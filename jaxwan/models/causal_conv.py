@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxwan.models.layers import fan_in_normal, param
-from jaxwan.sharding.space import Space
+from jaxwan.sharding.space import AnySpace
 
 Cache = tuple[Array, ...]  # the halos that one chunk leaves to the next, in the order of their convolutions
 Formulation = Literal["direct", "taps", "joined"]
@@ -32,7 +32,7 @@ class Chunk:
     after the last convolution is the cache for the next chunk. A cache of None makes this the first chunk of a video.
     """
 
-    def __init__(self, cache: Cache | None, formulation: Formulation | None = None, space: Space | None = None):
+    def __init__(self, cache: Cache | None, formulation: Formulation | None = None, space: AnySpace | None = None):
         self.first = cache is None
         self.space = space
         self.formulation: Formulation = formulation or default_formulation()
@@ -75,7 +75,7 @@ def conv(
     formulation: Formulation,
     *,
     stride: tuple[int, int] = (1, 1),
-    space: Space | None = None,
+    space: AnySpace | None = None,
 ) -> Float[Array, "b g h2 w2 o"]:
     """Convolution of a video, the one place where pixels of other frames, rows and columns are read.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxwan.config import ConfigError, VAEConfig
 from jaxwan.models.causal_conv import Cache, CausalConv3d, Chunk, Formulation
 from jaxwan.models.vae_blocks import Decoder, Encoder
-from jaxwan.sharding.space import Space
+from jaxwan.sharding.space import AnySpace
 
 
 class VAE(nnx.Module):
@@ -34,7 +34,7 @@ class VAE(nnx.Module):
         self.decoder = Decoder(cfg, dtype=dtype, rngs=rngs)
 
     def encode_chunk(self, cache: Cache | None, pixels: Float[Array, "b f h w 3"], *,
-                     formulation: Formulation | None = None, space: Space | None = None
+                     formulation: Formulation | None = None, space: AnySpace | None = None
                      ) -> tuple[Cache, Float[Array, "b t y x z"]]:  # fmt: skip
         """The next 4t frames of a video to t latent frames, the means of their distributions.
 
@@ -50,7 +50,7 @@ class VAE(nnx.Module):
         return chunk.halos(), (mean - center) / scale
 
     def decode_chunk(self, cache: Cache | None, latents: Float[Array, "b t y x z"], *,
-                     formulation: Formulation | None = None, space: Space | None = None
+                     formulation: Formulation | None = None, space: AnySpace | None = None
                      ) -> tuple[Cache, Float[Array, "b f h w 3"]]:  # fmt: skip
         """The next t latent frames of a video to 4t frames, clamped to [-1, 1], in float32.
 
@@ -62,7 +62,7 @@ class VAE(nnx.Module):
 
     def decode_chunk_unclamped(
         self, cache: Cache | None, latents: Float[Array, "b t y x z"], *, formulation: Formulation | None = None,
-        space: Space | None = None,
+        space: AnySpace | None = None,
     ) -> tuple[Cache, Float[Array, "b f h w 3"]]:  # fmt: skip
         """`decode_chunk` without the clamp, which has no gradient outside [-1, 1]: for training."""
         _check_chunk(cache, latents.shape[1], 1)

@@ -64,7 +64,8 @@ class AttentionBlock(nnx.Module):
         q, kv = qkv[..., :c], qkv[..., c:]
         if chunk.space is not None:
             kv = chunk.space.gather(kv)  # every pixel of a frame is attended to
-        y = attention(_pixels(q), *jnp.split(_pixels(kv), 2, axis=-1))
+        bias = None if chunk.space is None else chunk.space.bias(kv)
+        y = attention(_pixels(q), *jnp.split(_pixels(kv), 2, axis=-1), bias=bias)
         return x + self.proj(y.reshape(x.shape), chunk)
 
 

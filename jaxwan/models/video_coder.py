@@ -36,8 +36,9 @@ class VideoCoder:
     def __init__(self, vae: VAE, *, mesh: Mesh | None = None, formulation: Formulation | None = None):
         self.cfg, self.mesh = vae.cfg, mesh
         self.geometry = Geometry(vae.cfg.scale_factor_temporal, vae.cfg.scale_factor_spatial, patch=(1, 1, 1))
-        graph, self.state = nnx.split(vae)
-        self._encode, self._decode = _programs(graph, formulation)
+        self.graph, self.state = nnx.split(vae)
+        self.formulation: Formulation | None = formulation
+        self._encode, self._decode = _programs(self.graph, formulation)
 
     def holding(self, state: nnx.State) -> "VideoCoder":
         """The same programs with other parameters."""

@@ -9,6 +9,7 @@ from flax import nnx
 from oracle import relative_error
 
 from jaxwan.models.causal_conv import CausalConv3d, Chunk, conv
+from jaxwan.sharding.space import Filled
 
 TOLERANCE = 1e-6  # float32 sums of up to 81 products, in any order: sqrt(81) * 2^-24 = 5e-7
 
@@ -35,6 +36,20 @@ def test_all_formulations_equal_torch(formulation, kernel, stride, padding):
     padded = torch.nn.functional.pad(x, padding)
     expected = torch.nn.functional.conv3d(padded, k, b, (stride[0], stride[1], stride[1]))
     assert relative_error(actual, np.moveaxis(expected.numpy(), 1, -1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("formulation", ["direct", "taps", "joined"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_picture_that_does_not_fill_its_array_is_convolved_as_if_it_ended_there(formulation, stride):
+    rng = np.random.default_rng(0)
+    x, k, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 8, 12, 3), (3, 3, 3, 3, 7), (7,)))
+    space = Filled(jnp.array([3, 2]), (4, 3))  # units of 2 x 4 pixels
+    made = conv(x, k, b, formulation, stride=(1, stride), space=space)
+    alone = conv(x[:, :, :6, :8], k, b, formulation, stride=(1, stride))
+    assert made.shape[2:4] == (8 // stride, 12 // stride)
+    assert relative_error(made[:, :, : 6 // stride, : 8 // stride], alone) < TOLERANCE
+    hidden = np.isneginf(space.bias(x)).reshape(10, 8, 12)
+    assert not hidden[:, :6, :8].any() and hidden[:, 6:].all() and hidden[:, :, 8:].all()
 
 
 @pytest.mark.parametrize("formulation", ["direct", "taps", "joined"])
