@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxwan.models.tiles import Tiling
     from jaxwan.pipelines.call import make_job
     from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
     from jaxwan.pipelines.dry_run import DryRun, dry_run
@@ -25,21 +26,22 @@ if TYPE_CHECKING:
     from jaxwan.pipelines.steps import StepState
 
 _HOME = {
-    "call": ("make_job",),
-    "checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
-    "dry_run": ("DryRun", "dry_run"),
-    "ending": ("end_on_signals",),
-    "media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
-    "output": ("Output", "check_save", "seed_label"),
-    "pipeline": ("WanPipeline",),
-    "prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
-    "request": ("Job",),
-    "steps": ("StepState",),
+    "models.tiles": ("Tiling",),
+    "pipelines.call": ("make_job",),
+    "pipelines.checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
+    "pipelines.dry_run": ("DryRun", "dry_run"),
+    "pipelines.ending": ("end_on_signals",),
+    "pipelines.media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
+    "pipelines.output": ("Output", "check_save", "seed_label"),
+    "pipelines.pipeline": ("WanPipeline",),
+    "pipelines.prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
+    "pipelines.request": ("Job",),
+    "pipelines.steps": ("StepState",),
 }
 
 __all__ = [
-    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "StepState", "WanPipeline",
-    "check_save", "check_writable", "dry_run", "end_on_signals", "load_image", "load_video", "make_job",
+    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "StepState", "Tiling",
+    "WanPipeline", "check_save", "check_writable", "dry_run", "end_on_signals", "load_image", "load_video", "make_job",
     "open_checkpoint", "read_settings", "save_video", "seed_label",
 ]  # fmt: skip
 
@@ -47,7 +49,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for module, names in _HOME.items():
         if name in names:
-            value = globals()[name] = getattr(import_module(f"jaxwan.pipelines.{module}"), name)
+            value = globals()[name] = getattr(import_module(f"jaxwan.{module}"), name)
             return value
     raise AttributeError(f"module 'jaxwan' has no attribute {name!r}")
 

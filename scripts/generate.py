@@ -55,7 +55,7 @@ PER_PROMPT = (  # flags that may be repeated
 CALL = (
     *PER_PROMPT,
     *"strength fit latents height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
-    "max_sequence_length".split(),
+    "max_sequence_length tiling".split(),
 )
 
 
@@ -98,10 +98,9 @@ def plan(args: argparse.Namespace) -> int:
     """Say what it would take."""
     made = like(args)
     checkpoint = open_model(args, made)
-    report = jaxwan.dry_run(
-        checkpoint, mesh=args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices,
-        device_memory=args.device_memory, **dtypes(args, made), **arguments(args, made),
-    )  # fmt: skip
+    call = arguments(args, made)
+    choose_tiling(args, checkpoint, made, call)
+    report = planned(args, checkpoint, made, call)
     print(report.to_json() if args.json else report, flush=True)
     return DOES_NOT_FIT if report.fits is False else 0
 
@@ -113,6 +112,7 @@ def generate(args: argparse.Namespace) -> int:
     call = arguments(args, made)
     if "prompt" not in call:
         call["prompt"] = example_prompt(args, checkpoint)
+    choose_tiling(args, checkpoint, made, call)
     job = jaxwan.make_job(checkpoint, **call)
     targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite)
     check_npz(args, targets)
@@ -140,7 +140,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the call: what the flags say, else what is in --like's file."""
-    call = {name: getattr(args, name) for name in CALL if getattr(args, name) is not None}
+    call = {name: getattr(args, name) for name in CALL if getattr(args, name, None) is not None}
     for name in PER_PROMPT:
         if len(call.get(name, ())) == 1:
             (call[name],) = call[name]
@@ -153,6 +153,51 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
     stale = {name for given in call for name in gone.get(given, [])}
     before = made.get("call", {})
     return {name: before[name] for name in CALL if name in before and name not in stale} | call
+
+
+def choose_tiling(
+    args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint", made: dict[str, Any], call: dict[str, Any]
+) -> None:
+    """Set the call's tiling by the flags, which change what --like's file has of it."""
+    given = {}
+    for what, size in (("tile", args.vae_tile), ("stride", args.vae_stride)):
+        given |= dict(zip((f"{what}_width", f"{what}_height"), size or (), strict=False))
+    if args.vae_tiling == "off":
+        if given:
+            raise ValueError("--vae-tiling off makes no tiles: leave it out, or --vae-tile and --vae-stride")
+        call.pop("tiling", None)
+    elif given or args.vae_tiling is not None:
+        exact = {name: value for name, value in call.items() if name != "tiling"}
+        call["tiling"] = replace(jaxwan.Tiling.parse(call.get("tiling", {})), **given)
+        if args.vae_tiling == "auto" and not tiles_help(args, checkpoint, made, exact, call):
+            del call["tiling"]
+
+
+def tiles_help(
+    args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint", made: dict[str, Any], exact: dict[str, Any],
+    tiled: dict[str, Any],
+) -> bool:  # fmt: skip
+    """Whether the call fits the devices in tiles and not without, by the dry run's account; says what was chosen."""
+    whole = planned(args, checkpoint, made, exact).fits
+    if whole is not False:
+        known = "fits" if whole else "may fit, and how much memory there is is not known"
+        log.info("--vae-tiling auto: no tiles, the exact form %s", known)
+        return False
+    if helped := planned(args, checkpoint, made, tiled).fits:
+        log.info("--vae-tiling auto: in tiles, because the exact form does not fit")
+    else:
+        log.info("--vae-tiling auto: no tiles, it does not fit with them either")
+    return bool(helped)
+
+
+def planned(
+    args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint", made: dict[str, Any], call: dict[str, Any]
+) -> "jaxwan.DryRun":
+    """What a call would take."""
+    return jaxwan.dry_run(
+        checkpoint, mesh=args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices,
+        device_memory=args.device_memory, **dtypes(args, made), **call,
+    )  # fmt: skip
 
 
 def like(args: argparse.Namespace) -> dict[str, Any]:
@@ -318,6 +363,14 @@ def tell_end(
 # Flags
 
 
+def sides(text: str) -> tuple[int, int]:
+    """Width and height of "256x192"."""
+    width, x, height = text.partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no width and height, such as 256x256")
+    return int(width), int(height)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(
@@ -378,6 +431,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", help="of DiT and text encoder: bfloat16 or float32; default bfloat16, on a CPU float32"
     )
     where.add_argument("--vae-dtype", help="bfloat16 or float32, the default")
+    where.add_argument("--vae-tiling", nargs="?", const="on", choices=("on", "auto", "off"),
+                       help="code frames in overlapping tiles, for less memory and the result of Diffusers' tiling; "
+                            "auto: only what does not fit otherwise")  # fmt: skip
+    where.add_argument("--vae-tile", type=sides, metavar="WxH", help="pixels of a tile; default 256x256")
+    where.add_argument("--vae-stride", type=sides, metavar="WxH",
+                       help="pixels from a tile to the next, half of it or more; default 192x192")  # fmt: skip
     where.add_argument("--no-compilation-cache", action="store_true",
                        help="keep no compiled programs for later runs; so does JAXWAN_COMPILATION_CACHE=0")  # fmt: skip
     where.add_argument("--dry-run", action="store_true",

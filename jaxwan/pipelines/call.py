@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.arguments import (
     Number,
     as_array,
@@ -75,6 +76,7 @@ def make_job(
     num_videos_per_prompt: int = 1,
     index: int = 0,
     max_sequence_length: int = MAX_TOKENS,
+    tiling: Tiling | Mapping[str, int] | None = None,
     **unknown: Any,
 ) -> Job:
     """Check and complete the arguments of a call; their meanings are WanPipeline's.
@@ -107,6 +109,7 @@ def make_job(
     size = choose_num_frames(checkpoint, num_frames, videos), height, width
     checkpoint.geometry.check_size(*size)
     check_rope(checkpoint, *size)
+    tiling = _tiling(checkpoint, tiling, (height, width), warned)
     check_pixels(images, last_images, videos, size)
     if videos:
         strength = number("strength", first_given(strength, checkpoint.defaults.strength))
@@ -124,7 +127,7 @@ def make_job(
         latents = check_latents(checkpoint, latents, count * num_videos, size)
     shared = dict(
         num_frames=size[0], height=height, width=width, fps=fps, boundary_ratio=boundary, strength=strength,
-        fit=fit, max_sequence_length=rows,
+        fit=fit, max_sequence_length=rows, tiling=tiling,
     )  # fmt: skip
     requests = tuple(
         Request(
@@ -309,6 +312,16 @@ def _seeds(seed: Any, draws: list[bool], notes: list[str]) -> list[int | None]:
     if any(missing):
         notes.append(f"seed{'s' * (len(drawn) > 1)} {', '.join(map(str, drawn))}")
     return drawn
+
+
+def _tiling(checkpoint: Checkpoint, given: Any, size: tuple[int, int], warned: list[str]) -> Tiling | None:
+    tiling = Tiling.parse(given)
+    if tiling is not None:
+        tiling.check(checkpoint.vae)
+        if not tiling.cuts(*size):
+            tile = f"{tiling.tile_width}x{tiling.tile_height}"
+            warned.append(f"tiling has no effect: {size[1]}x{size[0]} is no larger than a tile of {tile}")
+    return tiling
 
 
 def _fps(value: Any) -> float:

@@ -1,21 +1,23 @@
 """Latents to frames."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
 from jaxwan.geometry import Geometry
-from jaxwan.models.video_coder import VideoCoder
+from jaxwan.models.tiles import Coder
 from jaxwan.pipelines.axes import to_internal
 from jaxwan.pipelines.progress import Progress
 
 
 def decode_videos(
-    coder: VideoCoder, geometry: Geometry, latents: Float[np.ndarray, "b z t h w"], progress: Progress
+    coders: Sequence[Coder], geometry: Geometry, latents: Float[np.ndarray, "b z t h w"], progress: Progress
 ) -> Float[np.ndarray, "b f y x 3"]:
-    """Frames in [0, 1] of public latents, one video at a time, so that a device needs no more memory than for one."""
+    """Frames in [0, 1] of public latents, each video by its coder, one at a time: that takes the memory of one."""
     frames = np.empty((len(latents), *geometry.pixel_shape(*latents.shape[2:]), 3), np.float32)
     with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
-        for video, rows in zip(to_internal(latents), frames, strict=True):
+        for coder, video, rows in zip(coders, to_internal(latents), frames, strict=True):
             start = 0
             for (pixels,) in coder.decode_chunks(video[None]):
                 rows[start : start + len(pixels)] = pixels * 0.5 + 0.5

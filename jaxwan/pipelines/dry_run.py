@@ -481,20 +481,27 @@ def _share(checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> tuple[Share, int
 
 def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: int) -> dict[str, int]:
     """One step of four frames: the convolutions' halos, exactly, and an operation's input and result where the step's
-    arrays are largest, one of them in float32 as norms compute. Of a device's strip XLA holds more arrays at once, with
-    the neighbours' pixels and without."""
+    arrays are largest, one of them in float32 as norms compute. Of a device's strip, or a tile, XLA holds more at once,
+    with the pixels around it and without."""
     frames, height, width = checkpoint.geometry.latent_shape(*job.size)
-    space = frame_space(AbstractMesh((devices,), (AXIS,)), height, width)
-    _, frames, height, width = space.strip((1, frames, height, width))
+    tiling, kept = job.requests[0].tiling, {}
+    if tiling is not None and tiling.cuts(*job.size[1:]):
+        layout = tiling.layout(checkpoint.vae, "decode", (height, width))
+        height, width = layout.largest
+        pixels = layout.rounds(devices) * height * width * checkpoint.geometry.spatial**2
+        kept = {"frames of tiles, until they are blended": 12 * job.size[0] * pixels}
+    else:
+        space = frame_space(AbstractMesh((devices,), (AXIS,)), height, width)
+        _, frames, height, width = space.strip((1, frames, height, width))
     halos, largest = _decode_step_sizes(checkpoint.vae, height, width, dtype)
     arrays = {"two arrays of the step's largest size": (dtype.itemsize + 4) * largest}
-    if devices > 1:
+    if devices > 1 or kept:
         arrays = {"five arrays of the step's largest size": 5 * dtype.itemsize * largest}
     return {
         "halos of the causal convolutions": halos,
         **arrays,
         "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
-    }
+    } | kept
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxwan.config import ImageInput
-from jaxwan.models.video_coder import VideoCoder
+from jaxwan.models.tiles import Coder, Tiling, coder_for
 from jaxwan.pipelines.axes import to_internal
 from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
@@ -33,7 +33,7 @@ def prepare(checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], p
             rows = encode_prompts(parts.encode_text, parts.tokenizer, texts, length=length)
             made = dict(zip(texts, rows, strict=True))
             update(len(texts))
-    encoders, entries, seen = Encoders(checkpoint, parts), [], set()
+    encoders, entries, seen = Encoders(checkpoint, parts, requests[0].tiling), [], set()
     with progress.phase("encode", len({i for r in requests for i in _sources(r)}), "input") as update:
         for request in requests:
             text = np.stack([made[text] if rows is None else rows for rows, text in _branches(request)])
@@ -57,8 +57,9 @@ def _sources(request: Request) -> set[int]:
 class Encoders:
     """The models before the loop but for texts; whatever comes as the same object again is encoded once."""
 
-    def __init__(self, checkpoint: Checkpoint, parts: Parts):
+    def __init__(self, checkpoint: Checkpoint, parts: Parts, tiling: Tiling | None = None):
         self.checkpoint, self.parts = checkpoint, parts
+        self.coder = coder_for(parts.coder, tiling)
         self._made: dict[tuple, Any] = {}
 
     def entry(self, request: Request, text: Float[np.ndarray, "g l c"]) -> Entry:
@@ -105,11 +106,11 @@ class Encoders:
         if image is None:
             geometry = self.checkpoint.geometry
             return np.zeros((*geometry.latent_shape(1, height, width), geometry.z_dim), np.float32)
-        return self.parts.coder.encode(_resized(image, height, width, fit)[None, None])[0]
+        return self.coder.encode(_resized(image, height, width, fit)[None, None])[0]
 
     def _channels(self, image: Any, last: Any, frames: int, *size: Any) -> Float[np.ndarray, "t h w y"]:
         last = None if last is None else _resized(last, *size)
-        return image_channels(self.parts.coder, _resized(image, *size), last, frames)
+        return image_channels(self.coder, _resized(image, *size), last, frames)
 
     def _clip_rows(self, image: Any, last: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "i e"]:
         """CLIP rows of the image, which it sees unresized, followed by the last image's; of a crop what is shown, and
@@ -120,7 +121,7 @@ class Encoders:
         return np.concatenate(encode(np.stack([clip_pixels(i, processor) for i in shown])))
 
     def _video(self, video: np.ndarray) -> Float[np.ndarray, "t h w z"]:
-        return self.parts.coder.encode(2 * to_unit_range(video)[None] - 1)[0]
+        return self.coder.encode(2 * to_unit_range(video)[None] - 1)[0]
 
 
 def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "h w 3"]:
@@ -129,7 +130,7 @@ def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray,
 
 
 def image_channels(
-    coder: VideoCoder, first: np.ndarray, last: np.ndarray | None, num_frames: int
+    coder: Coder, first: np.ndarray, last: np.ndarray | None, num_frames: int
 ) -> Float[np.ndarray, "t h w y"]:
     """Mask and latents of a video that is known in its first (and last) frame and grey between; pixels in [-1, 1].
 

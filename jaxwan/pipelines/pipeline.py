@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxwan.models.tiles import Coder, Tiling, coder_for
 from jaxwan.pipelines.arguments import Number, as_array, local_path, no_attribute, refuse_unknown, whole
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.call import make_job, with_prompt
@@ -160,6 +161,7 @@ class WanPipeline:
         num_videos_per_prompt: int = 1,
         index: int = 0,
         max_sequence_length: int = MAX_TOKENS,
+        tiling: Tiling | Mapping[str, int] | None = None,
         output_type: str = "np",
         callback_on_step_end: Callback | None = None,
         **unknown: Any,
@@ -182,6 +184,8 @@ class WanPipeline:
             (B, 512, C). Arrays may be torch tensors too.
         max_sequence_length: rows of each text, 1 to 512, that the model attends to: 512 in training, fewer are quicker
             in small models and another result; longer prompts lose their end.
+        tiling: a `jaxwan.Tiling` codes frames in overlapping tiles, for less memory, and is another result: that of
+            Diffusers' `enable_tiling`. None, the default, is exact.
         output_type: "np" (frames as float32), "pil" or "latent" (nothing is decoded).
         callback_on_step_end: (pipe, step, timestep, {"latents": …}) is called after every step, and may return a dict
             of other latents to go on with; timestep is a list (one a video, the last one for finished videos) where
@@ -199,7 +203,7 @@ class WanPipeline:
             boundary_ratio=boundary_ratio, flow_shift=flow_shift, sampler=sampler, timesteps=timesteps, seed=seed,
             latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
             num_videos_per_prompt=num_videos_per_prompt, index=index,
-            max_sequence_length=max_sequence_length, **unknown,
+            max_sequence_length=max_sequence_length, tiling=tiling, **unknown,
         )  # fmt: skip
         tell(job)
         return self.run(job, output_type=output_type, callback_on_step_end=callback_on_step_end)
@@ -214,7 +218,7 @@ class WanPipeline:
         latents = state.results
         if not np.isfinite(latents).all():
             warn("the model computed NaN or infinity: is the checkpoint damaged, or its dtype too narrow for it?")
-        frames = latents if output_type == "latent" else self._decode(latents, progress)
+        frames = latents if output_type == "latent" else self._decode(latents, progress, _tilings(state.settings))
         if output_type == "pil":
             frames = [_to_pil(video) for video in frames]
         return Output(frames, latents, job.requests[0].fps, state.settings, progress.seconds)
@@ -266,21 +270,27 @@ class WanPipeline:
                 warn(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")
         return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
-    def encode(self, frames: Any) -> np.ndarray:
-        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3), uint8 or float in [0, 1].
+    def encode(self, frames: Any, *, tiling: Tiling | Mapping[str, int] | None = None) -> np.ndarray:
+        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3), uint8 or float in [0, 1]; tiling as in a call.
 
-        Raises ValueError for another rank, sizes that do not fit the VAE, or values outside the range.
+        Raises ValueError for another rank, sizes that do not fit the VAE or a tiling that does not, or values outside
+        the range.
         """
-        return to_public(np.concatenate([self.parts.coder.encode(video[None]) for video in coded_pixels(frames)]))
+        coder = self._coder(Tiling.parse(tiling))
+        return to_public(np.concatenate([coder.encode(video[None]) for video in coded_pixels(frames)]))
 
-    def decode(self, latents: Any) -> Any:
+    def decode(self, latents: Any, *, tiling: Tiling | Mapping[str, int] | None = None) -> Any:
         """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w); of an Output of latents, one that has
-        its frames too. ValueError for another shape."""
-        progress = Progress(visible=self.progress)
+        its frames too. tiling as in a call; an Output knows its own, and takes none. ValueError for another shape."""
+        progress, tiling = Progress(visible=self.progress), Tiling.parse(tiling)
         if isinstance(latents, Output):
+            if tiling is not None:
+                raise ValueError("an Output is decoded with the tiling of its call: say it there, or give its .latents")
             progress.seconds |= latents.seconds
-            return replace(latents, frames=self._decode(latents.latents, progress), seconds=progress.seconds)
-        return self._decode(self._checked(latents), progress)
+            frames = self._decode(latents.latents, progress, _tilings(latents.settings))
+            return replace(latents, frames=frames, seconds=progress.seconds)
+        checked = self._checked(latents)
+        return self._decode(checked, progress, [tiling] * len(checked))
 
     def encode_stream(self) -> EncodeStream:
         """`encode` for videos that come in parts: call it with the next frames, which gives their latents.
@@ -297,8 +307,12 @@ class WanPipeline:
         """`decode` for latents that come in parts, as `encode_stream` is `encode` for frames."""
         return DecodeStream(self.parts.coder.decode_stream(), self._checked)
 
-    def _decode(self, latents: np.ndarray, progress: Progress) -> np.ndarray:
-        return decode_videos(self.parts.coder, self.checkpoint.geometry, latents, progress)
+    def _decode(self, latents: np.ndarray, progress: Progress, tilings: Sequence[Tiling | None]) -> np.ndarray:
+        coders = {tiling: self._coder(tiling) for tiling in tilings}
+        return decode_videos([coders[tiling] for tiling in tilings], self.checkpoint.geometry, latents, progress)
+
+    def _coder(self, tiling: Tiling | None) -> Coder:
+        return coder_for(self.parts.coder, tiling)
 
     def _checked(self, latents: Any) -> np.ndarray:
         array, channels = as_array(latents, "latents").astype(np.float32), self.checkpoint.geometry.z_dim
@@ -380,7 +394,7 @@ class WanPipeline:
 
     def post_decode(self, state: StepState) -> np.ndarray:
         """Frames (B, F, H, W, 3) in [0, 1] of the latents as they are, given first frames put back in."""
-        return self._decode(state.results, Progress(visible=self.progress))
+        return self._decode(state.results, Progress(visible=self.progress), _tilings(state.settings))
 
     def save_state(self, state: StepState, path: str | Path, *, overwrite: bool = True) -> list[Path]:
         """Write each video with all that its steps need to a .safetensors file; several go beside `path`, as those of
@@ -461,6 +475,11 @@ def check_output_type(value: str) -> None:
     """Raises ValueError for an output_type that is not offered."""
     if value not in OUTPUT_TYPES:
         raise ValueError(f"output_type={value!r} is not one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _tilings(settings: Sequence[Mapping[str, Any]]) -> list[Tiling | None]:
+    """Each video's, as its call had it."""
+    return [Tiling.parse(made["call"].get("tiling")) for made in settings]
 
 
 def _per_sample(timestep: Any, count: int, frames: int, tokens: int) -> np.ndarray:

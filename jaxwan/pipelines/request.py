@@ -1,10 +1,11 @@
 """What is to be made: requests, one a video, and the job of a whole call. `call.make_job` makes them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.arguments import Number
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.schedulers.table import Table
@@ -35,6 +36,7 @@ class Request:
     prompt_embeds: np.ndarray | None = None  # (512, C)
     negative_prompt_embeds: np.ndarray | None = None
     max_sequence_length: int = MAX_TOKENS  # rows of the texts
+    tiling: Tiling | None = None  # of the VAE
 
     @property
     def guided(self) -> bool:
@@ -57,6 +59,7 @@ class Request:
         own = {name: getattr(self, name) for name in _PLAIN} | {
             name: getattr(self.sampling, name) for name in _SAMPLING
         }
+        own["tiling"] = self.tiling and asdict(self.tiling)
         unused = ["guidance_scale_2"] * (self.boundary_ratio is None or not self.guided)
         unused += ["negative_prompt"] * (not self.guided) + ["index"] * (self.seed is None)
         unused += ["fit"] * (self.fit == "stretch")

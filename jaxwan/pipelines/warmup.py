@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxwan.config import ImageInput
+from jaxwan.models.tiles import coder_for
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import noise_program
 from jaxwan.pipelines.encoders import abstract_entry, latent_shape
@@ -42,11 +43,12 @@ def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool
     shape = latent_shape(checkpoint, requests[0])
     bucket = parts.denoiser.bucket([abstract_entry(checkpoint, request) for request in requests])
     yield from parts.denoiser.programs(bucket).listed(parts.denoiser.weights)
+    coder = coder_for(parts.coder, requests[0].tiling)
     if decode:
-        yield from parts.coder.programs("decode", (1, *shape))
+        yield from coder.programs("decode", (1, *shape))
     encoded = _encoded_frames(checkpoint, requests)
     if encoded:
-        yield from parts.coder.programs("encode", (1, encoded, *size[1:], 3))
+        yield from coder.programs("encode", (1, encoded, *size[1:], 3))
     encode = parts.encode_text
     given = [r.prompt_embeds for r in requests] + [r.negative_prompt_embeds for r in requests if r.guided]
     if encode is not None and any(rows is None for rows in given):

@@ -22,6 +22,7 @@ from published import write_configs
 from safetensors.numpy import load_file, save_file
 
 from jaxwan.convert.files import TensorFiles
+from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines import load as loading
 from jaxwan.pipelines import pipeline as pipeline_module
 from jaxwan.pipelines.call import make_job
@@ -233,6 +234,22 @@ def test_the_work_of_a_forward_and_of_decoding(told, name, forward, decode, text
     told = told(name)
     assert [sum(told.forward_tflop.values()), told.decode_tflop] == pytest.approx([forward, decode], abs=0.1)
     assert text in str(told)
+
+
+def test_tiles_need_the_halos_of_one_and_keep_their_frames(published):
+    checkpoint = published("Wan2.2-T2V-A14B")
+    size = dict(height=720, width=1280, num_frames=81)
+    whole = report(checkpoint, MeshSpec(), **size).activation_bytes["decode"]
+    square = report(checkpoint, MeshSpec(), height=256, width=256, num_frames=81).activation_bytes["decode"]
+    halos = "halos of the causal convolutions"
+    for mesh, tiles in ((MeshSpec(), 4 * 7), (MeshSpec(pp=8), 4)):
+        tiled = report(checkpoint, mesh, **size, tiling=Tiling()).activation_bytes["decode"]
+        kept = tiled.pop("frames of tiles, until they are blended")
+        assert kept == tiles * 81 * 256 * 256 * 3 * 4
+        assert tiled[halos] == square[halos] and len(tiled) == len(square)
+    assert sum(whole.values()) > 5 * (sum(tiled.values()) + kept)  # on eight devices; four times as much on one
+    no_larger = report(checkpoint, MeshSpec(), **size, tiling=Tiling(720, 1280, 720, 1280))
+    assert no_larger.activation_bytes["decode"] == whole
 
 
 def test_float32_takes_twice_the_bytes_of_the_dit(published):

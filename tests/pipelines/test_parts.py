@@ -1,7 +1,7 @@
 """The pipeline's parts on their own against diffusers' modules: texts, VAE and single model evaluations; bfloat16."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from published import edit
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, compilations, picture, run_diffusers, run_ours, unit_noise
 
+from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.pipeline import WanPipeline
 
 # An independent float32 implementation differs by 3e-6 to 5e-6 in a forward, by 7e-7 in the VAE.
@@ -133,6 +134,29 @@ def test_encode_and_decode_equal_diffusers_vae_with_normalisation(reference, pip
     tensors = torch.tensor(pixels, requires_grad=True), torch.tensor(actual, requires_grad=True)
     np.testing.assert_array_equal(pipeline(family).encode(tensors[0]), actual)
     np.testing.assert_array_equal(pipeline(family).decode(tensors[1]), frames)
+
+
+def test_tiles_equal_diffusers_tiles_in_a_call_and_on_their_own(reference, pipeline):
+    """Of both directions; an output is decoded as its call says."""
+    vae, pipe, tiling = reference("2.1-t2v").vae, pipeline("2.1-t2v", "pp=2"), Tiling(32, 32, 32, 16)
+    video = np.random.default_rng(0).random((1, 1, 32, 48, 3), np.float32)
+    vae.enable_tiling(*asdict(tiling).values())
+    try:
+        latents = runs.encode(reference("2.1-t2v"), torch.from_numpy(video).permute(0, 4, 1, 2, 3) * 2 - 1)
+        frames = runs.decode(reference("2.1-t2v"), latents)
+    finally:
+        vae.use_tiling = False
+    assert relative_error(pipe.encode(video, tiling=tiling), latents.numpy()) < VAE
+    assert relative_error(pipe.decode(latents, tiling=asdict(tiling)), frames) < VAE
+    assert relative_error(pipe.decode(latents), frames) > 1e3 * VAE  # the exact one is another
+    call = dict(video=video[0], prompt="a", height=32, width=48, seed=1, num_inference_steps=2, tiling=tiling)
+    tiled, latent = pipe(**call), pipe(**call, output_type="latent")
+    assert tiled.settings[0]["call"]["tiling"] == asdict(tiling)
+    assert relative_error(tiled.latents, pipe(**call | dict(tiling=None)).latents) > 1e-3  # the source was tiled too
+    for made in (pipe.decode(latent).frames, pipe.decode(latent.latents, tiling=tiling)):
+        np.testing.assert_array_equal(made, tiled.frames)
+    with pytest.raises(ValueError, match="an Output is decoded with the tiling of its call"):
+        pipe.decode(latent, tiling=tiling)
 
 
 def test_fit_is_what_the_models_see(pipeline):

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from published import PUBLISHED, edit, write_configs
 from tokenizer_files import write_tokenizer
 
+from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.arguments import local_path
 from jaxwan.pipelines.call import ARGUMENTS, make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, open_checkpoint, read_checkpoint
@@ -178,6 +179,8 @@ UNGUIDED, IN_VAIN = dict(guidance_scale=1), "has no effect: guidance_scale=1 tur
         (dict(guidance_scale_2=4, boundary_ratio=0), ["guidance_scale_2 has no effect: no step is"]),
         (dict(sampler="renoise", timesteps=[1000, 500], flow_shift=3), ["flow_shift has no effect: timesteps"]),
         (dict(latents=np.zeros((1, 16, 21, 90, 160))), ["seed has no effect: the noise is given, as latents"]),
+        (SIZE | dict(tiling=Tiling()), ["tiling has no effect: 96x64 is no larger than a tile of 256x256"]),
+        (SIZE | dict(tiling=Tiling(256, 64, 192, 64)), []),
     ],
 )
 def test_arguments_without_effect_are_told(job, call, told):
@@ -728,6 +731,7 @@ def test_a_call_of_a_pipeline_shows_its_whole_signature():
         ("_guidance_scale", "give guidance_scale to each call"),
         ("transformer", "models are in pipe.parts"),
         ("to", "say the devices when loading"),
+        ("enable_vae_tiling", "give a tiling to each call"),
         ("shedule", "has no attribute shedule$"),
     ],
 )
@@ -761,7 +765,7 @@ def test_words_that_a_model_of_few_words_does_not_know_are_told():
 def test_settings_are_a_call_that_makes_each_video_again(job):
     made = job(
         prompt=["a", "b"], guidance_scale=[2, 3.5], seed=[1, 2], num_inference_steps=[3, 4], num_videos_per_prompt=2,
-        index=5, sampler=["euler", "unipc"], **SIZE,
+        index=5, sampler=["euler", "unipc"], tiling=Tiling(32, 48, 24, 32), **SIZE,
     )  # fmt: skip
     json.dumps(made.settings())
     settings = [s["call"] for s in made.settings()]
@@ -773,6 +777,7 @@ def test_settings_are_a_call_that_makes_each_video_again(job):
         again = job(**own)
         (request,) = again.requests
         assert again.settings() == ({"call": own},) and request.index == own["index"]
+        assert request.tiling == Tiling(32, 48, 24, 32)
         original = made.requests[2 * "ab".index(request.prompt)]
         for a, b in zip(request.table, original.table, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -798,6 +803,9 @@ BAD = [
     ({"num_frames": 5001}, "5001x720x1280 is (1251, 45, 80) tokens, and the model counts to 1024"),
     ({"height": 64, "width": 160_000}, "counts to 1024"),
     ({"fps": 0}, "fps=0 is outside 0.01 to 1000"),
+    ({"tiling": Tiling(250, 256, 192, 192)}, "tile_height=250 is no multiple of 8, the pixels of a latent: nearest"),
+    ({"tiling": {"tile_height": 64}}, "stride_height=192 leaves gaps between tiles of 64: it may be 32 to 64 pixels"),
+    ({"tiling": {"tile": 64}}, "is no jaxwan.Tiling, nor a dict of tile_height, tile_width, stride_height, stride_"),
     ({"fps": float("nan")}, "fps=nan is not finite"),
     ({"index": -1}, "index=-1 must be a whole number from 0"),
     ({"index": 2**32}, "index=4294967296 is outside 0 to 4294967295: nearest is 4294967295"),
@@ -899,6 +907,7 @@ BAD_FOR = [
     (TI2V, {"image": PHOTO, "last_image": PHOTO}, "(built like Wan2.2-TI2V-5B) takes no last image"),
     (I2V_21, {"image": PHOTO, "last_image": PHOTO}, "takes no last image (it has no pos_embed_seq_len)"),
     (FLF, {"image": PHOTO}, "this is a first-last-frame model (built like Wan2.1-FLF2V-14B): it needs a last image"),
+    (TI2V, {"tiling": Tiling(64, 64, 48, 40)}, "stride_width=40 is no multiple of 16, the pixels of a latent: nearest"),
     (TI2V, {"height": 48, "width": 64}, "height=48 is no multiple of 32: nearest are 32 and 64"),
     (TI2V, {"latents": floats(1, 16, 3, 4, 6), **SIZE}, "expected floats of shape (1, 48, 3, 4, 6)"),
     (I2V, {"image": PHOTO, "latents": floats(1, 36, 3, 8, 12), **SIZE}, "expected floats of shape (1, 16, 3, 8, 12)"),

@@ -9,6 +9,7 @@ from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, VIDEO, compilations, pic
 
 from jaxwan.config import ImageInput
 from jaxwan.flops import device_share, tick_traffic
+from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines import pipeline as pipelines
 from jaxwan.pipelines import warmup
 from jaxwan.pipelines.call import make_job
@@ -28,6 +29,7 @@ CALL = SIZE | dict(prompt=PROMPTS[0], negative_prompt=NEGATIVES[0], num_inferenc
 GREY = np.full((32, 48, 3), 128, np.uint8)
 RING = {"ring", "the ring's slots", "a video into its slot", "noise"}
 OUT = "a video out of its slot"
+TILES = Tiling(32, 32, 32, 16)  # side by side: two of 32 columns, and one of 16
 TEXT, DECODE = {"text encoder"}, {"VAE decode, first frame", "VAE decode, later frames"}
 ENCODE_FIRST, ENCODE = {"VAE encode, first frame"}, {"VAE encode, first frame", "VAE encode, later frames"}
 CASES = {
@@ -59,6 +61,12 @@ CASES = {
     "video to video": (
         "2.1-t2v", "pp=1", SIZE | dict(video=[picture(i, 32, 48) for i in range(5)]),
         CALL | dict(video=VIDEO, strength=0.6), TEXT | DECODE | ENCODE,
+    ),
+    "video to video in tiles": (
+        "2.1-t2v", "pp=2", SIZE | dict(video=[picture(0, 32, 48)], num_frames=1, tiling=TILES),
+        CALL | dict(video=VIDEO, num_frames=1, tiling=TILES),
+        TEXT | {f"VAE {what}, first frame"
+                for what in ("encode in tiles", "encode, blending", "decode in tiles", "decode, blending")},
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from published import edit, write_configs
 from runs import IMAGE, NEGATIVES, PROMPTS, run_diffusers, unit_noise
 
 import jaxwan
-from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT
+from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT, Tiling
 from jaxwan.pipelines import load
 from jaxwan.pipelines import output as outputs
 from jaxwan.pipelines.checkpoint import read_checkpoint
@@ -259,7 +259,7 @@ def test_every_flag_reaches_the_job(run, made, files):
         "--num-inference-steps", 4, "--num-inference-steps", 6, "--guidance-scale", 2, "--guidance-scale", 3,
         "--guidance-scale-2", 1.5, "--boundary-ratio", 0.5, "--flow-shift", 8,
         "--sampler", "euler", "--sampler", "unipc1", "--seed", 3,
-        "--num-videos-per-prompt", 2, "--index", 3, "-o", "clip.mp4",
+        "--num-videos-per-prompt", 2, "--index", 3, "--vae-tile", "16x32", "--vae-stride", "16x24", "-o", "clip.mp4",
     )  # fmt: skip
     assert status == 0, err
     (job,) = made.jobs
@@ -271,7 +271,7 @@ def test_every_flag_reaches_the_job(run, made, files):
     assert (a.table.num_steps, b.table.num_steps) == (2, 3)  # half of 4 and 6
     assert a.table.timesteps[0] % 1 and not b.table.timesteps[0] % 1  # Euler's are no whole numbers
     assert [(r.guidance_scale, r.guidance_scale_2, r.seed) for r in (a, b)] == [(2.0, 1.5, 3), (3.0, 1.5, 3)]
-    assert b.boundary_ratio == 0.5
+    assert b.boundary_ratio == 0.5 and b.tiling == Tiling(32, 16, 24, 16)
     assert sorted(os.listdir()) == [f"clip-{i}-seed3-index{3 + i % 2}.mp4" for i in range(4)]
 
 
@@ -292,8 +292,8 @@ def test_every_flag_is_in_the_help(run):
         "--model --prompt --negative-prompt --official-negative-prompt --image --last-image --video --strength --fit "
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
-        "--vae-dtype --vae-devices -o --overwrite --no-metadata --save-npz --json -q --version --like "
-        "--no-compilation-cache --dry-run --device-memory"
+        "--vae-dtype --vae-devices --vae-tiling --vae-tile --vae-stride -o --overwrite --no-metadata --save-npz --json "
+        "-q --version --like --no-compilation-cache --dry-run --device-memory"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
 
@@ -331,6 +331,22 @@ def test_a_dry_run_that_does_not_fit_says_what_would_and_exits_with_3(run):
     assert re.search(rf"^DOES NOT FIT: .* of 26.32 MiB, {taken}. What would fit: .*mesh pp=2", out, re.MULTILINE)
     status, out, _ = run("--dry-run", "--device-memory", "30MB", "--json")
     assert status == 3 and "mesh pp=2" in json.loads(out)["would_fit"]
+
+
+def test_auto_makes_tiles_only_where_nothing_else_fits(run):
+    """The bundled model at a size whose exact decoding needs most of all."""
+    plan = ["--dry-run", "--json", "--height", 512, "--width", 512, "--num-frames", 5, "--vae-tiling", "auto"]
+    needed = {}
+    for memory, told in (
+        ("1GB", "no tiles, the exact form fits"),
+        ("450MB", "in tiles, because the exact form does not fit"),
+        ("20MB", "no tiles, it does not fit with them either"),
+    ):
+        status, out, err = run(*plan, "--device-memory", memory)
+        assert f"--vae-tiling auto: {told}" in err
+        needed[memory] = max(json.loads(out)["needed_bytes"])
+    assert needed["450MB"] < needed["1GB"] == needed["20MB"]
+    assert "no tiles, the exact form may fit, and how much" in run(*plan)[2]
 
 
 # For scripts
@@ -600,11 +616,15 @@ def test_a_file_is_made_again_by_its_settings(run, made):
             "sampler": "euler", "num_inference_steps": 5, "flow_shift": 3.0, "timesteps": None}),
         (["--timesteps", 900, 700, 500], {"timesteps": (900.0, 700.0, 500.0)}),
         (["--no-metadata"], {}),
+        (["--vae-stride", "64x48"], {
+            "tiling": {"tile_height": 64, "tile_width": 64, "stride_height": 48, "stride_width": 64}}),
+        (["--vae-tiling", "off"], {"tiling": None}),
     ],
 )  # fmt: skip
 def test_flags_say_what_is_other_than_in_the_file(run, made, flags, changed):
     timesteps = ["--sampler", "renoise", "--timesteps", 1000, 500]
-    assert run("--prompt", "a red star", "--seed", 5, "--index", 2, *timesteps, "-o", "clip.gif")[0] == 0
+    tiles = ["--vae-tiling", "--vae-tile", "64x64", "--vae-stride", "64x64"]
+    assert run("--prompt", "a red star", "--seed", 5, "--index", 2, *timesteps, *tiles, "-o", "clip.gif")[0] == 0
     status, _, err = run("--like", "clip.gif", *flags, "-o", "other.gif")
     assert status == 0, err
     expected = made.outputs[0].settings[0]["call"] | changed
@@ -628,6 +648,9 @@ def test_what_a_file_does_not_hold_must_be_given_again(run, made, files, tmp_pat
 
 BAD = [
     (["--height", 30, "--width", 48], "height=30 is no multiple of 16: nearest are 16 and 32"),
+    (["--vae-tile", "64"], "'64' is no width and height, such as 256x256"),
+    (["--vae-tile", "64x64"], "stride_height=192 leaves gaps between tiles of 64: it may be 32 to 64 pixels"),
+    (["--vae-tiling", "off", "--vae-stride", "64x64"], "--vae-tiling off makes no tiles: leave it out, or --vae-tile"),
     (["--num-frames", 8], "num_frames=8 is not 4k+1: nearest are 5 and 9"),
     (["--model", "MODEL"], '--prompt is missing (an empty one, --prompt "", is allowed)'),
     (["--mesh", "ppp=4"], "mesh 'ppp=4' has no axis 'ppp' (did you mean \"pp=4\"?)"),
