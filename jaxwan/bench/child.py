@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import jax
 
-from jaxwan.bench import against, ceilings, clip, compiling, dit, growth, layers, load, mesh, vae
+from jaxwan.bench import against, blending, ceilings, clip, compiling, dit, growth, layers, load, mesh, vae
 from jaxwan.bench.item import Item
 from jaxwan.bench.measure import environment
 from jaxwan.bench.report import Row
@@ -28,6 +28,7 @@ MEASUREMENTS = {
     "block": layers.measure_block,
     "flags": layers.measure_flag,
     "vae": vae.measure_vae,
+    "blend": blending.measure_blend,
     "text": vae.measure_text,
     "pipeline": clip.measure_pipeline,
     "e2e": clip.measure_e2e,

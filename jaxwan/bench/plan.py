@@ -9,16 +9,16 @@ from jaxwan.bench.presets import Preset
 from jaxwan.flops import vae_decode_flops
 from jaxwan.kernels.attention import IMPLEMENTATIONS
 
-KINDS = ("ceilings", "attention", "dit", "block", "vae", "text", "sampler", "pipeline", "load", "e2e", "compile",
-         "growth", "flags", "mesh", "all")  # fmt: skip
+KINDS = ("ceilings", "attention", "dit", "block", "vae", "blend", "text", "sampler", "pipeline", "load", "e2e",
+         "compile", "growth", "flags", "mesh", "all")  # fmt: skip
 COMPARABLE = ("dit", "vae", "sampler")  # what `--against diffusers` measures
 GPU_RATE, CPU_RATE = 500.0, 0.05  # TFLOP/s that predictions count on
 STARTING, COMPILING = 15.0, 12.0  # seconds of a process with its weights, and of each program that takes long
 ON_CPU = 5.0, 4.0  # the same
 RIVAL = 50.0, 75.0  # seconds in which torch starts and compiles, on a GPU and on a CPU
 # programs that take long; of a kind that is not here, none
-PROGRAMS = {"dit": 1, "block": 2, "flags": 1, "vae": 2, "sampler": 1, "pipeline": 3, "load": 1, "e2e": 3, "compile": 3,
-            "growth": 8, "mesh": 6}  # fmt: skip
+PROGRAMS = {"dit": 1, "block": 2, "flags": 1, "vae": 2, "blend": 2, "sampler": 1, "pipeline": 3, "load": 1, "e2e": 3,
+            "compile": 3, "growth": 8, "mesh": 6}  # fmt: skip
 
 
 def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int = 3, profile: str = "",
@@ -39,6 +39,8 @@ def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int
         return items(presets[:1], "")
     if kind == "attention":
         return items(presets, *IMPLEMENTATIONS)
+    if kind == "blend":
+        return items(presets, "xla", "pallas")
     if kind == "vae":
         return [item for preset in _different_vaes(presets) for item in items([preset], *_vae_dtypes(preset))]
     if kind == "compile":
@@ -58,7 +60,7 @@ def _everything(presets: list[Preset], runs: int, profile: str) -> list[Item]:
     found = items("ceilings", first) + items("attention", first) + items("dit", presets) + items("block", first)
     found += [item for item in vaes if item.form == "float32"]  # what is used unless another is asked for
     found += items("e2e", first) + [item for item in vaes if item.form != "float32"]
-    for kind in ("text", "sampler", "compile", "pipeline", "load", "growth"):
+    for kind in ("text", "blend", "sampler", "compile", "pipeline", "load", "growth"):
         found += items(kind, first)
     return found
 

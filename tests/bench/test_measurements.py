@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxwan.bench import ceilings, load
+from jaxwan.bench import blending, ceilings, load
 from jaxwan.bench.child import measure
 from jaxwan.bench.dit import PROMPT_ROWS, make_entries
 from jaxwan.bench.growth import AXES, points
@@ -23,6 +23,7 @@ from jaxwan.bench.picture import draw_growth, growth_series, ticks
 from jaxwan.bench.presets import MID, PRESETS, SMALL, TINY
 from jaxwan.bench.profile import by_scope, operation_seconds
 from jaxwan.bench.report import Row
+from jaxwan.kernels.blend import blend
 from jaxwan.models.transformer import WanTransformer
 
 LESS = replace(SMALL.with_layers(1), experts=1, sustain=0.01, matmul=64, load_bytes=2**21)
@@ -56,6 +57,22 @@ def test_a_wrong_attention_is_no_measurement():
         with mock.patch.object(ceilings, "attention", wrong):
             (row,) = measure(Item("attention", SMALL, "xla"))
         assert row.status == "failed" and "wrong result" in row.reason and not row.seconds
+
+
+def test_blending_is_measured_to_frames_as_arrays_and_as_bytes():
+    float32, uint8 = measure(Item("blend", LESS, "xla", runs=2))
+    assert (float32.name, uint8.name) == ("blend/small/xla/float32", "blend/small/xla/uint8")
+    assert len(float32.seconds) == 2 and float32.details["tiles"] == "3x4x1x4x32x32x3"
+    assert float32.details["relative error"] == 0 < float32.details["TB/s read and written"]
+    (row,) = measure(Item("blend", LESS, "pallas"))
+    assert row.status == "failed" and "interpret mode" in row.reason  # on a CPU a named kernel does not run
+
+    def wrong(tiles, implementation=None, **how):
+        return blend(tiles, **how) * (1 if implementation is None else 2)
+
+    with mock.patch.object(blending, "blend", wrong):
+        (row,) = measure(Item("blend", LESS, "xla"))
+    assert row.status == "failed" and "wrong result" in row.reason
 
 
 def test_loading_is_measured_from_the_disk_and_from_memory():
