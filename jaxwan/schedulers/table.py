@@ -19,17 +19,30 @@ from . import solvers
 
 MAX_STEPS = 128
 SHIFT_RANGE = 0.01, 100.0  # beyond it neighbouring sigmas of long schedules begin to coincide in float32
-RENOISE_STEPS = 2, 9
 
-_PARTS = {  # schedule and solver of each sampler; `unipc` is one of the first three
-    "unipc1": (schedules.unipc, partial(solvers.unipc, order=1)),
-    "unipc2": (schedules.unipc, partial(solvers.unipc, order=2)),
-    "unipc3": (schedules.unipc, partial(solvers.unipc, order=3)),
-    "euler": (schedules.euler, solvers.euler),
-    "dpm++2m": (schedules.dpmpp, solvers.dpmpp_2m),
-    "renoise": (schedules.renoise, solvers.renoise),
+_SOLVERS = {  # `unipc` is one of the first three
+    "unipc1": partial(solvers.unipc, order=1),
+    "unipc2": partial(solvers.unipc, order=2),
+    "unipc3": partial(solvers.unipc, order=3),
+    "euler": solvers.euler,
+    "dpm++2m": solvers.dpmpp_2m,
+    "renoise": solvers.renoise,
 }
-SAMPLERS = ("unipc", *_PARTS)
+SAMPLERS = ("unipc", *_SOLVERS)
+_UNIPC = ("unipc1", "unipc2", "unipc3")
+_SPACED = {  # schedules of a step count and a shift: by name, those of each sampler that has one
+    "diffusers": {**dict.fromkeys(_UNIPC, schedules.unipc), "euler": schedules.euler, "dpm++2m": schedules.dpmpp},
+    "original": {
+        **dict.fromkeys(_UNIPC, schedules.original), "euler": partial(schedules.original, integers=False)
+    },
+    "even": {"euler": schedules.even, "renoise": schedules.even},
+}  # fmt: skip
+_GIVEN = {  # of timesteps and a shift
+    "diffusers": lambda timesteps, shift: schedules.given(timesteps),
+    "lookup": schedules.looked_up,
+}
+SIGMA_SCHEDULES = tuple(dict.fromkeys((*_SPACED, *_GIVEN)))
+_MOST_GIVEN = {"euler": (1, MAX_STEPS), "renoise": (2, 9)}  # samplers that take timesteps: how many
 
 
 class Table(NamedTuple):
@@ -129,24 +142,42 @@ def make_table(
     *,
     order: int = 2,
     timesteps: Sequence[float | int] | None = None,
+    sigma_schedule: str = "diffusers",
     first_step: int = 0,
 ) -> Table:
     """The table of a sampler, one of SAMPLERS.
 
-    `order` is for `unipc` alone (`unipc2` says it in its name). `renoise` needs `timesteps` in (0, 1000], used as
-    given: its num_steps may be None, and shift does not enter. `first_step` skips that many steps of the schedule, for
-    video to video; the solver warms up from there, and row 0 is the first step used.
+    `order` is for `unipc` alone (`unipc2` says it in its name). `timesteps` in (0, 1000], for `euler` and `renoise`,
+    are shown as given, and num_steps may then be None. `sigma_schedule`, one of SIGMA_SCHEDULES, says where sigmas lie:
+
+    - "diffusers": as that sampler spaces them there; of `timesteps` at t / 1000, and shift does not enter;
+    - "original" (`unipc`, `euler`): as in the original repository;
+    - "even" (`euler`, `renoise`): evenly from 1 to 0, then shifted;
+    - "lookup": of `timesteps`, in the nearest of 1000 rows that are shifted.
+
+    `first_step` skips that many steps of the schedule, for video to video; the solver warms up from there, and row 0 is
+    the first step used.
     Raises ValueError when a value is not allowed, naming the nearest one that is.
     """
-    if sampler not in SAMPLERS:
-        nearest = difflib.get_close_matches(sampler.lower(), SAMPLERS, n=1, cutoff=0)[0]
-        raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}: nearest is {nearest}")
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("sigma_schedule", sigma_schedule, SIGMA_SCHEDULES)
     check_range("order", order, 1, solvers.MAX_ORDER)
-    schedule, solve = _PARTS[f"unipc{order}" if sampler == "unipc" else sampler]
-    sigmas, shown = schedule(*_schedule_arguments(sampler, num_steps, shift, timesteps))
+    check_range("shift", shift, *SHIFT_RANGE)
+    name = f"unipc{order}" if sampler == "unipc" else sampler
+    if timesteps is None and sigma_schedule in _SPACED and name in _SPACED[sigma_schedule]:
+        sigmas, shown = _SPACED[sigma_schedule][name](_checked_steps(name, num_steps), shift)
+    elif sampler in _MOST_GIVEN and sigma_schedule in _GIVEN:
+        sigmas, shown = _GIVEN[sigma_schedule](_checked_timesteps(name, timesteps, num_steps), shift)
+    else:
+        raise ValueError(_no_schedule(name, sigma_schedule, timesteps))
     check_range("first_step", first_step, 0, len(shown) - 1)
     sigmas, shown = sigmas[first_step:], shown[first_step:]
-    return _padded(sigmas, shown, *solve(sigmas))
+    return _padded(sigmas, shown, *_SOLVERS[name](sigmas))
+
+
+def spaces(sigma_schedule: str) -> bool:
+    """Whether a schedule is one of step counts alone, which timesteps given by a call replace."""
+    return sigma_schedule not in _GIVEN
 
 
 def first_used_step(num_steps: int, strength: float | int) -> int:
@@ -173,17 +204,30 @@ def check_range(name: str, value: float | int, low: float | int, high: float | i
         raise ValueError(f"{name}={value} is outside {low} to {high}: nearest is {high if value > high else low}")
 
 
-def _schedule_arguments(sampler: str, num_steps: int | None, shift: float | int, timesteps: Sequence | None) -> tuple:
-    """What the sampler's schedule takes: (timesteps,) or (num_steps, shift), checked."""
-    check_range("shift", shift, *SHIFT_RANGE)
-    if sampler == "renoise":
-        return (_checked_timesteps(timesteps, num_steps),)
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest choice, for another one."""
+    if value not in choices:
+        nearest = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0)[0]
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}: nearest is {nearest}")
+
+
+def _no_schedule(sampler: str, sigma_schedule: str, timesteps: Sequence | None) -> str:
+    """Why a sampler has no such sigmas."""
+    if timesteps is not None and sampler not in _MOST_GIVEN:
+        return f"timesteps are for sampler='renoise' or 'euler' only: {sampler} makes its own"
     if timesteps is not None:
-        raise ValueError(f"timesteps are for sampler='renoise' only: {sampler} makes its own")
+        return f"sigma_schedule={sigma_schedule!r} makes its own timesteps: with given ones it is {' or '.join(_GIVEN)}"
+    others = [name for name, samplers in _SPACED.items() if sampler in samplers]
+    others += ["lookup (with timesteps)"] * (sampler in _MOST_GIVEN)
+    return f"sigma_schedule={sigma_schedule!r} is not for sampler={sampler!r}, which takes {' or '.join(others)}"
+
+
+def _checked_steps(sampler: str, num_steps: int | None) -> int:
     if num_steps is None:
-        raise ValueError(f"num_steps=None is for sampler='renoise' only: {sampler} takes 1 to {MAX_STEPS}")
-    check_range("num_steps", num_steps, 1, MAX_STEPS)
-    return num_steps, shift
+        raise ValueError(f"num_steps=None is for timesteps: without any {sampler} takes 1 to {MAX_STEPS}")
+    low, high = _MOST_GIVEN[sampler] if sampler == "renoise" else (1, MAX_STEPS)
+    check_range("num_steps", num_steps, low, high)
+    return num_steps
 
 
 def _padded(sigmas: np.ndarray, shown: np.ndarray, corrector: np.ndarray, predictor: np.ndarray) -> Table:
@@ -199,10 +243,13 @@ def _padded(sigmas: np.ndarray, shown: np.ndarray, corrector: np.ndarray, predic
     )
 
 
-def _checked_timesteps(timesteps: Sequence[float | int] | None, num_steps: int | None) -> Sequence[float | int]:
-    low, high = RENOISE_STEPS
+def _checked_timesteps(
+    sampler: str, timesteps: Sequence[float | int] | None, num_steps: int | None
+) -> Sequence[float | int]:
+    low, high = _MOST_GIVEN[sampler]
     rule = (
-        f"sampler='renoise' takes {low} to {high} timesteps in (0, 1000], strictly decreasing, such as 1000 750 500 250"
+        f"sampler={sampler!r} takes {low} to {high} timesteps in (0, 1000], strictly decreasing, "
+        "such as 1000 750 500 250"
     )
     if timesteps is None:
         raise ValueError(f"timesteps are missing: {rule}")

@@ -65,3 +65,80 @@ def test_the_high_noise_expert_gets_the_known_number_of_steps(shift, boundary, e
 
 def test_a_timestep_may_meet_the_boundary_exactly():
     assert make_table("unipc", 4, 3.0).timesteps[1] == 0.9 * 1000
+
+
+def spaced_as_the_original(n, shift):
+    """The closed form in float64, but for 0.999, which the original holds in float32."""
+    s = np.linspace(float(np.float32(0.999)), 0, n + 1)[:-1]
+    return shift * s / (1 + (shift - 1) * s)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0, 16.0])
+def test_the_original_spacing_is_its_closed_form_and_what_diffusers_makes_of_it(shift):
+    for n in (1, 2, 4, 20, 40, 50, 128):
+        sigmas = spaced_as_the_original(n, shift)
+        tables = [make_table(sampler, n, shift, sigma_schedule="original") for sampler in ("unipc", "euler")]
+        for table in tables:
+            np.testing.assert_array_equal(table.sigmas[: n + 1], [*sigmas.astype(np.float32), 0])
+        unipc, euler = tables
+        np.testing.assert_array_equal(unipc.timesteps[:n], np.trunc(1000 * sigmas))
+        scheduler = SCHEDULERS["unipc"](shift)
+        scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0, n + 1)[:-1])  # shifted there
+        np.testing.assert_array_equal(unipc.sigmas[: n + 1].astype(np.float32), scheduler.sigmas.numpy())
+        np.testing.assert_array_equal(unipc.timesteps[:n], scheduler.timesteps.numpy())
+        scheduler = SCHEDULERS["euler"](1.0)
+        scheduler.set_timesteps(sigmas=sigmas)
+        np.testing.assert_array_equal(euler.sigmas[: n + 1].astype(np.float32), scheduler.sigmas.numpy())
+        np.testing.assert_array_equal(euler.timesteps[:n], scheduler.timesteps.numpy())
+
+
+def test_the_original_spacing_differs_from_that_of_diffusers_by_what_users_see():
+    """Timesteps by up to 8 at shift 12 and 50 steps: worth a preset."""
+    ours, theirs = (make_table("unipc", 50, 12.0, sigma_schedule=name) for name in ("original", "diffusers"))
+    assert np.abs(ours.timesteps - theirs.timesteps).max() == 8
+    assert 0.007 < np.abs(ours.sigmas - theirs.sigmas).max() < 0.009
+
+
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+@pytest.mark.parametrize(
+    ("n", "shift", "timesteps"),
+    [
+        (4, 5.0, [1000, 937.5, 2500 / 3, 625]),  # 1000 750 500 250, warped as Self-Forcing and LightX2V do
+        (4, 8.0, [1000, 960, 8000 / 9, 8000 / 11]),
+        (5, 5.0, [1000, 20000 / 21, 15000 / 17, 10000 / 13, 5000 / 9]),
+        (4, 7.0, [1000, 21000 / 22, 875, 700]),
+    ],
+)
+def test_even_sigmas_are_those_of_step_distilled_models(sampler, n, shift, timesteps):
+    table = make_table(sampler, n, shift, sigma_schedule="even")
+    np.testing.assert_array_equal(table.sigmas[: n + 1], [*(np.array(timesteps) / 1000).astype(np.float32), 0])
+    np.testing.assert_allclose(table.timesteps[:n], timesteps, rtol=1.2e-7)  # two roundings to float32
+
+
+@pytest.mark.parametrize("timesteps", [[1000], [1000, 937.5, 2500 / 3, 625], list(range(1000, 0, -8))])
+def test_euler_takes_timesteps_as_they_are(timesteps):
+    table, n = make_table("euler", None, 5.0, timesteps=timesteps), len(timesteps)
+    scheduler = SCHEDULERS["euler"](1.0)
+    scheduler.set_timesteps(sigmas=(np.array(timesteps) / 1000).tolist())
+    np.testing.assert_array_equal(table.sigmas[: n + 1].astype(np.float32), scheduler.sigmas.numpy())
+    np.testing.assert_array_equal(table.timesteps[:n], np.array(timesteps, np.float32))
+
+
+@pytest.mark.parametrize("shift", [5.0, 8.0])
+@pytest.mark.parametrize("timesteps", [[1000, 757, 522], [1000, 750, 500, 250], [1000, 937.5, 2500 / 3, 625, 1]])
+def test_a_lookup_finds_the_nearest_row_of_the_table_that_diffusers_trains_with(timesteps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)  # its first sigmas are that table's, in float32
+    rows = [np.abs(scheduler.timesteps.numpy() - t).argmin() for t in timesteps]
+    for sampler in ("renoise", "euler"):
+        table, n = make_table(sampler, None, shift, timesteps=timesteps, sigma_schedule="lookup"), len(timesteps)
+        # the table is shifted in float32 there
+        np.testing.assert_allclose(table.sigmas[:n], scheduler.sigmas.numpy()[rows], rtol=1.2e-7)
+        np.testing.assert_array_equal(table.timesteps[:n], np.array(timesteps, np.float32))
+        assert table.sigmas[n] == 0
+
+
+def test_the_sigmas_of_fastwan_are_the_known_ones():
+    sigmas = make_table("renoise", None, 8.0, timesteps=[1000, 757, 522], sigma_schedule="lookup").sigmas[:4]
+    by_hand = [8 * s / (1 + 7 * s) for s in (1, 0.280, 0.120)]
+    np.testing.assert_array_equal(sigmas, [*np.array(by_hand, np.float32), 0])
+    assert round(sigmas[1], 5) == 0.75676

@@ -96,6 +96,50 @@ def test_every_step_equals_diffusers(sampler, shift):
         assert worst_error(run_table(make_table(sampler, n, shift), latents(n)), theirs) < 2e-6
 
 
+@pytest.mark.parametrize("sampler", ["unipc1", "unipc2", "unipc3", "euler"])
+@pytest.mark.parametrize("shift", [3.0, 12.0])
+def test_every_step_on_the_original_sigmas_equals_diffusers(sampler, shift):
+    for n in (1, 2, 5, 40):
+        table = make_table(sampler, n, shift, sigma_schedule="original")
+        scheduler = SCHEDULERS[sampler](1.0)
+        scheduler.set_timesteps(sigmas=table.sigmas[:n])  # not shifted again
+        theirs = run_diffusers(scheduler, torch.from_numpy(table.timesteps[:n]).to(scheduler.timesteps), latents(n))
+        assert worst_error(run_table(table, latents(n)), theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(num_steps=4, shift=5.0, sigma_schedule="even"),
+        dict(num_steps=None, shift=5.0, timesteps=[1000, 937.5, 2500 / 3, 625]),
+        dict(num_steps=None, shift=8.0, timesteps=[1000, 757, 522], sigma_schedule="lookup"),
+    ],
+)
+def test_every_step_of_euler_on_few_sigmas_equals_diffusers(arguments):
+    table = make_table("euler", **arguments)
+    n = int(table.num_steps)
+    scheduler = SCHEDULERS["euler"](1.0)
+    scheduler.set_timesteps(sigmas=table.sigmas[:n].tolist())
+    state, theirs = torch.from_numpy(latents(0)), []
+    for i, t in enumerate(scheduler.timesteps):  # the model is shown ours, which a lookup does not derive from sigma
+        velocity = torch.from_numpy(toy_velocity(state.numpy(), table.timesteps[i]))
+        state = scheduler.step(velocity, t, state, return_dict=False)[0]
+        theirs.append(state.numpy())
+    assert worst_error(run_table(table, latents(0)), theirs) < 1e-6
+
+
+def test_a_renoised_lookup_uses_its_sigmas_at_both_ends_of_a_step():
+    """x0 = x - sigma(t) * v, then (1 - sigma(t')) * x0 + sigma(t') * noise, by hand in float64."""
+    timesteps, sigmas = [1000, 757, 522], [1.0, 2.24 / 2.96, 0.96 / 1.84, 0.0]
+    noises, x, theirs = [latents(10 + i) for i in range(3)], latents(0).astype(float), []
+    for i, t in enumerate(timesteps):
+        x0 = x - sigmas[i] * toy_velocity(x, np.float64(t))
+        x = (1 - sigmas[i + 1]) * x0 + sigmas[i + 1] * noises[i]
+        theirs.append(x)
+    table = make_table("renoise", None, 8.0, timesteps=timesteps, sigma_schedule="lookup")
+    assert worst_error(run_table(table, latents(0), noises=noises), theirs) < 1e-6
+
+
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize(("n", "strength"), [(10, 0.75), (6, 0.5), (8, 0.2)])
 def test_a_late_start_equals_diffusers_begin_index(sampler, n, strength):
@@ -235,7 +279,7 @@ def test_the_state_stays_float32_for_a_bfloat16_velocity():
     [
         (partial(make_table, "unipc", 0, 3.0), "num_steps=0 is outside 1 to 128: nearest is 1"),
         (partial(make_table, "euler", 129, 3.0), "num_steps=129 is outside 1 to 128: nearest is 128"),
-        (partial(make_table, "dpm++2m", None, 3.0), "num_steps=None is for sampler='renoise' only"),
+        (partial(make_table, "dpm++2m", None, 3.0), "num_steps=None is for timesteps: without any dpm"),
         (partial(make_table, "unipc", 4, 0.0), "shift=0.0 is outside 0.01 to 100.0: nearest is 0.01"),
         (partial(make_table, "unipc", 4, float("nan")), "shift=nan is outside"),
         (partial(make_table, "unipc", 4, 3.0, order=4), "order=4 is outside 1 to 3: nearest is 3"),
@@ -243,7 +287,25 @@ def test_the_state_stays_float32_for_a_bfloat16_velocity():
         (partial(make_table, "unipc", 4, 3.0, first_step=-1), "first_step=-1 is outside 0 to 3: nearest is 0"),
         (partial(make_table, "DPM++ 2M", 4, 3.0), r"renoise: nearest is dpm\+\+2m"),
         (partial(make_table, "uni_pc", 4, 3.0), "is not one of unipc, unipc1, unipc2, unipc3, euler, dpm"),
-        (partial(make_table, "euler", 2, 3.0, timesteps=[1000, 500]), "timesteps are for sampler='renoise' only"),
+        (partial(make_table, "unipc", 2, 3.0, timesteps=[1000, 500]), "timesteps are for sampler='renoise' or 'euler'"),
+        (partial(make_table, "euler", None, 3.0, timesteps=[]), "sampler='euler' takes 1 to 128 timesteps in"),
+        (partial(make_table, "euler", 4, 3.0, sigma_schedule="lookup"), "timesteps are missing: sampler='euler' takes"),
+        (partial(make_table, "unipc", 4, 3.0, sigma_schedule="lookup"), "for sampler='unipc2', which takes diffusers"),
+        (partial(make_table, "unipc", 4, 3.0, sigma_schedule="even"), "which takes diffusers or original$"),
+        (partial(make_table, "dpm++2m", 4, 3.0, sigma_schedule="original"), "sampler='dpm.*which takes diffusers$"),
+        (
+            partial(make_table, "renoise", 10, 3.0, sigma_schedule="even"),
+            "num_steps=10 is outside 2 to 9: nearest is 9",
+        ),
+        (partial(make_table, "euler", 4, 3.0, sigma_schedule="orignal"), "diffusers, original.*: nearest is original"),
+        (
+            partial(make_table, "euler", None, 3.0, timesteps=[900, 100], sigma_schedule="original"),
+            "sigma_schedule='original' makes its own timesteps: with given ones it is diffusers or lookup",
+        ),
+        (
+            partial(make_table, "euler", None, 5.0, timesteps=[2, 1], sigma_schedule="lookup"),
+            "two have the same of the 1000 sigmas at shift 5",
+        ),
         (partial(make_table, "renoise", 4, 3.0), "timesteps are missing: sampler='renoise' takes 2 to 9"),
         (partial(make_table, "renoise", 3, 3.0, timesteps=[1000, 500]), "num_steps=3 differs from the 2 timesteps"),
         (partial(make_table, "renoise", None, 3.0, timesteps=[1000]), "timesteps has 1 values"),
