@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
     from jaxwan.pipelines.output import Output, check_save, seed_label
     from jaxwan.pipelines.pipeline import WanPipeline
-    from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT
     from jaxwan.pipelines.request import Job
     from jaxwan.pipelines.steps import StepState
+    from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
 
 _HOME = {
     "models.tiles": ("Tiling",),
@@ -34,9 +34,9 @@ _HOME = {
     "pipelines.media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
     "pipelines.output": ("Output", "check_save", "seed_label"),
     "pipelines.pipeline": ("WanPipeline",),
-    "pipelines.prompt": ("OFFICIAL_NEGATIVE_PROMPT",),
     "pipelines.request": ("Job",),
     "pipelines.steps": ("StepState",),
+    "schedulers.presets": ("OFFICIAL_NEGATIVE_PROMPT",),
 }
 
 __all__ = [

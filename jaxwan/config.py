@@ -235,11 +235,12 @@ class Defaults:
     guidance_scale: int | float
     guidance_scale_2: int | float | None = None  # low-noise expert
     sampler: str | None = None  # None: the scheduler_config.json's
+    sigma_schedule: str | None = None  # None: the sampler's own
     flow_shift: int | float | None = None
     negative_prompt: str = ""
     strength: int | float = 0.8  # of video to video
     boundary_ratio: int | float | None = None  # None: the model_index.json's
-    timesteps: tuple[int | float, ...] | None = None  # of sampler "renoise"
+    timesteps: tuple[int | float, ...] | None = None  # of samplers "renoise" and "euler"
     example_prompt: str | None = None  # what the model surely understands
     vocabulary: tuple[str, ...] | None = field(default=None, repr=False)  # all words of a model that knows few
 

@@ -48,13 +48,16 @@ except ModuleNotFoundError as missing:
 
 log = logging.getLogger("jaxwan.generate")
 DOES_NOT_FIT = 3
+SAMPLING = (  # what a preset decides, beside the negative prompt
+    "num_inference_steps sampler sigma_schedule flow_shift timesteps guidance_scale guidance_scale_2"
+).split()
 PER_PROMPT = (  # flags that may be repeated
-    "prompt negative_prompt image last_image video num_inference_steps sampler flow_shift guidance_scale "
-    "guidance_scale_2 seed"
+    "prompt negative_prompt image last_image video num_inference_steps sampler sigma_schedule flow_shift "
+    "guidance_scale guidance_scale_2 seed"
 ).split()
 CALL = (
     *PER_PROMPT,
-    *"strength fit latents height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
+    *"preset strength fit latents height width num_frames fps boundary_ratio timesteps num_videos_per_prompt index "
     "max_sequence_length tiling".split(),
 )
 
@@ -116,7 +119,7 @@ def generate(args: argparse.Namespace) -> int:
     job = jaxwan.make_job(checkpoint, **call)
     targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite)
     check_npz(args, targets)
-    for note in job.notes:
+    for note in job.sampling + job.notes:
         log.info(note)
     if args.no_compilation_cache:
         os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
@@ -148,10 +151,18 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
         if args.negative_prompt is not None:
             raise ValueError("--negative-prompt and --official-negative-prompt are both given: give one of them")
         call["negative_prompt"] = jaxwan.OFFICIAL_NEGATIVE_PROMPT
-    gone = {"sampler": ["timesteps"], "seed": ["index"], "timesteps": ["num_inference_steps"],
-            "num_inference_steps": ["timesteps"]}  # what another value of a flag makes meaningless  # fmt: skip
-    stale = {name for given in call for name in gone.get(given, [])}
     before = made.get("call", {})
+    official = before.get("preset") == "official" and jaxwan.OFFICIAL_NEGATIVE_PROMPT in before.get(
+        "negative_prompt", ""
+    )
+    gone = {  # what another value of a flag makes meaningless
+        "preset": [*SAMPLING, *["negative_prompt"] * official],
+        "sampler": ["timesteps"],
+        "num_inference_steps": ["timesteps"],
+        "timesteps": ["num_inference_steps", *["sigma_schedule"] * (before.get("sigma_schedule") != "lookup")],
+        "seed": ["index"],
+    }
+    stale = {name for given in call for name in gone.get(given, [])}
     return {name: before[name] for name in CALL if name in before and name not in stale} | call
 
 
@@ -400,11 +411,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--index", type=int, metavar="N",
                       help="of the first video of each seed: --index 2 makes the third alone; default 0")  # fmt: skip
 
-    how = parser.add_argument_group("sampling (defaults: the checkpoint's)")
+    how = parser.add_argument_group("sampling (defaults: the preset's, which are the checkpoint's unless named)")
+    how.add_argument("--preset", metavar="NAME",
+                     help="diffusers, the default: what the checkpoint says; official: as Wan's own repository "
+                          "samples; lightx2v-4step, fastwan-3step, self-forcing-4step: for weights distilled for few "
+                          "steps; what a flag below says goes before it (docs/samplers.md)")  # fmt: skip
     how.add_argument("--num-inference-steps", **many, type=int, help="denoising steps, 1 to 128 [per prompt]")
     how.add_argument("--sampler", **many, help="unipc, euler, dpm++2m, renoise (docs/samplers.md) [per prompt]")
     how.add_argument("--flow-shift", **many, type=float, help="moves the steps towards noise, such as 3 [per prompt]")
-    how.add_argument("--timesteps", nargs="+", type=float, help="for --sampler renoise: such as 1000 757 522")
+    how.add_argument("--sigma-schedule", **many, metavar="NAME",
+                     help="where noise levels lie: diffusers (the sampler's own, the default), original, even, or "
+                          "lookup, of --timesteps [per prompt]")  # fmt: skip
+    how.add_argument("--timesteps", nargs="+", type=float,
+                     help="for --sampler renoise or euler: such as 1000 757 522")  # fmt: skip
     how.add_argument("--guidance-scale", **many, type=float,
                      help="pull towards the prompt, of the high-noise expert if two; 1: off [per prompt]")  # fmt: skip
     how.add_argument("--guidance-scale-2", **many, type=float, help="of the low-noise expert [per prompt]")

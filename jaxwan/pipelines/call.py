@@ -7,10 +7,12 @@ decided that way and may surprise is kept in `Job.notes`, for the caller to be t
 import inspect
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from jaxwan.config import Defaults
 from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.arguments import (
     Number,
@@ -22,8 +24,8 @@ from jaxwan.pipelines.arguments import (
     refuse_unknown,
     whole,
 )
-from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.notes import cut_texts, equal_videos, without_effect
+from jaxwan.pipelines.checkpoint import Checkpoint, of_experts
+from jaxwan.pipelines.notes import cut_texts, equal_videos, sampling_lines, without_effect
 from jaxwan.pipelines.prompt import MAX_TOKENS, check_unicode, tell_unknown_words
 from jaxwan.pipelines.request import Job, Request, Sampling
 from jaxwan.pipelines.sources import (
@@ -39,7 +41,8 @@ from jaxwan.pipelines.sources import (
     tell_stretched,
     video_fps,
 )
-from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table
+from jaxwan.schedulers.presets import DEFAULT_PRESET, SMALL_PIXELS, Preset, find_preset, preset_values
+from jaxwan.schedulers.table import MAX_STEPS, SHIFT_RANGE, check_range, first_used_step, make_table, spaces
 
 SEEDS = 2**64
 MAX_INDEX = 2**32  # of a video within its prompt: a word of the noise's key
@@ -66,8 +69,10 @@ def make_job(
     guidance_scale: Number | Sequence[Number | None] | None = None,
     guidance_scale_2: Number | Sequence[Number | None] | None = None,
     boundary_ratio: Number | None = None,
+    preset: str | None = None,
     flow_shift: Number | Sequence[Number | None] | None = None,
     sampler: str | Sequence[str | None] | None = None,
+    sigma_schedule: str | Sequence[str | None] | None = None,
     timesteps: Sequence[Number] | np.ndarray | None = None,
     seed: int | Sequence[int | None] | None = None,
     latents: Any = None,
@@ -87,9 +92,13 @@ def make_job(
     allowed, the nearest valid value.
     """
     refuse_unknown(unknown, (*ARGUMENTS, "output_type", "callback_on_step_end"))
+    notes: list[str] = []
+    warned: list[str] = []
+    preset, row = _preset(checkpoint, preset, notes)
+    defaults = _defaults(checkpoint, row)
     rows = _text_rows(checkpoint, max_sequence_length)
     prompts, negatives, embeds, negative_embeds = _texts(
-        checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, rows
+        checkpoint, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, rows, defaults.negative_prompt
     )
     count = len(prompts)
     tell_unknown_words(prompts, checkpoint.defaults)
@@ -99,8 +108,6 @@ def make_job(
     num_frames = None if num_frames is None else whole("num_frames", num_frames, 1)
     images, last_images = load_images(checkpoint, count, image, last_image, video)
     videos = open_videos(checkpoint, count, video, num_frames, strength)
-    notes: list[str] = []
-    warned: list[str] = []
     fit = check_fit(fit, images, videos)
     derived = height is None and width is None
     height, width = choose_size(checkpoint, height, width, images, videos, notes)
@@ -113,9 +120,12 @@ def make_job(
     check_pixels(images, last_images, videos, size)
     if videos:
         strength = number("strength", first_given(strength, checkpoint.defaults.strength))
-    samplings = _samplings(checkpoint, count, num_inference_steps, sampler, flow_shift, timesteps, strength)
+    defaults = _defaults(checkpoint, row, height * width)
+    samplings = _samplings(
+        checkpoint, defaults, count, num_inference_steps, sampler, flow_shift, timesteps, strength, sigma_schedule
+    )
     boundary = _boundary(checkpoint, boundary_ratio)
-    guidance = _guidance(checkpoint, count, guidance_scale, guidance_scale_2, boundary)
+    guidance = _guidance(checkpoint, defaults, count, guidance_scale, guidance_scale_2, boundary)
     draws = [latents is None or sampling.table.renoises for sampling in samplings]
     seeds = _seeds(seed, draws, notes)
     fps = _fps(video_fps(checkpoint, videos, notes) if fps is None else fps)
@@ -127,7 +137,7 @@ def make_job(
         latents = check_latents(checkpoint, latents, count * num_videos, size)
     shared = dict(
         num_frames=size[0], height=height, width=width, fps=fps, boundary_ratio=boundary, strength=strength,
-        fit=fit, max_sequence_length=rows, tiling=tiling,
+        fit=fit, max_sequence_length=rows, tiling=tiling, preset=preset,
     )  # fmt: skip
     requests = tuple(
         Request(
@@ -148,7 +158,7 @@ def make_job(
         guidance_scale_2=guidance_scale_2, flow_shift=flow_shift, seed=seed, index=index or None,
     )  # fmt: skip
     warned += equal_videos(requests)
-    return Job(requests, tuple(notes), tuple(warned))
+    return Job(requests, tuple(notes), tuple(warned), tuple(sampling_lines(firsts)))
 
 
 def with_prompt(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def _text_rows(checkpoint: Checkpoint, given: int) -> int:
 
 
 def _texts(
-    checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds, rows: int
+    checkpoint: Checkpoint, prompt, prompt_embeds, negative, negative_embeds, rows: int, default: str
 ) -> tuple[list, list, Any, Any]:
     """(prompts, negative prompts, prompt_embeds, negative_prompt_embeds); texts are None where embeddings are given."""
     if prompt is not None and prompt_embeds is not None:
@@ -202,7 +212,6 @@ def _texts(
         negative_embeds = _embeds(checkpoint, "negative_prompt_embeds", negative_embeds, len(prompts), rows)
         negatives: list = [None] * len(prompts)
     else:
-        default = checkpoint.defaults.negative_prompt
         negatives = per_prompt("negative_prompt", negative, len(prompts), str, default)
     for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
         for text in texts:
@@ -236,29 +245,55 @@ def _check_encoded(checkpoint: Checkpoint, requests: Sequence[Request]) -> None:
 # Sampling
 
 
-def _samplings(checkpoint: Checkpoint, count: int, steps, sampler, shift, timesteps, strength) -> list[Sampling]:
-    defaults, own = checkpoint.defaults, checkpoint.sampler
+def _preset(checkpoint: Checkpoint, given: Any, notes: list[str]) -> tuple[str, Preset]:
+    """The preset's name and row."""
+    name = DEFAULT_PRESET if given is None else given
+    check_kind("preset", name, str)
+    variant = checkpoint.variant
+    preset = find_preset(name, variant.name, variant.dim == checkpoint.transformer.dim)
+    if preset.note is not None:
+        notes.append(f"preset {name} {preset.note}")
+    return name, preset
+
+
+def _defaults(checkpoint: Checkpoint, preset: Preset, pixels: int | None = None) -> Defaults:
+    """What the checkpoint says where the preset is silent; for frames of so many pixels, once that is known."""
+    values = preset_values(preset, small=pixels is not None and pixels <= SMALL_PIXELS)
+    return of_experts(replace(checkpoint.defaults, **values), checkpoint.experts) if values else checkpoint.defaults
+
+
+def _samplings(
+    checkpoint: Checkpoint, defaults: Defaults, count: int, steps, sampler, shift, timesteps, strength, schedule
+) -> list[Sampling]:
+    own = checkpoint.sampler
     samplers = per_prompt("sampler", sampler, count, str, first_given(defaults.sampler, own.sampler))
     shifts = per_prompt("flow_shift", shift, count, (int, float), first_given(defaults.flow_shift, own.shift))
-    if sampler is None and steps is None:
+    default = first_given(defaults.sigma_schedule, "diffusers")
+    if timesteps is not None and spaces(default):
+        default = "diffusers"
+    schedules = per_prompt("sigma_schedule", schedule, count, str, default)
+    if sampler in (None, defaults.sampler) and steps is None:
         timesteps = first_given(timesteps, defaults.timesteps)
     timesteps = _timesteps(timesteps)
     silent = defaults.num_inference_steps if timesteps is None else len(timesteps)
     counts = per_prompt("num_inference_steps", steps, count, int, silent)
     made = []
-    for name, value, n in zip(samplers, shifts, counts, strict=True):
+    for name, value, n, sigmas in zip(samplers, shifts, counts, schedules, strict=True):
         check_range("flow_shift", value, *SHIFT_RANGE)
         if timesteps is None:
             check_range("num_inference_steps", n, 1, MAX_STEPS)
         elif n != len(timesteps):
             raise ValueError(f"num_inference_steps={n} for {len(timesteps)} timesteps: leave it out")
         first = 0 if strength is None else first_used_step(n, strength)
-        table = make_table(name, n, value, order=own.order, timesteps=timesteps, first_step=first)
+        table = make_table(
+            name, n, value, order=own.order, timesteps=timesteps, sigma_schedule=sigmas, first_step=first
+        )
         name = f"unipc{own.order}" if name == "unipc" else name
         if timesteps is None:
-            made.append(Sampling(name, n, float(value), None, table))
+            made.append(Sampling(name, sigmas, n, float(value), None, table))
         else:
-            made.append(Sampling(name, None, None, tuple(map(float, timesteps)), table))
+            value = float(value) if sigmas == "lookup" else None
+            made.append(Sampling(name, sigmas, None, value, tuple(map(float, timesteps)), table))
     return made
 
 
@@ -271,14 +306,13 @@ def _timesteps(given: Any) -> list | None:
 
 
 def _guidance(
-    checkpoint: Checkpoint, count: int, high: Any, low: Any, boundary: float | None
+    checkpoint: Checkpoint, defaults: Defaults, count: int, high: Any, low: Any, boundary: float | None
 ) -> list[tuple[float, float]]:
     """(high-noise, low-noise) guidance a prompt: the defaults' pair only when neither is given."""
     if low is not None and checkpoint.num_experts == 1:
         raise ValueError(f"guidance_scale_2={low} is for a second expert, and this model has one: use guidance_scale")
     if low is not None and boundary is None:
         raise ValueError(f"guidance_scale_2={low} needs a boundary_ratio too, which this checkpoint does not set")
-    defaults = checkpoint.defaults
     highs = per_prompt("guidance_scale", high, count, (int, float))
     lows = per_prompt("guidance_scale_2", low, count, (int, float))
     pairs = []

@@ -37,7 +37,7 @@ _CLASSES = {
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _KINDS = {
     **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps"), int),
-    **dict.fromkeys(("sampler", "negative_prompt", "example_prompt", "vocabulary"), str),
+    **dict.fromkeys(("sampler", "sigma_schedule", "negative_prompt", "example_prompt", "vocabulary"), str),
 }  # of generation_config.json; all else is a number
 _LISTS = ("timesteps", "vocabulary")
 BUNDLED_MODEL = Path(__file__).parents[1] / "tiny/model"  # its card is the README.md in it
@@ -263,12 +263,17 @@ def _image_encoder(folder: Path, index: dict[str, Any], variant: Variant) -> Ima
         raise ConfigError(f"{folder}/image_encoder/config.json: {error}") from error
 
 
+def of_experts(defaults: Defaults, experts: Sequence[str]) -> Defaults:
+    """Defaults of two experts as those of the ones that are there: one alone has its own guidance."""
+    if len(experts) == 2:
+        return defaults
+    low = defaults.guidance_scale_2 if experts[0] == "transformer_2" else None
+    return replace(defaults, guidance_scale=low or defaults.guidance_scale, guidance_scale_2=None)
+
+
 def _defaults(folder: Path, variant: Variant, experts: Sequence[str]) -> Defaults:
     """The variant's row, with what the folder's generation_config.json (if any) says instead."""
-    defaults = variant.defaults
-    if len(experts) == 1:
-        low = defaults.guidance_scale_2 if experts[0] == "transformer_2" else None
-        defaults = replace(defaults, guidance_scale=low or defaults.guidance_scale, guidance_scale_2=None)
+    defaults = of_experts(variant.defaults, experts)
     if not (folder / "generation_config.json").is_file():
         return defaults
     given = _read_json(folder, "generation_config.json")

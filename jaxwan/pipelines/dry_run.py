@@ -81,6 +81,7 @@ class DryRun:
     would_fit: tuple[str, ...] = ()  # changes, in words
     notes: tuple[str, ...] = ()  # what the call leaves open, or gives in vain
     vae_devices: int = 0  # of its own
+    sampling: tuple[str, ...] = ()  # preset, sampler, shift, guidance and experts
     host_bytes: int = 0  # of the frames of source videos, on the host
     weights: str = ""  # whether their headers were checked
 
@@ -109,6 +110,7 @@ class DryRun:
             "",
             *self._buffers(),
             "",
+            *self.sampling,
             *self.notes,
             self._verdict(),
         ]
@@ -268,7 +270,7 @@ def _report(
         parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
         fits=None if device_memory is None else max(needed) <= fraction * device_memory, notes=job.notes,
-        vae_devices=vae_devices, host_bytes=source_bytes(job),
+        vae_devices=vae_devices, host_bytes=source_bytes(job), sampling=job.sampling,
     )  # fmt: skip
 
 

@@ -40,13 +40,42 @@ def _why_idle(name: str, request: Request, draws: bool) -> str | None:
     if name in ("seed", "index"):
         return None if draws else "the noise is given, as latents"
     if name == "flow_shift":
-        return None if request.sampling.timesteps is None else "timesteps are used as they are"
+        return None if request.sampling.flow_shift is not None else "timesteps are used as they are"
     if not request.guided:
         return f"guidance_scale={request.guidance_scale:g} turns guidance off (of both experts, if there are two)"
     timesteps = request.table.timesteps[: request.table.num_steps]
     if name == "guidance_scale_2" and not choose_expert(timesteps, request.boundary_ratio).any():
         return "no step is the low-noise expert's"
     return None
+
+
+def sampling_lines(requests: Sequence[Request]) -> Iterator[str]:
+    """How each prompt is sampled: a line for all, or one for those of which it holds."""
+    prompts: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        prompts.setdefault(_sampled(request), []).append(i)
+    for line, own in prompts.items():
+        whose = f"prompt{'s' * (len(own) > 1)} {', '.join(map(str, own))}: "
+        yield line if len(prompts) == 1 else whose + line
+
+
+def _sampled(request: Request) -> str:
+    """Preset, sampler, steps, shift, guidance and where experts change, in a line."""
+    own, steps = request.sampling, int(request.table.num_steps)
+    sigmas = "" if own.sigma_schedule == "diffusers" else f" on {own.sigma_schedule} sigmas"
+    parts = [own.sampler + sigmas, f"{steps} step{'s' * (steps > 1)}"]
+    parts += [f"timesteps {' '.join(f'{t:g}' for t in own.timesteps)}"] if own.timesteps is not None else []
+    parts += [f"shift {own.flow_shift:g}"] if own.flow_shift is not None else []
+    low = choose_expert(request.table.timesteps[:steps], request.boundary_ratio)
+    second = f" and {request.guidance_scale_2:g}" * (request.boundary_ratio is not None)
+    parts.append(f"guidance {request.guidance_scale:g}{second}" if request.guided else "no guidance")
+    if request.boundary_ratio is not None:
+        change = int(low.argmax()) + 1
+        parts.append(
+            f"the low-noise expert from step {change}" if 0 < low.sum() < steps
+            else f"the {'low' if low.all() else 'high'}-noise expert alone"
+        )  # fmt: skip
+    return f"preset {request.preset}: {', '.join(parts)}"
 
 
 def equal_videos(requests: Sequence[Request]) -> Iterator[str]:

@@ -151,8 +151,10 @@ class WanPipeline:
         guidance_scale: Number | Sequence[Number | None] | None = None,
         guidance_scale_2: Number | Sequence[Number | None] | None = None,
         boundary_ratio: Number | None = None,
+        preset: str | None = None,
         flow_shift: Number | Sequence[Number | None] | None = None,
         sampler: str | Sequence[str | None] | None = None,
+        sigma_schedule: str | Sequence[str | None] | None = None,
         timesteps: Sequence[Number] | np.ndarray | None = None,
         seed: int | Sequence[int | None] | None = None,
         latents: Any = None,
@@ -175,7 +177,11 @@ class WanPipeline:
         fit: how an image or video of another shape is brought to the size: "stretch", the default, "crop" its middle,
             or "pad" it with black.
         height, width, num_frames, fps: of the video, in pixels and frames; num_frames is 4k+1.
-        num_inference_steps, sampler, flow_shift, timesteps (of sampler "renoise"): docs/samplers.md.
+        preset: where what is left out of sampling, guidance and negative prompt comes from: "diffusers", the default
+            (the checkpoint), "official" (Wan's own repositories), "lightx2v-4step", "fastwan-3step",
+            "self-forcing-4step" (weights distilled for few steps).
+        num_inference_steps, sampler, sigma_schedule, flow_shift, timesteps (of samplers "renoise" and "euler"):
+            docs/samplers.md.
         guidance_scale: of the high-noise expert (or the only one). guidance_scale_2: of the low-noise expert.
         boundary_ratio: where the low-noise expert takes over, in timesteps / 1000.
         seed: of the noise; drawn when left out, and in the output's `seeds`. num_videos_per_prompt: their noise is that
@@ -200,7 +206,8 @@ class WanPipeline:
             self.checkpoint, prompt=prompt, negative_prompt=negative_prompt, image=image, last_image=last_image,
             video=video, strength=strength, fit=fit, height=height, width=width, num_frames=num_frames, fps=fps,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2,
-            boundary_ratio=boundary_ratio, flow_shift=flow_shift, sampler=sampler, timesteps=timesteps, seed=seed,
+            boundary_ratio=boundary_ratio, preset=preset, flow_shift=flow_shift, sampler=sampler,
+            sigma_schedule=sigma_schedule, timesteps=timesteps, seed=seed,
             latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
             num_videos_per_prompt=num_videos_per_prompt, index=index,
             max_sequence_length=max_sequence_length, tiling=tiling, **unknown,

@@ -8,6 +8,7 @@ import numpy as np
 from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.arguments import Number
 from jaxwan.pipelines.prompt import MAX_TOKENS
+from jaxwan.schedulers.presets import DEFAULT_PRESET
 from jaxwan.schedulers.table import Table
 
 
@@ -37,6 +38,7 @@ class Request:
     negative_prompt_embeds: np.ndarray | None = None
     max_sequence_length: int = MAX_TOKENS  # rows of the texts
     tiling: Tiling | None = None  # of the VAE
+    preset: str = DEFAULT_PRESET  # what was left open came from it
 
     @property
     def guided(self) -> bool:
@@ -62,7 +64,7 @@ class Request:
         own["tiling"] = self.tiling and asdict(self.tiling)
         unused = ["guidance_scale_2"] * (self.boundary_ratio is None or not self.guided)
         unused += ["negative_prompt"] * (not self.guided) + ["index"] * (self.seed is None)
-        unused += ["fit"] * (self.fit == "stretch")
+        unused += ["fit"] * (self.fit == "stretch") + ["preset"] * (self.preset == DEFAULT_PRESET)
         call = {name: value for name, value in own.items() if value is not None and name not in unused}
         inputs = [name for name in _ARRAYS if getattr(self, name) is not None]
         return {"call": call} | ({"inputs": inputs} if inputs else {})
@@ -70,9 +72,9 @@ class Request:
 
 _PLAIN = (
     "prompt negative_prompt height width num_frames fps guidance_scale guidance_scale_2 boundary_ratio seed index "
-    "strength fit max_sequence_length"
+    "strength fit max_sequence_length preset"
 ).split()
-_SAMPLING = ("sampler", "num_inference_steps", "flow_shift", "timesteps")
+_SAMPLING = ("sampler", "sigma_schedule", "num_inference_steps", "flow_shift", "timesteps")
 _ARRAYS = ("image", "last_image", "video", "latents", "prompt_embeds", "negative_prompt_embeds")
 
 
@@ -81,8 +83,9 @@ class Sampling:
     """A request's way from noise to video, as it was asked for and as a table."""
 
     sampler: str
+    sigma_schedule: str
     num_inference_steps: int | None  # None with timesteps
-    flow_shift: float | None
+    flow_shift: float | None  # None where it does not enter
     timesteps: tuple[float, ...] | None
     table: Table
 
@@ -94,6 +97,7 @@ class Job:
     requests: tuple[Request, ...]
     decided: tuple[str, ...] = ()  # what the call left open and may surprise
     warnings: tuple[str, ...] = ()  # what it gives in vain, or is likely not to mean
+    sampling: tuple[str, ...] = ()  # preset, sampler, shift, guidance and experts: a line for all, or some a prompt
 
     @property
     def notes(self) -> tuple[str, ...]:

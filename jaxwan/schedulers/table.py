@@ -169,7 +169,7 @@ def make_table(
     elif sampler in _MOST_GIVEN and sigma_schedule in _GIVEN:
         sigmas, shown = _GIVEN[sigma_schedule](_checked_timesteps(name, timesteps, num_steps), shift)
     else:
-        raise ValueError(_no_schedule(name, sigma_schedule, timesteps))
+        raise ValueError(_no_schedule(sampler, name, sigma_schedule, timesteps))
     check_range("first_step", first_step, 0, len(shown) - 1)
     sigmas, shown = sigmas[first_step:], shown[first_step:]
     return _padded(sigmas, shown, *_SOLVERS[name](sigmas))
@@ -211,13 +211,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}: nearest is {nearest}")
 
 
-def _no_schedule(sampler: str, sigma_schedule: str, timesteps: Sequence | None) -> str:
-    """Why a sampler has no such sigmas."""
+def _no_schedule(sampler: str, name: str, sigma_schedule: str, timesteps: Sequence | None) -> str:
+    """Why a sampler, `name` with its order, has no such sigmas."""
     if timesteps is not None and sampler not in _MOST_GIVEN:
         return f"timesteps are for sampler='renoise' or 'euler' only: {sampler} makes its own"
     if timesteps is not None:
         return f"sigma_schedule={sigma_schedule!r} makes its own timesteps: with given ones it is {' or '.join(_GIVEN)}"
-    others = [name for name, samplers in _SPACED.items() if sampler in samplers]
+    others = [other for other, samplers in _SPACED.items() if name in samplers]
     others += ["lookup (with timesteps)"] * (sampler in _MOST_GIVEN)
     return f"sigma_schedule={sigma_schedule!r} is not for sampler={sampler!r}, which takes {' or '.join(others)}"
 

@@ -12,13 +12,13 @@ from tokenizer_files import write_tokenizer
 from transformers import AutoTokenizer
 
 from jaxwan.pipelines.prompt import (
-    OFFICIAL_NEGATIVE_PROMPT,
     clean_prompt,
     encode_prompts,
     load_tokenizer,
     lost_text,
     tokenize,
 )
+from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
 
 NASTY = [
     "",

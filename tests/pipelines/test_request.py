@@ -25,6 +25,8 @@ from jaxwan.pipelines.load import check_mesh, check_use, parse_dtype
 from jaxwan.pipelines.media import check_writable, load_video, read_settings, save_output, save_video, videos
 from jaxwan.pipelines.output import check_save
 from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.schedulers import make_table
+from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.sharding.mesh import MeshSpec
 
 T2V, I2V, TI2V = "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"
@@ -178,6 +180,8 @@ UNGUIDED, IN_VAIN = dict(guidance_scale=1), "has no effect: guidance_scale=1 tur
         ),
         (dict(guidance_scale_2=4, boundary_ratio=0), ["guidance_scale_2 has no effect: no step is"]),
         (dict(sampler="renoise", timesteps=[1000, 500], flow_shift=3), ["flow_shift has no effect: timesteps"]),
+        (dict(sampler="euler", timesteps=[1000, 500], flow_shift=3), ["flow_shift has no effect: timesteps"]),
+        (dict(sampler="euler", timesteps=[1000, 500], flow_shift=3, sigma_schedule="lookup"), []),
         (dict(latents=np.zeros((1, 16, 21, 90, 160))), ["seed has no effect: the noise is given, as latents"]),
         (SIZE | dict(tiling=Tiling()), ["tiling has no effect: 96x64 is no larger than a tile of 256x256"]),
         (SIZE | dict(tiling=Tiling(256, 64, 192, 64)), []),
@@ -250,6 +254,160 @@ def test_a_distilled_checkpoint_names_its_few_steps_and_a_named_sampler_leaves_t
     assert silent.requests[0].table.timesteps[:4].tolist() == [1000, 757, 522, 0]
     assert silent.requests[0].boundary_ratio == 0.5
     assert make_job(checkpoint, prompt="a", seed=1, sampler="euler").requests[0].table.num_steps == 40
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """name of the variant -> its checkpoint as published."""
+    root = tmp_path_factory.mktemp("published")
+    return {name: read_checkpoint(write_configs(root / str(i), name)) for i, name in enumerate(PUBLISHED)}
+
+
+HD, SD = {"height": 720, "width": 1280}, {"height": 480, "width": 832}
+CHINESE = OFFICIAL_NEGATIVE_PROMPT
+OFFICIAL_VALUES = [  # what the original repositories' generate.py take: shift, steps, guidance, negative prompt
+    (T2V, HD, 12, 40, (4, 3), CHINESE),
+    (T2V, SD, 12, 40, (4, 3), CHINESE),
+    (I2V, HD, 5, 40, (3.5, 3.5), CHINESE),
+    (TI2V, {}, 5, 50, (5, 5), CHINESE),
+    (T2V_21, SD, 5, 50, (5, 5), CHINESE),
+    ("Wan2.1-T2V-14B", HD, 5, 50, (5, 5), CHINESE),
+    (I2V_21, HD, 5, 40, (5, 5), "镜头晃动，" + CHINESE),
+    (I2V_21, SD, 3, 40, (5, 5), "镜头晃动，" + CHINESE),
+    (I2V_21, {"height": 832, "width": 480}, 3, 40, (5, 5), "镜头晃动，" + CHINESE),
+    (FLF, HD, 16, 50, (5, 5), "镜头切换，镜头晃动，" + CHINESE),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "shift", "steps", "guidance", "negative"), OFFICIAL_VALUES)
+def test_the_official_preset_is_how_the_original_repositories_sample(
+    full_size, name, size, shift, steps, guidance, negative
+):
+    images = {"image": PHOTO} if "I2V-" in name and "TI2V" not in name else {}
+    images = {"image": PHOTO, "last_image": PHOTO} if name == FLF else images
+    made = make_job(full_size[name], prompt="a", seed=1, preset="official", **size, **images)
+    (request,) = made.requests
+    assert scales(made) == [guidance] and request.negative_prompt == negative
+    expected = make_table("unipc2", steps, shift, sigma_schedule="original")
+    for own, right in zip(request.table, expected, strict=True):
+        np.testing.assert_array_equal(own, right)
+    assert request.boundary_ratio == {T2V: 0.875, I2V: 0.9}.get(name)
+
+
+def test_an_expert_alone_has_its_own_official_guidance(tmp_path):
+    for expert, boundary, scale in (("transformer", 0.0, 4.0), ("transformer_2", 1.0, 3.0)):
+        folder = write_configs(tmp_path / expert, T2V)
+        other = {"transformer": "transformer_2", "transformer_2": "transformer"}[expert]
+        edit(folder / "model_index.json", boundary_ratio=boundary, **{other: [None, None]})
+        made = make_job(read_checkpoint(folder), prompt="a", seed=1, preset="official")
+        assert scales(made) == [(scale, scale)]
+
+
+FEW_STEPS = [
+    ("lightx2v-4step", "euler", [1, 0.9375, 2.5 / 3, 0.625], [1000, 937.5, 2500 / 3, 625]),
+    ("fastwan-3step", "renoise", [1, 2.24 / 2.96, 0.96 / 1.84], [1000, 757, 522]),
+    ("self-forcing-4step", "renoise", [1, 0.9375, 2.5 / 3, 0.625], [1000, 937.5, 2500 / 3, 625]),
+]
+
+
+@pytest.mark.parametrize(("preset", "sampler", "sigmas", "timesteps"), FEW_STEPS)
+def test_presets_of_few_steps_have_the_sigmas_of_their_references_and_no_guidance(
+    job, preset, sampler, sigmas, timesteps
+):
+    made = job(preset=preset, seed=1)
+    (request,), n = made.requests, len(sigmas)
+    assert (request.sampling.sampler, request.table.num_steps, made.guided) == (sampler, n, False)
+    np.testing.assert_array_equal(request.table.sigmas[: n + 1], [*np.array(sigmas, np.float32), 0])
+    np.testing.assert_allclose(request.table.timesteps[:n], timesteps, rtol=1.2e-7)  # two roundings to float32
+    (note,) = made.notes
+    assert note.startswith(f"preset {preset} is for weights that were distilled for it")
+    assert ("full attention" in note) == (preset == "self-forcing-4step")
+
+
+def test_each_value_of_a_preset_gives_way_to_its_own_argument(job, full_size):
+    base = {"seed": 1, "preset": "lightx2v-4step"}
+    (other,) = job(**base, flow_shift=7).requests  # of its NVFP4 models
+    np.testing.assert_allclose(other.table.sigmas[:5], [1, 21 / 22, 0.875, 0.7, 0], rtol=1e-7)
+    assert job(**base, num_inference_steps=8).requests[0].table.num_steps == 8
+    assert job(**base, sampler="renoise").requests[0].table.renoises
+    assert scales(job(**base, guidance_scale=2)) == [(2, 2)]
+    (given,) = job(**base, timesteps=[900, 500]).requests
+    np.testing.assert_allclose(given.table.sigmas[:3], [0.9, 0.5, 0], rtol=1e-7)  # instead of the preset's schedule
+    (kept,) = job(seed=1, preset="fastwan-3step", timesteps=[1000, 700]).requests
+    assert kept.sampling.sigma_schedule == "lookup" and kept.table.sigmas[1] != np.float32(0.7)
+    (plain,) = job(seed=1, preset="fastwan-3step", sigma_schedule="diffusers").requests
+    assert plain.table.sigmas[1] == np.float32(0.757)
+    (own,) = make_job(
+        full_size[T2V], prompt="a", preset="official", sampler="euler", negative_prompt="", guidance_scale=6,
+        flow_shift=[8], num_inference_steps=3,
+    ).requests  # fmt: skip
+    assert (own.negative_prompt, own.guidance_scale, own.guidance_scale_2) == ("", 6, 6)
+    np.testing.assert_array_equal(own.table.sigmas, make_table("euler", 3, 8, sigma_schedule="original").sigmas)
+
+
+def test_the_default_preset_is_what_the_checkpoint_says(job, tmp_path):
+    assert job(seed=1, preset="diffusers").settings() == job(seed=1).settings()
+    folder = write_configs(tmp_path, T2V, tiny=True)
+    (folder / "generation_config.json").write_text('{"sigma_schedule": "original", "guidance_scale_2": 1.5}')
+    checkpoint = read_checkpoint(folder)
+    (request,) = make_job(checkpoint, prompt="a", seed=1, preset="diffusers").requests
+    assert (request.sampling.sigma_schedule, request.guidance_scale_2) == ("original", 1.5)
+    other = make_job(checkpoint, prompt="a", seed=1, preset="lightx2v-4step", guidance_scale=2)
+    assert scales(other) == [(2, 2)]  # nothing is left of the checkpoint's pair
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(dict(preset=name) for name, *_ in FEW_STEPS),
+        dict(preset="fastwan-3step", sigma_schedule="diffusers"),
+        dict(preset="lightx2v-4step", timesteps=[1000, 500], guidance_scale=2),
+        dict(sampler="renoise", timesteps=[900, 100], sigma_schedule="lookup", flow_shift=4),
+        dict(sigma_schedule="original"),
+    ],
+)
+def test_settings_hold_the_preset_and_what_it_came_to(job, call):
+    made = job(seed=1, **call)
+    (settings,) = made.settings()
+    json.dumps(settings)
+    assert settings["call"].get("preset") == call.get("preset")
+    again = job(**settings["call"])
+    assert again.settings() == (settings,)
+    for a, b in zip(again.requests[0].table, made.requests[0].table, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "line"),
+    [
+        (T2V, {}, "preset diffusers: unipc2, 40 steps, shift 3, guidance 4 and 3, the low-noise expert from step 14"),
+        (T2V, {"preset": "official"},
+         "preset official: unipc2 on original sigmas, 40 steps, shift 12, guidance 4 and 3, the low-noise expert from "
+         "step 27"),
+        (I2V, {"preset": "official", "image": PHOTO, **HD},
+         "preset official: unipc2 on original sigmas, 40 steps, shift 5, guidance 3.5 and 3.5, the low-noise expert "
+         "from step 16"),
+        (T2V, {"preset": "lightx2v-4step"},
+         "preset lightx2v-4step: euler on even sigmas, 4 steps, shift 5, no guidance, the low-noise expert from step "
+         "3"),
+        (T2V_21, {"preset": "fastwan-3step"},
+         "preset fastwan-3step: renoise on lookup sigmas, 3 steps, timesteps 1000 757 522, shift 8, no guidance"),
+        (T2V, {"sampler": "euler", "timesteps": [900], "guidance_scale": 2},
+         "preset diffusers: euler, 1 step, timesteps 900, guidance 2 and 2, the high-noise expert alone"),
+        (T2V, {"boundary_ratio": 1, "num_inference_steps": 2},
+         "preset diffusers: unipc2, 2 steps, shift 3, guidance 4 and 3, the low-noise expert alone"),
+    ],
+)  # fmt: skip
+def test_how_a_call_samples_is_told_in_a_line(full_size, name, call, line):
+    """Steps of the high-noise expert: 13 and 26 are known (docs/samplers.md); 15 is 40 steps of the original at 5."""
+    assert make_job(full_size[name], prompt="a", seed=1, **call).sampling == (line,)
+
+
+def test_prompts_that_are_sampled_differently_have_a_line_each(job):
+    made = job(prompt=["a", "b", "c"], seed=1, sampler=["euler", "unipc", "euler"], num_videos_per_prompt=2)
+    first, second = made.sampling
+    assert first.startswith("prompts 0, 2: preset diffusers: euler, 40")
+    assert second.startswith("prompt 1: preset diffusers: unipc2, 40")
 
 
 def test_renoise_takes_its_timesteps_as_they_are(job):
@@ -844,7 +1002,14 @@ BAD = [
     ({"boundary_ratio": -1}, "boundary_ratio=-1 is outside 0 to 1: nearest is 0"),
     ({"seed": -1}, "seed=-1 is outside 0 to 18446744073709551615: nearest is 0"),
     ({"seed": 2**64}, "nearest is 18446744073709551615"),
-    ({"timesteps": [1000, 500]}, "timesteps are for sampler='renoise' only"),
+    ({"timesteps": [1000, 500]}, "timesteps are for sampler='renoise' or 'euler' only: unipc makes its own"),
+    ({"preset": "offical"}, "preset='offical' is not one of diffusers, official, lightx2v-4step, fastwan-3step, self"),
+    ({"preset": "lightx2v"}, "self-forcing-4step: nearest is lightx2v-4step"),
+    ({"preset": "official"}, "is of published models, and this is none, though built like Wan2.2-T2V-A14B: say instea"),
+    ({"preset": "lightx2v-4step", "sampler": "unipc"}, "sigma_schedule='even' is not for sampler='unipc', which takes"),
+    ({"preset": "fastwan-3step", "num_inference_steps": 4}, "timesteps are missing: sampler='renoise' takes 2 to 9"),
+    ({"preset": "self-forcing-4step", "num_inference_steps": 10}, "num_steps=10 is outside 2 to 9: nearest is 9"),
+    ({"sigma_schedule": "originl"}, "sigma_schedule='originl' is not one of diffusers, original, even, lookup: near"),
     ({"sampler": "renoise"}, "timesteps are missing: sampler='renoise' takes 2 to 9 timesteps in (0, 1000]"),
     ({"sampler": "renoise", "timesteps": []}, "timesteps has 0 values"),
     ({"sampler": "renoise", "timesteps": [1000]}, "timesteps has 1 values"),
@@ -1038,6 +1203,7 @@ def test_a_loaded_pipeline_takes_a_call_that_leaves_devices_idle_and_tells(check
         ({"guidance_scale": "4"}, "guidance_scale='4' must be a number"),
         ({"sampler": 3}, "sampler=3 must be a text"),
         ({"timesteps": 4}, "timesteps=4 must be a list of numbers"),
+        ({"preset": ["official"]}, "preset=['official'] must be a text"),
         ({"timesteps": ["1000", "500"]}, "timesteps='1000' must be a number"),
         ({"sampler": "renoise", "timesteps": [1000, None]}, "timesteps=[1000, nan]: sampler='renoise' takes"),
     ],

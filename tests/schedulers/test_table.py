@@ -290,7 +290,7 @@ def test_the_state_stays_float32_for_a_bfloat16_velocity():
         (partial(make_table, "unipc", 2, 3.0, timesteps=[1000, 500]), "timesteps are for sampler='renoise' or 'euler'"),
         (partial(make_table, "euler", None, 3.0, timesteps=[]), "sampler='euler' takes 1 to 128 timesteps in"),
         (partial(make_table, "euler", 4, 3.0, sigma_schedule="lookup"), "timesteps are missing: sampler='euler' takes"),
-        (partial(make_table, "unipc", 4, 3.0, sigma_schedule="lookup"), "for sampler='unipc2', which takes diffusers"),
+        (partial(make_table, "unipc", 4, 3.0, sigma_schedule="lookup"), "for sampler='unipc', which takes diffusers"),
         (partial(make_table, "unipc", 4, 3.0, sigma_schedule="even"), "which takes diffusers or original$"),
         (partial(make_table, "dpm++2m", 4, 3.0, sigma_schedule="original"), "sampler='dpm.*which takes diffusers$"),
         (

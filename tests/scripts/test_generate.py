@@ -31,6 +31,8 @@ from jaxwan.pipelines import output as outputs
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.media import load_video, save_video
 from jaxwan.pipelines.pipeline import Output, WanPipeline
+from jaxwan.schedulers.presets import PRESETS
+from jaxwan.schedulers.table import SIGMA_SCHEDULES
 from jaxwan.sharding.mesh import MeshSpec
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -293,9 +295,12 @@ def test_every_flag_is_in_the_help(run):
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
         "--vae-dtype --vae-devices --vae-tiling --vae-tile --vae-stride -o --overwrite --no-metadata --save-npz --json "
-        "-q --version --like --no-compilation-cache --dry-run --device-memory"
+        "-q --version --like --no-compilation-cache --dry-run --device-memory --sigma-schedule --preset --ulysses"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
+    told = " ".join(out.split())
+    for name in (*PRESETS, *SIGMA_SCHEDULES):
+        assert re.search(rf"\b{name}\b", told), name
 
 
 def test_a_dry_run_needs_neither_weights_nor_devices(tmp_path, cache):
@@ -321,6 +326,8 @@ def test_a_dry_run_reads_as_text_too(run):
     status, out, _ = run("--model", BUNDLED_MODEL, "--dry-run", "--mesh", "pp=5", "--vae-devices", 2)
     assert status == 0 and "TFLOP a video, on 2 devices of its own" in out
     assert "layers      2 + 2 + 2 + 2 + 0 on 5 devices" in out and "the fullest device needs" in out
+    sampled = "preset diffusers: unipc2, 20 steps, shift 3, guidance 5 and 3, the low-noise expert from step 8"
+    assert sampled in out.splitlines()
     assert os.listdir() == []
 
 
@@ -615,6 +622,10 @@ def test_a_file_is_made_again_by_its_settings(run, made):
         (["--sampler", "euler", "--num-inference-steps", 5], {
             "sampler": "euler", "num_inference_steps": 5, "flow_shift": 3.0, "timesteps": None}),
         (["--timesteps", 900, 700, 500], {"timesteps": (900.0, 700.0, 500.0)}),
+        (["--preset", "lightx2v-4step"], {
+            "preset": "lightx2v-4step", "sampler": "euler", "sigma_schedule": "even", "num_inference_steps": 4,
+            "flow_shift": 5.0, "timesteps": None, "guidance_scale": 1.0, "guidance_scale_2": None,
+            "negative_prompt": None}),
         (["--no-metadata"], {}),
         (["--vae-stride", "64x48"], {
             "tiling": {"tile_height": 64, "tile_width": 64, "stride_height": 48, "stride_width": 64}}),
@@ -629,6 +640,30 @@ def test_flags_say_what_is_other_than_in_the_file(run, made, flags, changed):
     assert status == 0, err
     expected = made.outputs[0].settings[0]["call"] | changed
     assert made.outputs[1].settings[0]["call"] == {name: value for name, value in expected.items() if value is not None}
+
+
+@pytest.mark.parametrize("preset", ["lightx2v-4step", "fastwan-3step"])
+def test_a_preset_is_made_again_and_left_for_another(run, made, preset):
+    status, _, err = run("--prompt", "a red star", "--seed", 5, "--preset", preset, "-o", "clip.gif")
+    assert status == 0 and f"preset {preset}: " in err and "no guidance, the low-noise expert from step " in err
+    assert run("--like", "clip.gif", "-o", "again.gif")[0] == 0
+    assert made.outputs[0].settings == made.outputs[1].settings
+    assert made.outputs[0].settings[0]["call"]["preset"] == preset
+    assert run("--like", "clip.gif", "--preset", "diffusers", "-o", "other.gif")[0] == 0
+    assert run("--prompt", "a red star", "--seed", 5, "-o", "plain.gif")[0] == 0
+    assert made.outputs[2].settings == made.outputs[3].settings
+    assert run("--like", "clip.gif", "--timesteps", 900, 400, "-o", "given.gif")[0] == 0
+    given = made.jobs[-1].requests[0].sampling
+    assert given.timesteps == (900, 400) and given.sigma_schedule in ("diffusers", "lookup")
+
+
+def test_another_preset_leaves_the_official_negative_prompt_and_keeps_ones_own(main):
+    script = main.__globals__
+    args = script["parse"](["--preset", "diffusers"])
+    before = {"prompt": "a", "preset": "official", "flow_shift": 12.0, "sigma_schedule": "original"}
+    for negative, kept in ((OFFICIAL_NEGATIVE_PROMPT, {}), ("blurry", {"negative_prompt": "blurry"})):
+        call = script["arguments"](args, {"call": before | {"negative_prompt": negative}})
+        assert call == {"prompt": "a", "preset": "diffusers"} | kept
 
 
 def test_what_a_file_does_not_hold_must_be_given_again(run, made, files, tmp_path):
@@ -681,7 +716,7 @@ BAD = [
     (["--seed", -1], "seed=-1 is outside 0 to"),
     (["--sampler", "dpm"], "sampler='dpm' is not one of"),
     (["--sampler", "renoise"], "timesteps are missing"),
-    (["--timesteps", 1000, 500], "timesteps are for sampler='renoise' only: unipc makes its own"),
+    (["--timesteps", 1000, 500], "timesteps are for sampler='renoise' or 'euler' only: unipc makes its own"),
     (["--negative-prompt", "a", "--official-negative-prompt"], "are both given: give one of them"),
     (["--latents", "none.npy"], "latents none.npy does not exist"),
     (["--latents", "CLIP"], "is no readable .npy file of plain numbers"),

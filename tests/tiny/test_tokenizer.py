@@ -6,7 +6,8 @@ import sys
 import pytest
 import transformers
 
-from jaxwan.pipelines.prompt import OFFICIAL_NEGATIVE_PROMPT, clean_prompt, load_tokenizer, tokenize
+from jaxwan.pipelines.prompt import clean_prompt, load_tokenizer, tokenize
+from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
 from jaxwan.tiny.grammar import FILLERS, vocabulary
 from jaxwan.tiny.tokenizer import write_tokenizer
 
