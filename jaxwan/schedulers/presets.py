@@ -63,7 +63,7 @@ _DISTILLED = "is for weights that were distilled for it, which files do not tell
 PRESETS: dict[str, Preset | dict[str, Preset]] = {
     DEFAULT_PRESET: Preset(),
     "official": _OFFICIAL,
-    # Sigmas 1, 0.9375, 0.8333, 0.625. Source: LightX2V wan/scheduler step_distill, 1000 750 500 250 at shift 5.
+    # Sigmas 1, 0.9375, 0.8333, 0.625. Source: LightX2V schedulers/wan/step_distill, whose list is 1000 750 500 250.
     "lightx2v-4step": Preset("euler", "even", 4, 5.0, guidance_scale=1.0, note=_DISTILLED),
     # Sigmas 1, 0.75676, 0.52174. Source: FastVideo DmdDenoisingStage, whose shift is 8 for every model.
     "fastwan-3step": Preset(

@@ -42,7 +42,7 @@ _GIVEN = {  # of timesteps and a shift
     "lookup": schedules.looked_up,
 }
 SIGMA_SCHEDULES = tuple(dict.fromkeys((*_SPACED, *_GIVEN)))
-_MOST_GIVEN = {"euler": (1, MAX_STEPS), "renoise": (2, 9)}  # samplers that take timesteps: how many
+_GIVEN_COUNTS = {"euler": (1, MAX_STEPS), "renoise": (2, 9)}  # samplers that take timesteps: how many
 
 
 class Table(NamedTuple):
@@ -166,7 +166,7 @@ def make_table(
     name = f"unipc{order}" if sampler == "unipc" else sampler
     if timesteps is None and sigma_schedule in _SPACED and name in _SPACED[sigma_schedule]:
         sigmas, shown = _SPACED[sigma_schedule][name](_checked_steps(name, num_steps), shift)
-    elif sampler in _MOST_GIVEN and sigma_schedule in _GIVEN:
+    elif sampler in _GIVEN_COUNTS and sigma_schedule in _GIVEN:
         sigmas, shown = _GIVEN[sigma_schedule](_checked_timesteps(name, timesteps, num_steps), shift)
     else:
         raise ValueError(_no_schedule(sampler, name, sigma_schedule, timesteps))
@@ -213,19 +213,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def _no_schedule(sampler: str, name: str, sigma_schedule: str, timesteps: Sequence | None) -> str:
     """Why a sampler, `name` with its order, has no such sigmas."""
-    if timesteps is not None and sampler not in _MOST_GIVEN:
+    if timesteps is not None and sampler not in _GIVEN_COUNTS:
         return f"timesteps are for sampler='renoise' or 'euler' only: {sampler} makes its own"
     if timesteps is not None:
         return f"sigma_schedule={sigma_schedule!r} makes its own timesteps: with given ones it is {' or '.join(_GIVEN)}"
     others = [other for other, samplers in _SPACED.items() if name in samplers]
-    others += ["lookup (with timesteps)"] * (sampler in _MOST_GIVEN)
+    others += ["lookup (with timesteps)"] * (sampler in _GIVEN_COUNTS)
     return f"sigma_schedule={sigma_schedule!r} is not for sampler={sampler!r}, which takes {' or '.join(others)}"
 
 
 def _checked_steps(sampler: str, num_steps: int | None) -> int:
     if num_steps is None:
         raise ValueError(f"num_steps=None is for timesteps: without any {sampler} takes 1 to {MAX_STEPS}")
-    low, high = _MOST_GIVEN[sampler] if sampler == "renoise" else (1, MAX_STEPS)
+    low, high = _GIVEN_COUNTS[sampler] if sampler == "renoise" else (1, MAX_STEPS)
     check_range("num_steps", num_steps, low, high)
     return num_steps
 
@@ -246,7 +246,7 @@ def _padded(sigmas: np.ndarray, shown: np.ndarray, corrector: np.ndarray, predic
 def _checked_timesteps(
     sampler: str, timesteps: Sequence[float | int] | None, num_steps: int | None
 ) -> Sequence[float | int]:
-    low, high = _MOST_GIVEN[sampler]
+    low, high = _GIVEN_COUNTS[sampler]
     rule = (
         f"sampler={sampler!r} takes {low} to {high} timesteps in (0, 1000], strictly decreasing, "
         "such as 1000 750 500 250"

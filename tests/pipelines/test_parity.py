@@ -106,6 +106,16 @@ def test_renoise_equals_diffusers_lcm_scheduler_with_the_same_noise(reference, p
     assert_same_run(ours, expected, WHOLE_RUN)
 
 
+def test_a_preset_of_few_steps_equals_diffusers_euler_on_its_sigmas(reference, pipeline):
+    ours = run_ours(pipeline("t2v-A14B"), preset="lightx2v-4step", **ONE)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # sigmas are shifted already
+    given = partial(scheduler.set_timesteps, sigmas=[1.0, 0.9375, 2.5 / 3, 0.625])
+    scheduler.set_timesteps = lambda num_inference_steps, device=None: given(device=device)
+    with altered(reference("t2v-A14B"), scheduler) as pipe:
+        expected = run_diffusers(pipe, num_inference_steps=4, guidance_scale=1.0, **ONE)
+    assert_same_run(ours, expected, WHOLE_RUN)
+
+
 def test_image_to_video_by_channels_equals_diffusers(reference, pipeline):
     # shift 3 and 4 steps give the timestep 900 = boundary_ratio * 1000, which is the high-noise expert's
     arguments = ONE | dict(image=IMAGE, num_inference_steps=4, guidance_scale=4.0, guidance_scale_2=2.5)
