@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from jaxwan.geometry import Geometry
@@ -22,15 +22,18 @@ from jaxwan.models.vae import VAE
 from jaxwan.sharding.space import Space
 
 Direction = Literal["encode", "decode"]
+WHOLE = (
+    16  # latent pixels: of frames whose longer side has fewer, strips would be little more than their neighbours' edge
+)
 
 
 class VideoCoder:
     """Whole videos through one VAE, chunk by chunk: two compiled programs per direction, frame size and batch.
 
     Programs do not depend on the number of frames. The cache is donated from chunk to chunk, so a video has one alive.
-    mesh: a `strip_mesh` of several devices, each of which codes a strip of every frame along its longer side; the
-    result is that of one device but for rounding. The VAE's parameters are then on all of them. `formulation` overrides
-    the platform's choice of convolution.
+    mesh: a `strip_mesh` of several devices, each of which codes a strip of every frame along its longer side, but of
+    frames too small to split (`WHOLE`), which the first one codes; the result is that of one device but for rounding.
+    The VAE's parameters are then on all of them. `formulation` overrides the platform's choice of convolution.
     """
 
     def __init__(self, vae: VAE, *, mesh: Mesh | None = None, formulation: Formulation | None = None):
@@ -87,13 +90,17 @@ class VideoCoder:
         self, cache: Cache | None, pixels: Float[Array | np.ndarray, "b f h w 3"], space: Space | None = None
     ) -> tuple[Cache, Float[Array, "b t y x z"]]:
         """`VAE.encode_chunk`, compiled; uses up `cache`. With a space, of frames that it split."""
-        return self._encode(self.state, cache, pixels, space)
+        return self._encode(self._state(space), cache, pixels, space)
 
     def decode_chunk(
         self, cache: Cache | None, latents: Float[Array | np.ndarray, "b t y x z"], space: Space | None = None
     ) -> tuple[Cache, Float[Array, "b f h w 3"]]:
         """`VAE.decode_chunk`, compiled; uses up `cache`. With a space, of latents that it split."""
-        return self._decode(self.state, cache, latents, space)
+        return self._decode(self._state(space), cache, latents, space)
+
+    def _state(self, space: Space | None) -> nnx.State:
+        """The parameters on the devices that code such frames."""
+        return _on_first(self.state, self.mesh) if space is None else self.state
 
     def programs(self, direction: Direction, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of all that coding a host array of `shape` compiles.
@@ -103,7 +110,8 @@ class VideoCoder:
         function = self._encode if direction == "encode" else self._decode
         stream = Stream(self, direction)
         space = stream.space(shape)
-        place = jax.tree.leaves(self.state)[0].sharding if space is None else space.sharding
+        state = self._state(space)
+        place = jax.tree.leaves(state)[0].sharding if space is None else space.sharding
 
         def frames(count: int) -> jax.ShapeDtypeStruct:
             part = (shape[0], count, *shape[2:])
@@ -112,10 +120,10 @@ class VideoCoder:
             return jax.ShapeDtypeStruct(space.padded(part), jnp.float32, sharding=place)
 
         if shape[1] > 1:
-            cache, _ = jax.eval_shape(partial(function, space=space), self.state, None, frames(1))
+            cache, _ = jax.eval_shape(partial(function, space=space), state, None, frames(1))
             cache = jax.tree.map(lambda leaf: leaf.update(sharding=place), cache)
-            yield f"VAE {direction}, later frames", function, (self.state, cache, frames(stream.step), space)
-        yield f"VAE {direction}, first frame", function, (self.state, None, frames(1), space)
+            yield f"VAE {direction}, later frames", function, (state, cache, frames(stream.step), space)
+        yield f"VAE {direction}, first frame", function, (state, None, frames(1), space)
 
 
 class Stream:
@@ -154,7 +162,7 @@ class Stream:
 
     def space(self, shape: tuple[int, ...]) -> Space | None:
         """How what is given in this shape is split over devices; None on one."""
-        if self._coder.mesh is None or self._coder.mesh.size == 1:
+        if self._coder.mesh is None:
             return None
         return frame_space(self._coder.mesh, shape[2] // self._stride, shape[3] // self._stride)
 
@@ -185,9 +193,25 @@ class Stream:
         self._size = size
 
 
-def frame_space(mesh: Mesh | AbstractMesh, height: int, width: int) -> Space:
-    """How frames of so many latent pixels are split: along their longer side."""
+def frame_space(mesh: Mesh | AbstractMesh, height: int, width: int) -> Space | None:
+    """How frames of so many latent pixels are split: along their longer side; None for those that one device codes."""
+    if mesh.size == 1 or max(height, width) < WHOLE:
+        return None
     return Space(mesh, *((2, height) if height > width else (3, width)))
+
+
+def _on_first(state: nnx.State, mesh: Mesh | None) -> nnx.State:
+    """Parameters, or their shapes, as the first device of a mesh has them."""
+    if mesh is None or mesh.size == 1:
+        return state
+    first = mesh.devices.flat[0]
+
+    def own(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x.update(sharding=SingleDeviceSharding(first))
+        return next(shard.data for shard in x.addressable_shards if shard.device == first)
+
+    return jax.tree.map(own, state)
 
 
 @lru_cache(maxsize=8)

@@ -492,8 +492,9 @@ def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: in
         height, width = layout.largest
         pixels = layout.rounds(devices) * height * width * checkpoint.geometry.spatial**2
         kept = {"frames of tiles, until they are blended": 12 * job.size[0] * pixels}
+    elif (space := frame_space(AbstractMesh((devices,), (AXIS,)), height, width)) is None:
+        devices = 1
     else:
-        space = frame_space(AbstractMesh((devices,), (AXIS,)), height, width)
         _, frames, height, width = space.strip((1, frames, height, width))
     halos, largest = _decode_step_sizes(checkpoint.vae, height, width, dtype)
     arrays = {"two arrays of the step's largest size": (dtype.itemsize + 4) * largest}

@@ -13,6 +13,7 @@ from oracle import relative_error
 from runs import compilations
 
 from jaxwan.config import VAEConfig
+from jaxwan.models import video_coder
 from jaxwan.models.vae import VAE
 from jaxwan.models.video_coder import VideoCoder
 from jaxwan.sharding.space import strip_mesh
@@ -31,6 +32,14 @@ KINDS = {
                      scale_factor_spatial=8),
 }  # fmt: skip
 DIRECTIONS = ("encode", "decode")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def split_small_frames():
+    """Frames of tests are small, and those of users are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_coder, "WHOLE", 1)
+        yield
 
 
 @cache

@@ -9,6 +9,7 @@ import pytest
 from oracle import relative_error
 from runs import IMAGE, compilations, unit_noise
 
+from jaxwan.models import video_coder
 from jaxwan.pipelines.pipeline import WanPipeline
 
 # Rounding: sums are ordered by the size of arrays (tests/models/test_video_coder.py)
@@ -16,6 +17,14 @@ TOLERANCE = 1e-6
 
 CALL = dict(prompt="a red cat", height=48, width=80, num_frames=5, num_inference_steps=2, seed=1, guidance_scale=1.0)
 LATENTS = unit_noise((1, 16, 3, 6, 10))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def split_small_frames():
+    """Frames of tests are small, and those of users are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_coder, "WHOLE", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +44,16 @@ def coding_devices(pipe) -> list[int]:
     leaves = jax.tree.leaves(pipe.parts.coder.state)
     (placed,) = {tuple(sorted(device.id for device in leaf.devices())) for leaf in leaves}
     return list(placed)
+
+
+def test_small_frames_are_coded_by_one_device_with_its_bits(on, monkeypatch):
+    monkeypatch.setattr(video_coder, "WHOLE", 11)  # of ten columns
+    pipe = on("pp=2")
+    assert pipe.parts.coder.decode_stream().space(LATENTS.transpose(0, 2, 3, 4, 1).shape) is None
+    np.testing.assert_array_equal(pipe.decode(LATENTS), on().decode(LATENTS))
+    names = [place for _, _, (state, *_) in pipe.parts.coder.programs("decode", (1, 3, 6, 10, 16))
+             for place in {len(x.devices()) for x in jax.tree.leaves(state)}]  # fmt: skip
+    assert names == [1, 1]
 
 
 def test_a_mesh_codes_as_one_device_does(on):
