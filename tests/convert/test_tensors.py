@@ -65,7 +65,7 @@ def test_tensors_are_those_that_were_written_in_the_order_of_the_file(path):
         same(reader.read(extents[key]), tensor)
 
 
-@pytest.mark.parametrize("key", TENSORS.keys() - {"scalar"})
+@pytest.mark.parametrize("key", [key for key in TENSORS if key != "scalar"])
 def test_rows_are_read_by_asking_for_their_bytes_alone(path, asked, key):
     reader = Reader()
     extent, tensor = read_safetensors(path, reader)[key], TENSORS[key]
