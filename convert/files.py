@@ -1,4 +1,4 @@
-"""The tensors of one component folder: safetensors, single or sharded."""
+"""The tensors of one component: a folder of safetensors, single or sharded, or a file of any format that is read."""
 
 import json
 import re
@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.rules import CheckpointError, Shape, some
-from jaxwan.convert.tensors import DTYPES, Extent, Reader, read_safetensors
+from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_safetensors
+from jaxwan.convert.torch_files import read_torch
 
 _READABLE = ("F32", "BF16", "F16")
 _STEMS = ("diffusion_pytorch_model", "model")  # Diffusers' components, and those of transformers
@@ -37,27 +38,27 @@ class TensorFiles:
         return Reader()
 
     @cached_property
-    def extents(self) -> dict[str, Extent]:
-        """Key -> where its tensor is, in the order in which they lie on disk; reads the headers, whose claims it checks
-        (so no file is truncated)."""
-        found: dict[str, Extent] = {}
+    def tensors(self) -> dict[str, Stored]:
+        """Key -> its tensor, in the order in which they lie on disk; reads the headers, whose claims it checks (so no
+        file is truncated)."""
+        found: dict[str, Stored] = {}
         for path in self.paths:
-            for key, extent in read_safetensors(path, self._reader).items():
+            for key, tensor in read_tensors(path, self._reader).items():
                 if key in found:
                     raise CheckpointError(f"{path} holds {key} a second time")
-                found[key] = extent
+                found[key] = tensor
         return found
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Key -> shape, in the order in which they lie on disk."""
-        return {key: extent.shape for key, extent in self.extents.items()}
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
         """Key -> dtype, as the headers say: "F32", "BF16", …"""
         names = {dtype: name for name, dtype in DTYPES.items()}
-        return {key: names[extent.dtype] for key, extent in self.extents.items()}
+        return {key: names[tensor.dtype] for key, tensor in self.tensors.items()}
 
     def check_dtypes(self, keys: Iterable[str]) -> None:
         """Raises CheckpointError with the first few tensors of `keys` that hold no floats of a known kind."""
@@ -71,14 +72,21 @@ class TensorFiles:
 
     def read(self, key: str, rows: slice | None = None) -> np.ndarray:
         """One tensor, or these rows of its first axis, in its dtype on disk."""
-        return self._reader.read(self._extent(key, rows))
+        return self._tensor(key, rows).read(self._reader)
 
     def num_bytes(self, key: str, rows: slice | None = None) -> int:
         """Bytes of one tensor, or of these rows of it."""
-        return self._extent(key, rows).num_bytes
+        return self._tensor(key, rows).num_bytes
 
-    def _extent(self, key: str, rows: slice | None) -> Extent:
-        return self.extents[key] if rows is None else self.extents[key].rows(rows)
+    def _tensor(self, key: str, rows: slice | None) -> Stored:
+        return self.tensors[key] if rows is None else self.tensors[key].rows(rows)
+
+
+def read_tensors(path: Path, reader: Reader) -> dict[str, Stored]:
+    """The tensors of a file by name, in the order in which they lie in it, whatever its format; its headers alone are
+    read. Raises CheckpointError as the format's own function does."""
+    start = reader.read(Extent(path, 0, DTYPES["U8"], (min(4, reader.size(path)),))).tobytes()
+    return dict(read_torch(path, reader) if start == b"PK\3\4" else read_safetensors(path, reader))
 
 
 # Which files

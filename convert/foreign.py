@@ -63,8 +63,11 @@ def describe_file(path: Path, otherwise: str = "is truncated or no safetensors f
         return "is a git-lfs pointer and not the weights: fetch them with `git lfs pull`"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page and not the weights: download it again (the link may need a login)"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "is a pickle of PyTorch's, which may run code and so is never read: write it as safetensors"
+    if start.startswith(b"\x80"):
+        return (
+            "is a bare pickle, as PyTorch wrote it before 1.6, which is not read: if you trust it, write it anew by "
+            "torch.save(torch.load(FILE, weights_only=True), NEW)"
+        )
     if start.startswith(b"GGUF"):
         return f"is a GGUF file, which is not read (yet): {PLAIN}"
     return otherwise

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,34 @@ DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 MOST_HEADER = 100_000_000  # bytes of a header; the safetensors library refuses longer ones too
 MOST_AXES, MOST_NUMBERS = 32, 2**48  # of a shape
 _ONE_READ = 2**30  # bytes; macOS refuses 2 GiB, and Linux reads less than it is asked for
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor that is not read yet: an extent of a file, or a view that makes one tensor of others."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tensor, as `read` gives it."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes of files are read for it."""
+        ...
+
+    def rows(self, rows: slice) -> "Stored":
+        """These rows (of the first axis) alone."""
+        ...
+
+    def read(self, reader: "Reader") -> np.ndarray:
+        """The tensor, in memory of its own. Raises CheckpointError where a file ends within it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,44 @@ class Extent:
         assert step == 1
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return replace(self, offset=self.offset + start * row, shape=(max(0, stop - start), *self.shape[1:]))
+
+    def read(self, reader: "Reader") -> np.ndarray:
+        """The tensor. Raises CheckpointError where the file ends within it."""
+        return reader.read(self)
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A tensor whose numbers lie in a row of them, `span`, at strides (counted in numbers) that are not row-major."""
+
+    span: Extent
+    shape: Shape
+    strides: Shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its numbers."""
+        return self.span.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """From its first number to its last."""
+        return self.span.num_bytes
+
+    def rows(self, rows: slice) -> "Strided":
+        """These rows, read from the first number of them to the last."""
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1
+        shape = (max(0, stop - start), *self.shape[1:])
+        length = 1 + sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True)) if shape[0] else 0
+        first = start * self.strides[0]
+        return replace(self, span=self.span.rows(slice(first, first + length)), shape=shape)
+
+    def read(self, reader: "Reader") -> np.ndarray:
+        """The tensor, its last axis running fastest. Raises CheckpointError where the file ends within it."""
+        numbers, size = reader.read(self.span), self.dtype.itemsize
+        strides = [stride * size for stride in self.strides]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(numbers, self.shape, strides))
 
 
 class Reader:

@@ -148,7 +148,8 @@ def test_a_folder_of_other_files_says_which_and_what_to_do(tmp_path, names, word
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer .*git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html><head>", "is a web page and not the weights: download it again"),
-        (b"PK\x03\x04 rest of a zip", "is a pickle of PyTorch's"),
+        (b"PK\x03\x04 rest of a zip", "cannot be read as a file of PyTorch's: it is truncated"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a bare pickle, as PyTorch wrote it before 1.6"),
         (b"GGUF\x03\x00\x00\x00", "is a GGUF file, which is not read"),
         (b"Entry not found", "is truncated or no safetensors file"),
         (b"", "is truncated or no safetensors file"),

@@ -254,7 +254,7 @@ def test_a_state_is_loaded_to_where_it_says_that_its_parameters_lie(tmp_path, as
         assert array.sharding == split
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, arrays[path][shard.index], err_msg=path)
-    table, part = files.extents["shared.weight"], 5 * 8 * 4  # 20 rows of 8 numbers on 4 devices
+    table, part = files.tensors["shared.weight"], 5 * 8 * 4  # 20 rows of 8 numbers on 4 devices
     spans = [span for span in asked if table.offset <= span[1] < table.offset + table.num_bytes]
     assert spans == [(0, table.offset + i * part, table.offset + i * part + part) for i in range(4)]
 
