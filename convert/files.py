@@ -13,6 +13,7 @@ from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.rules import CheckpointError, Shape, some
 from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_safetensors
 from jaxwan.convert.torch_files import read_torch
+from jaxwan.convert.views import as_known
 
 _READABLE = ("F32", "BF16", "F16")
 _STEMS = ("diffusion_pytorch_model", "model")  # Diffusers' components, and those of transformers
@@ -39,15 +40,15 @@ class TensorFiles:
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        """Key -> its tensor, in the order in which they lie on disk; reads the headers, whose claims it checks (so no
-        file is truncated)."""
+        """Key -> its tensor, under names that rules know, in the order in which they lie on disk; reads the headers,
+        whose claims it checks (so no file is truncated)."""
         found: dict[str, Stored] = {}
         for path in self.paths:
             for key, tensor in read_tensors(path, self._reader).items():
                 if key in found:
                     raise CheckpointError(f"{path} holds {key} a second time")
                 found[key] = tensor
-        return found
+        return as_known(found, self._reader, what=str(self.paths[0]))
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:

@@ -13,7 +13,6 @@ _QUANTISED = {
     r"\.quant_state\.|\.absmax$": "quantised to 4 bits by bitsandbytes",
     r"\.SCB$": "quantised to 8 bits by bitsandbytes",
     r"\.(qweight|qzeros|g_idx)$": "quantised by GPTQ or AWQ",
-    r"^scaled_fp8$|\.(scale_weight|scale_input)$": "quantised to fp8 with scales, as ComfyUI stores it",
     r"\.(comfy_quant|weight_scale|weight_scale_2|input_scale|int8_weight)$": "quantised, with scales beside them",
     r"weight[.:_]+(_?data|_?scale|qdata|scale|zero_point)$": "quantised by torchao or quanto",
 }
@@ -25,11 +24,6 @@ _MODELS = {
     r"^(control_adapter|ref_conv)\.": "Wan-Fun",
     r"\.to_gate_compress\.|\.local_attn\.": "a model with sparse attention of its own",
 }
-_ORIGINAL = re.compile(
-    r"(^|\.)(blocks\.\d+\.(self_attn|cross_attn|attn)\.(q|k|v|o|norm_q|norm_k)\.|head\.modulation$|"
-    r"(time|text)_embedding\.\d|token_embedding\.weight$|(en|de)coder\.middle\.\d|visual\.transformer\.)"
-)
-_PREFIX = re.compile(r"(model\.diffusion_model|diffusion_model|model|net|module|_orig_mod|transformer(_2)?)\.")
 
 
 def describe_tensors(dtypes: Mapping[str, str]) -> str | None:
@@ -40,17 +34,10 @@ def describe_tensors(dtypes: Mapping[str, str]) -> str | None:
         return "holds a LoRA, which is not read (yet): merge it first, in Diffusers by pipe.fuse_lora()"
     if words := _first(_QUANTISED, keys):
         return f"holds weights that are {words}, which are not read (yet): {PLAIN}"
-    if any(dtype.startswith("F8") for dtype in few):
-        return f"holds weights in fp8 ({', '.join(few)}), which are not read (yet): {PLAIN}"
     if few:
         return f"holds weights in {', '.join(few)}, probably quantised, which are not read (yet): {PLAIN}"
     if words := _first(_MODELS, keys):
         return f"holds tensors of {words}, which is not implemented: take one of the published Wan models"
-    prefixed = [m[0] for m in map(_PREFIX.match, keys) if m]
-    if keys and len(prefixed) > 0.9 * len(keys):
-        return f"holds names that begin with {prefixed[0]!r}, as ComfyUI's do, which are not read (yet): {PLAIN}"
-    if any(_ORIGINAL.search(key) for key in keys):
-        return f"holds names of the original Wan (or ComfyUI's) layout, which is not read (yet): {PLAIN}"
     return None
 
 

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxwan.config import TransformerConfig
-from jaxwan.convert.diffusers import TRANSFORMER
+from jaxwan.convert.detect import rules_of
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import OnBytes, fill, flat_shapes, load_arrays, prove
 from jaxwan.models.layers import abstract, axes_of
@@ -172,7 +172,7 @@ def load_weights(
     one = {path: (cfg.num_layers, *leaf.shape[2:]) for path, leaf in shapes[0].items()}
     one |= {path: leaf.shape[1:] for path, leaf in shapes[1].items()}
     sources = [
-        ((i,), files, prove(one, files, TRANSFORMER, what=str(files.paths[0].parent)))
+        ((i,), files, prove(one, files, rules_of("transformer", cfg, files.shapes), what=str(files.paths[0].parent)))
         for i, files in enumerate(experts)
     ]
     targets = {path: (leaf, leaf.sharding) for part in shapes for path, leaf in part.items()}

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxwan.convert.diffusers import TRANSFORMER, image_encoder_rules, text_encoder_rules
-from jaxwan.convert.diffusers import VAE as VAE_RULES
+from jaxwan.convert.detect import rules_of
 from jaxwan.convert.files import TensorFiles, check_variant, is_weights, list_files
 from jaxwan.convert.load import OnBytes, count_bytes, flat_shapes, load_state, prove, targets_of
 from jaxwan.convert.rules import CheckpointError, Rule, Target
@@ -222,11 +221,8 @@ def check_weights(checkpoint: Checkpoint) -> str:
 
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:
     """The rule table for a component's files."""
-    if name == "image_encoder" and checkpoint.image_encoder is not None:
-        return image_encoder_rules(files.shapes, checkpoint.image_encoder.num_hidden_layers)
-    if name == "text_encoder":
-        return text_encoder_rules(files.shapes)
-    return VAE_RULES if name == "vae" else TRANSFORMER
+    component = "transformer" if name in checkpoint.experts else name
+    return rules_of(component, getattr(checkpoint, component), files.shapes, what=str(checkpoint.folder / name))
 
 
 def default_dtype(device: jax.Device) -> str:

@@ -163,15 +163,6 @@ def test_what_is_in_a_file_instead_of_tensors_is_recognised(tmp_path, data, word
 
 KEY = "blocks.0.attn1.to_q"
 FOREIGN = {  # tensors beside or instead of those of a DiT in Diffusers' layout -> the words for them
-    "original": ({"blocks.0.self_attn.q.weight": "BF16", "head.modulation": "BF16"}, "the original Wan"),
-    "original, renamed in part": ({"blocks.0.cross_attn.norm_q.weight": "F32", "proj_out.bias": "F32"}, "original Wan"),
-    "original VAE": ({"decoder.middle.0.residual.0.gamma": "F32"}, "the original Wan"),
-    "original UMT5": ({"token_embedding.weight": "BF16", "blocks.0.attn.q.weight": "BF16"}, "the original Wan"),
-    "original CLIP": ({"visual.transformer.0.norm1.weight": "F16"}, "the original Wan"),
-    "ComfyUI": ({"model.diffusion_model.blocks.0.self_attn.q.weight": "F16"}, "begin with 'model.diffusion_model.'"),
-    "training": ({f"module.{KEY}.weight": "F32"}, "begin with 'module.'"),
-    "plain fp8": ({f"{KEY}.weight": "F8_E4M3"}, "weights in fp8 .F8_E4M3."),
-    "scaled fp8": ({f"{KEY}.weight": "F8_E4M3", f"{KEY}.scale_weight": "F32"}, "quantised to fp8 with scales"),
     "comfy_quant": ({f"{KEY}.weight": "I8", f"{KEY}.comfy_quant": "U8"}, "quantised, with scales beside them"),
     "nf4": ({f"{KEY}.weight": "U8", f"{KEY}.weight.quant_state.bitsandbytes__nf4": "U8"}, "4 bits by bitsandbytes"),
     "int8": ({f"{KEY}.weight": "I8", f"{KEY}.SCB": "F32"}, "8 bits by bitsandbytes"),
@@ -200,12 +191,14 @@ def test_tensors_that_merely_do_not_fit_are_called_nothing_else():
 @pytest.mark.parametrize("count", [1, 40])
 def test_an_error_is_as_long_for_forty_layers_as_for_one(tmp_path, count):
     """What it looks like comes first, then counts and a few names."""
-    tensors = {f"blocks.{i}.self_attn.{x}.weight": np.ones((2, 2), np.float32) for i in range(count) for x in "qkvo"}
+    tensors = {
+        f"vace_blocks.{i}.self_attn.{x}.weight": np.ones((2, 2), np.float32) for i in range(count) for x in "qkvo"
+    }
     save_file(tensors, tmp_path / f"{DIT}.safetensors")
     wanted = {f"blocks.attn1.{x}.kernel": (count, 2, 2) for x in "qkv"} | {"proj_out.bias": (2,)}
     with pytest.raises(CheckpointError) as error:
         prove(wanted, TensorFiles.find(tmp_path), TRANSFORMER, what="transformer")
     said = str(error.value)
-    assert said.startswith("transformer holds names of the original Wan (or ComfyUI's) layout, which is not read (yet)")
+    assert said.startswith("transformer holds tensors of VACE, which is not implemented")
     assert f"{3 * count + 1} missing (" in said and f"{4 * count} unexpected (" in said
     assert len(said) < 500 and said.count("blocks.") <= 5

@@ -339,7 +339,7 @@ def test_missing_extra_and_misshaped_tensors_are_one_error_that_names_the_folder
     )
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.float64, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [np.int8, np.float64, ml_dtypes.float8_e4m3fnuz])
 def test_a_dtype_that_no_published_file_has_is_refused_by_name(tmp_path, tensors, dtype):
     save_file(tensors | {ROW: tensors[ROW].astype(dtype)}, tmp_path / FILE)
     with pytest.raises(CheckpointError, match=f"{ROW} is [FI][0-9A-Z_]+; readable are F32, BF16, F16"):
