@@ -74,15 +74,20 @@ def config_of(kind: Kind, shapes: Shapes) -> Config:
     """The configuration of a component of published proportions, which its tensors' shapes tell.
 
     What they do not tell is as in every published model: heads of 128 in the DiT and 80 in the image encoder, the
-    levels of a VAE, and the statistics of its latents. Raises ConfigError where a tensor that tells it is not there.
+    levels of a VAE, and the statistics of its latents. Raises ConfigError where a tensor that tells it is not
+    there, or has another number of axes.
     """
     make = {
         "transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder, "image_encoder": _image_encoder,
     }[kind.component]  # fmt: skip
     try:
         return make(shapes, kind.layout == "original")
-    except (KeyError, IndexError, StopIteration, ZeroDivisionError) as error:
+    except ConfigError:
+        raise
+    except KeyError as error:
         raise ConfigError(f"its {kind.component} lacks {error}, which tells its size") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"its {kind.component} has tensors of other shapes than Wan's") from error
 
 
 def _layers(shapes: Shapes, template: str) -> int:
@@ -97,6 +102,8 @@ def _transformer(shapes: Shapes, original: bool) -> TransformerConfig:
 
     embedder = "condition_embedder."
     dim, in_channels, *patch = shapes["patch_embedding.weight"]
+    if dim % _HEAD:
+        raise ConfigError(f"its width {dim} is no multiple of {_HEAD}, the width of Wan's heads")
     image = shapes.get(names("img_emb.proj.0.weight", f"{embedder}image_embedder.norm1.weight"))
     rows = shapes.get(names("img_emb.emb_pos", f"{embedder}image_embedder.pos_embed"))
     return TransformerConfig(

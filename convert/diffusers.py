@@ -94,7 +94,6 @@ TEXT_ENCODER: list[Rule] = [
     Rule("encoder.block.{layer}.layer.1.DenseReluDense.wo.weight", "layers.down.kernel", LINEAR),
     Rule("encoder.block.{layer}.layer.1.layer_norm.weight", "layers.mlp_norm.scale"),
     Rule("encoder.final_layer_norm.weight", "norm.scale"),
-    Rule("spiece_model", None),  # a tokenizer, in ComfyUI's files
 ]
 
 _CLIP = "vision_model."

@@ -185,8 +185,6 @@ def _other_weights(names: Collection[str]) -> str:
         return f"holds {some(others)}: GGUF is quantised and not read (yet); take safetensors of 16 or 32 bits"
     if any(name.endswith(".safetensors") for name in others):
         lora = any("lora" in name.lower() for name in others)
-        return f"holds {some(others)}{', a LoRA by its name,' if lora else ''} and no {wanted}"
-    return (
-        f"holds {some(others)}: pickles, which may run code and so are never read; write them as safetensors, in "
-        "Diffusers by pipe.save_pretrained(FOLDER, safe_serialization=True)"
-    )
+        if lora:
+            return f"holds {some(others)}, a LoRA by its name, and no {wanted}"
+    return f"holds {some(others)} and no {wanted}: give it as --component NAME=FILE (components in Python)"

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.rules import CheckpointError, Shape
-from jaxwan.convert.tensors import DTYPES, MOST_AXES, MOST_HEADER, MOST_NUMBERS, Extent, Reader, Stored, Strided
+from jaxwan.convert.tensors import DTYPES, MOST_AXES, MOST_HEADER, MOST_NUMBERS, Extent, Reader, Strided
 
+_Tensor = Extent | Strided
 _FEW = reprlib.Repr()
 _FEW.maxlevel, _FEW.maxstring, _FEW.maxother = 2, 100, 80
 _MOST_ENTRIES = 1_000_000
@@ -42,7 +43,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def read_torch(path: Path, reader: Reader) -> dict[str, Stored]:
+def read_torch(path: Path, reader: Reader) -> dict[str, _Tensor]:
     """The tensors of a file of torch.save by name, in the order in which they lie in it; reads no number of them.
 
     Where the file holds a state dict inside of another dictionary, as training saves it, those are its tensors:
@@ -71,7 +72,7 @@ def read_torch(path: Path, reader: Reader) -> dict[str, Stored]:
     return dict(sorted(found.items(), key=lambda item: _first_byte(item[1])))
 
 
-def _first_byte(tensor: Stored) -> int:
+def _first_byte(tensor: _Tensor) -> int:
     return tensor.offset if isinstance(tensor, Extent) else tensor.span.offset
 
 
@@ -215,20 +216,20 @@ def _storage(identity: Any, storages: Mapping[str, Extent]) -> _Storage:
 
 def _tensor_v2(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, _more: Any = None
-) -> Stored:
+) -> _Tensor:
     return _tensor(storage, offset, shape, strides, None)
 
 
 def _tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, _more: Any = None
-) -> Stored:
+) -> _Tensor:
     kind = _DTYPES.get(dtype.text) if isinstance(dtype, _Name) else None
     if kind is None:
         raise ValueError(f"it holds a tensor of {_shown(dtype)}")
     return _tensor(storage, offset, shape, strides, kind)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None) -> Stored:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None) -> _Tensor:
     """The tensor that strides make of a storage; each number of it must be one of its own there."""
     if not isinstance(storage, _Storage) or (storage.dtype or dtype) is None:
         raise ValueError(f"a tensor of it has no storage but {_shown(storage)}")
@@ -285,7 +286,7 @@ class _Machine:
             if name in ("PROTO", "FRAME"):
                 continue
             if name == "STOP":
-                if at + 1 != len(program):
+                if at is None or at + 1 != len(program):
                     raise ValueError("its pickle goes on behind its end")
                 return self._pop()
             self._step(name, argument)
@@ -395,7 +396,7 @@ def _is_count(value: Any) -> bool:
 # The state dict
 
 
-def _state_dict(value: Any) -> dict[str, Stored]:
+def _state_dict(value: Any) -> dict[str, _Tensor]:
     """The tensors of a state dict, by name, or of the one that is preferred among those inside of it."""
     for _ in range(_MOST_NESTED):
         if not isinstance(value, dict):
@@ -415,7 +416,7 @@ def _state_dict(value: Any) -> dict[str, Stored]:
     )
 
 
-def _tensors(value: Mapping[Any, Any]) -> Iterator[tuple[str, Stored]]:
+def _tensors(value: Mapping[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
     for name, tensor in value.items():
         if isinstance(tensor, Extent | Strided):
             if not isinstance(name, str) or not name.isprintable():

@@ -20,6 +20,7 @@ Tensors = Mapping[str, Stored]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.")
 _INFIX = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_TOKENIZER = "spiece_model"  # no weights: SentencePiece's file, in ComfyUI's text encoders
 _FP8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older name; its newer one and LightX2V's
 _FOR_ACTIVATIONS = ("scale_input", "input_scale")  # of products in fp8, which are not computed here
@@ -36,6 +37,7 @@ def as_known(tensors: Tensors, reader: Reader, *, what: str) -> dict[str, Stored
     quantisation that are not decoded.
     """
     tensors = _renamed(tensors, _without_prefix(tensors), what)
+    tensors.pop(_TOKENIZER, None)
     tensors = _decoded(tensors, reader, what)
     return _image_encoder(tensors)
 
@@ -159,6 +161,8 @@ def _check_notes(tensors: Tensors, reader: Reader, what: str) -> None:
 
 # The original image encoder
 
+_ONES = {"visual.cls_embedding": (1, 1), "visual.pos_embedding": (1,)}  # axes that ours does not have
+
 
 def _image_encoder(tensors: Tensors) -> dict[str, Stored]:
     """Its one tensor for queries, keys and values is cut into three, and axes of size 1 are gone."""
@@ -171,8 +175,8 @@ def _image_encoder(tensors: Tensors) -> dict[str, Stored]:
             size = tensor.shape[0] // 3
             for i, part in enumerate("qkv"):
                 found[f"{layer}.attn.to_{part}.{kind}"] = tensor.rows(slice(i * size, (i + 1) * size))
-        elif name in ("visual.cls_embedding", "visual.pos_embedding") and isinstance(tensor, Extent):
-            found[name] = replace(tensor, shape=tensor.shape[2 if name == "visual.cls_embedding" else 1 :])
+        elif (ones := _ONES.get(name)) and tensor.shape[: len(ones)] == ones and isinstance(tensor, Extent):
+            found[name] = replace(tensor, shape=tensor.shape[len(ones) :])
         else:
             found[name] = tensor
     return found

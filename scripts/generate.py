@@ -221,7 +221,12 @@ def like(args: argparse.Namespace) -> dict[str, Any]:
             flag = f"--{str(name).replace('_', '-')}"
             again = f"give {flag} again" if hasattr(args, str(name)) else "make it from Python again"
             raise ValueError(f"{args.like} was made from {name!r:.40}, which it does not hold: {again}")
-    if args.model is None and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
+    for name in [str(name) for name in made.get("components", []) if str(name) not in components(args)]:
+        raise ValueError(
+            f"{args.like} was made with a file for {name!r:.40}: say where it is, --component {name:.40}=…"
+        )
+    named = args.model is not None or args.component
+    if not named and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
         raise ValueError(f"{args.like} was made with the model {made.get('model')!r:.200}: say where it is, --model …")
     return made
 
@@ -234,18 +239,32 @@ def dtypes(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
 
 def open_model(args: argparse.Namespace, made: dict[str, Any]) -> "jaxwan.Checkpoint":
     """The named checkpoint, or the bundled one; that of --like's file in the variant that made it."""
-    if args.model is None:
+    model = args.model
+    if model is None and not args.component:
         log.info("no --model: the tiny bundled one, which knows coloured shapes that move over a background")
-    checkpoint = jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL if args.model is None else args.model, args.variant)
+        model = jaxwan.BUNDLED_MODEL
+    checkpoint = jaxwan.open_checkpoint(model, args.variant, components(args))
     if args.variant is None and made.get("model") == checkpoint.name:
         return jaxwan.open_checkpoint(checkpoint, made.get("variant"))
     return checkpoint
 
 
+def components(args: argparse.Namespace) -> dict[str, str]:
+    """The files of --component by name. Raises ValueError for one that is no NAME=FILE, or a name twice."""
+    named: dict[str, str] = {}
+    for text in args.component:
+        name, equals, file = text.partition("=")
+        if not equals or not file or name in named:
+            again = f"names {name} again" if name in named else "is no NAME=FILE"
+            raise ValueError(f"--component {text} {again}: such as --component vae=wan_2.1_vae.safetensors")
+        named[name] = file
+    return named
+
+
 def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") -> str:
     """The bundled model's example, for those who gave no prompt. Raises ValueError for a model that was named."""
     example = checkpoint.defaults.example_prompt
-    if args.model is not None or example is None:
+    if args.model is not None or args.component or example is None:
         raise ValueError('--prompt is missing (an empty one, --prompt "", is allowed)')
     log.info("no --prompt: %r", example)
     return example
@@ -434,7 +453,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--latents", metavar="FILE.npy", help="unit noise to start from, (B, C, T, h, w)")
 
     where = parser.add_argument_group("where and with what")
-    where.add_argument("--model", help="Diffusers-layout folder or Hugging Face id; default: the tiny bundled one")
+    where.add_argument(
+        "--model", help="folder in the Diffusers or original layout, or Hugging Face id; default: the tiny bundled one"
+    )
+    where.add_argument("--component", action="append", default=[], metavar="NAME=FILE",
+                       help="read a part from a file in any layout (docs/checkpoints.md): transformer, transformer_2, "
+                            "vae, text_encoder, image_encoder, or tokenizer (a folder); repeatable, over --model or "
+                            "alone")  # fmt: skip
     where.add_argument("--variant", metavar="NAME",
                        help="of the weights files: fp16 reads diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
     where.add_argument("--mesh", default="pp=1",

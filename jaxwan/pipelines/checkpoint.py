@@ -1,7 +1,7 @@
 """A checkpoint folder as its configuration files describe it: no tensor is read here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,10 @@ from jaxwan.config import (
     read_json,
     recognise,
 )
-from jaxwan.convert.files import is_weights, list_files
+from jaxwan.convert.files import TensorFiles, is_weights, list_files
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind, local_path
+from jaxwan.pipelines.components import check_components, configs_of, files_at, noise_of, original_components
 from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
 from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
@@ -47,7 +48,11 @@ CHANNEL_MASK = 4  # mask channels beside the image latents of a 36-channel model
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a Diffusers folder. `variant` is the published model it is, or is built like."""
+    """What is in a Diffusers folder, or in parts that were named one by one.
+
+    `variant` is the published model it is, or is built like. `parts`: where those components lie that are not in the
+    folder, which in a checkpoint of such parts alone is the transformer's own file, or their folder.
+    """
 
     folder: Path
     transformer: TransformerConfig
@@ -61,6 +66,7 @@ class Checkpoint:
     defaults: Defaults
     hub_id: str | None = None  # where the weights are still to be fetched from
     weights_variant: str | None = None  # in the names of weights files: "fp16"
+    parts: tuple[tuple[str, Path], ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,8 +76,16 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, read once; None in a folder of configurations alone. Raises as `load_tokenizer` does."""
-        folder = self.folder / "tokenizer"
+        folder = self.place("tokenizer")
         return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+    def place(self, component: str) -> Path:
+        """The file or folder that a component is read from."""
+        return dict(self.parts).get(component, self.folder / component)
+
+    def files(self, component: str) -> TensorFiles:
+        """The tensors of a component. Raises OSError where there are none."""
+        return files_at(self.place(component), self.weights_variant)
 
     @property
     def image_input(self) -> ImageInput:
@@ -96,19 +110,88 @@ class Checkpoint:
         return ("vae", *(name for name, config in encoders.items() if config is not None), *self.experts)
 
 
-def open_checkpoint(model: "str | Path | Checkpoint", variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: "str | Path | Checkpoint | None", variant: str | None = None, components: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """The configurations of a folder or hub id (of which no weights are fetched); a Checkpoint is itself.
 
     variant: of the weights files, as Diffusers names them: "fp16" reads diffusion_pytorch_model.fp16.safetensors, and
-    plain files in components that have none of it. Raises OSError where there is no checkpoint, ValueError for what is
-    not implemented.
+    plain files in components that have none of it. components: files in any layout (docs/checkpoints.md) to read parts
+    from, by name ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"; "tokenizer": a folder),
+    instead of the model's own, whose configurations they must fit; with model None they are all that there is, and
+    their configurations follow from their tensors. A folder may also be one of the original repositories.
+    Raises OSError where there is no checkpoint, ValueError for what is not implemented.
     """
     if not (variant is None or (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant))):
         raise ValueError(f"variant={variant!r:.40} is no variant's name, such as 'fp16'")
+    paths = check_components(components)
+    if model is None and paths:
+        return replace(_assemble(paths), weights_variant=variant)
     if isinstance(model, Checkpoint):
-        return model if variant is None else replace(model, weights_variant=variant)
-    checkpoint = replace(read_checkpoint(find_checkpoint(model)), weights_variant=variant)
-    return checkpoint if _local(model).is_dir() else replace(checkpoint, hub_id=str(model))
+        return _with_parts(model if variant is None else replace(model, weights_variant=variant), paths)
+    folder = find_checkpoint(model)
+    if not (folder / "model_index.json").is_file() and (own := original_components(folder)):
+        return replace(_assemble(own | paths, folder), weights_variant=variant)
+    checkpoint = replace(read_checkpoint(folder), weights_variant=variant)
+    return _with_parts(checkpoint if _local(model).is_dir() else replace(checkpoint, hub_id=str(model)), paths)
+
+
+def _with_parts(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> Checkpoint:
+    """A checkpoint of which these parts are read from other files."""
+    unknown = [name for name in paths if name not in (*checkpoint.components, "tokenizer")]
+    if unknown:
+        has = ", ".join((*checkpoint.components, "tokenizer"))
+        raise ValueError(f"components: {checkpoint.name} has no {', '.join(unknown)}; its parts are {has}")
+    return replace(checkpoint, parts=tuple((dict(checkpoint.parts) | dict(paths)).items()))
+
+
+_BOUNDARIES = {"Wan2.2-T2V-A14B": 0.875, "Wan2.2-I2V-A14B": 0.9}  # which no file of weights holds
+
+
+def _assemble(paths: Mapping[str, Path], folder: Path | None = None) -> Checkpoint:
+    """The checkpoint that parts make, of an original repository's folder or named one by one; of what no tensor tells
+    it is as published. Raises ValueError for parts that lack others, or are not implemented."""
+    for name in ("transformer", "vae"):
+        if name not in paths:
+            raise ValueError(f"components lack a {name}: {_add(name)}")
+    configs: dict[str, Any] = configs_of(paths)
+    transformer, experts = (
+        configs["transformer"],
+        tuple(name for name in ("transformer", "transformer_2") if name in paths),
+    )
+    vae, text_encoder = configs["vae"], configs.get("text_encoder")
+    variant = recognise(transformer, len(experts), expand_timesteps=vae.z_dim == transformer.in_channels == 48)
+    alone = len(experts) == 1 and (variant.experts == 2 or noise_of(paths["transformer"]) is not None)
+    for name, needed in (
+        ("transformer_2", alone),
+        ("image_encoder", variant.image_input is ImageInput.CHANNELS_AND_CLIP),
+        ("tokenizer", text_encoder is not None),
+    ):
+        if needed and name not in paths:
+            raise ValueError(f"components lack a {name}, which {variant.name} needs: {_add(name)}")
+    if len(experts) > variant.experts:
+        raise ValueError(f"components: {variant.name}, which {paths['transformer']} is, has no transformer_2")
+    shift = 5.0 if variant.image_input is ImageInput.FIRST_FRAME else 3.0
+    checkpoint = Checkpoint(
+        folder=folder or paths["transformer"],
+        transformer=transformer,
+        experts=experts,
+        vae=vae,
+        text_encoder=text_encoder,
+        image_encoder=configs.get("image_encoder"),
+        sampler=SamplerDefaults("unipc", 2, shift),
+        boundary_ratio=_BOUNDARIES.get(variant.name),
+        variant=variant,
+        defaults=variant.defaults,
+        parts=tuple(paths.items()),
+    )
+    _check_channels(checkpoint)
+    return checkpoint
+
+
+def _add(name: str) -> str:
+    kind = "FOLDER (with a tokenizer.json)" if name == "tokenizer" else "FILE"
+    return f"add --component {name}={kind} (components={{{name!r}: …}} in Python)"
 
 
 def ensure_weights(checkpoint: Checkpoint) -> None:
@@ -116,10 +199,11 @@ def ensure_weights(checkpoint: Checkpoint) -> None:
     if checkpoint.hub_id is None:
         return
     others = ["image_processor/preprocessor_config.json"] * (checkpoint.image_encoder is not None)
-    fetch_weights(checkpoint.hub_id, checkpoint.folder, checkpoint.components, checkpoint.weights_variant, others)
+    own = [name for name in checkpoint.components if name not in dict(checkpoint.parts)]
+    fetch_weights(checkpoint.hub_id, checkpoint.folder, own, checkpoint.weights_variant, others)
 
 
-def find_checkpoint(model: str | Path) -> Path:
+def find_checkpoint(model: str | Path | None) -> Path:
     """The folder of a path or a hub id, whose configurations are fetched.
 
     Raises ValueError for an empty text, FileNotFoundError when there is no such folder and the text is no hub id,
@@ -134,8 +218,8 @@ def find_checkpoint(model: str | Path) -> Path:
         return path
     if path.is_file():
         raise NotADirectoryError(
-            f"{text} is a file; a checkpoint is a folder in the Diffusers layout: single files, such as ComfyUI's or a "
-            "LoRA, are not read (yet)"
+            f"{text} is a file, and a checkpoint has several parts: give each as --component NAME=FILE (components in "
+            "Python), such as transformer, vae, text_encoder and tokenizer"
         )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"there is no folder {text} (and a hub id has the form owner/name)")

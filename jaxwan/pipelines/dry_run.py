@@ -177,7 +177,7 @@ class DryRun:
 
 
 def dry_run(
-    model: "str | Path | Checkpoint",
+    model: "str | Path | Checkpoint | None" = None,
     *,
     mesh: str | MeshSpec | None = None,
     ulysses: int | None = None,
@@ -185,6 +185,7 @@ def dry_run(
     vae_dtype: Any = "float32",
     vae_devices: int | None = None,
     variant: str | None = None,
+    components: Mapping[str, Any] | None = None,
     device_memory: int | str | None = None,
     **call: Any,
 ) -> DryRun:
@@ -193,9 +194,10 @@ def dry_run(
     Of weights the headers are read, where the folder has any, so that what cannot be loaded is refused here too; of a
     source video what its header says.
 
-    call: arguments of a WanPipeline call; prompt and images may be left out. dtype None: bfloat16 when device_memory
-    names an accelerator's, else what the devices here would use. device_memory: of one device, "80GB" or bytes, of
-    which JAX takes 75 % (XLA_CLIENT_MEM_FRACTION; scripts/generate.py says 0.92); None: what JAX took of the present
+    components: as of `open_checkpoint`. call: arguments of a WanPipeline call; prompt and images may be left out.
+    dtype None: bfloat16 when device_memory names an accelerator's, else what the devices here would use.
+    device_memory: of one device, "80GB" or bytes, of which JAX takes 75 % (XLA_CLIENT_MEM_FRACTION;
+    scripts/generate.py says 0.92); None: what JAX took of the present
     accelerator's, where there is one. Raises as `WanPipeline.from_pretrained` and a call do.
 
         print(dry_run("Wan-AI/Wan2.2-T2V-A14B-Diffusers", mesh="pp=4", device_memory="80GB", num_frames=81))
@@ -204,7 +206,7 @@ def dry_run(
     own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
     spec, memory = MeshSpec.parse(mesh, ulysses), parse_memory(device_memory)
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
-    checkpoint = open_checkpoint(model, variant)
+    checkpoint = open_checkpoint(model, variant, components)
     check_mesh(spec, checkpoint)
     job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
     check_use(spec, checkpoint, job)

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,12 +48,11 @@ def load_parts(
     """
     start = time.perf_counter()
     devices = place(checkpoint, mesh, job, vae_devices)
-    folder = checkpoint.folder
     tokenizer = checkpoint.tokenizer
     if tokenizer is None and checkpoint.text_encoder is not None:
-        tokenizer = load_tokenizer(folder / "tokenizer")  # raises
+        tokenizer = load_tokenizer(checkpoint.place("tokenizer"))  # raises
     clip = checkpoint.image_encoder is not None
-    processor = load_image_processor(folder / "image_processor") if clip else None
+    processor = load_image_processor(_image_processor(checkpoint)) if clip else None
     first = devices.devices.flat[0]
     dtype = dtype or default_dtype(first)
     files, found = prove_components(checkpoint, dtype, vae_dtype)
@@ -73,6 +73,12 @@ def load_parts(
     return parts.filled(*loaded)._replace(seconds={"prepare": prepare} | phases.seconds)
 
 
+def _image_processor(checkpoint: Checkpoint) -> Path | None:
+    """Its folder; None for parts that were named one by one, of which none says it: the published models' own then."""
+    folder = checkpoint.place("image_processor")
+    return None if checkpoint.parts and not folder.is_dir() else folder
+
+
 def load_tensors(
     checkpoint: Checkpoint, parts: Parts, files: Mapping[str, TensorFiles], progress: OnBytes
 ) -> tuple[dict[str, nnx.State], Weights]:
@@ -82,7 +88,7 @@ def load_tensors(
     states = {
         name: load_state(
             models[name][1], files[name], component_rules(name, checkpoint, files[name]), placed=placed,
-            what=str(checkpoint.folder / name), progress=progress,
+            what=str(checkpoint.place(name)), progress=progress,
         )
         for name, placed in parts.states().items()
     }  # fmt: skip
@@ -185,13 +191,13 @@ def prove_components(
     states |= dict.fromkeys(checkpoint.experts, expert)
     shapes = {name: {path: leaf.shape for path, leaf in flat_shapes(state).items()} for name, state in states.items()}
     folder, variant = checkpoint.folder, checkpoint.weights_variant
-    check_variant(variant, {name: list_files(folder / name) for name in shapes}, what=str(folder))
-    files = {name: TensorFiles.find(folder / name, variant) for name in shapes}
+    check_variant(variant, {name: list_files(checkpoint.place(name)) for name in shapes}, what=str(folder))
+    files = {name: checkpoint.files(name) for name in shapes}
     problems, found = [], {}
     for name, targets in shapes.items():
         try:
             rules = component_rules(name, checkpoint, files[name])
-            found[name] = prove(targets, files[name], rules, what=str(folder / name))
+            found[name] = prove(targets, files[name], rules, what=str(checkpoint.place(name)))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -204,8 +210,8 @@ def check_weights(checkpoint: Checkpoint) -> str:
 
     Raises as `prove_components`, but for what a hub id can still fetch.
     """
-    folders = [checkpoint.folder / name for name in checkpoint.components]
-    if not any(is_weights(name) for folder in folders for name in list_files(folder)):
+    places = [checkpoint.place(name) for name in checkpoint.components]
+    if not any(place.is_file() or any(map(is_weights, list_files(place))) for place in places):
         return f"not checked: {checkpoint.name} has none here" + " yet" * (checkpoint.hub_id is not None)
     try:
         files, found = prove_components(checkpoint)
@@ -214,7 +220,7 @@ def check_weights(checkpoint: Checkpoint) -> str:
             raise
         return f"not checked: not all are fetched ({error})"
     if checkpoint.text_encoder is not None and checkpoint.tokenizer is None and checkpoint.hub_id is None:
-        load_tokenizer(checkpoint.folder / "tokenizer")  # raises: where there are weights, it is to be there too
+        load_tokenizer(checkpoint.place("tokenizer"))  # raises: where there are weights, it is to be there too
     num_bytes = sum(files[name].num_bytes(key) for name, keys in found.items() for key in keys)
     return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read"
 
@@ -222,7 +228,7 @@ def check_weights(checkpoint: Checkpoint) -> str:
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:
     """The rule table for a component's files."""
     component = "transformer" if name in checkpoint.experts else name
-    return rules_of(component, getattr(checkpoint, component), files.shapes, what=str(checkpoint.folder / name))
+    return rules_of(component, getattr(checkpoint, component), files.shapes, what=str(checkpoint.place(name)))
 
 
 def default_dtype(device: jax.Device) -> str:

@@ -51,7 +51,7 @@ class WanPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path | Checkpoint,
+        model: str | Path | Checkpoint | None = None,
         mesh: str | MeshSpec | None = None,
         dtype: Any = None,
         vae_dtype: Any = "float32",
@@ -59,6 +59,7 @@ class WanPipeline:
         ulysses: int | None = None,
         vae_devices: int | None = None,
         variant: str | None = None,
+        components: Mapping[str, str | Path] | None = None,
         warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
         **unknown: Any,
@@ -70,8 +71,8 @@ class WanPipeline:
         rounding. A pipeline with more ranks of dp than a call has videos leaves some idle. ulysses: how many of sp's
         devices trade tokens for heads, where that is not to be as many as can; 1 is ring attention alone. dtype is the
         DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators (with
-        Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", as
-        `open_checkpoint` takes it.
+        Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", and
+        components: files for parts, {"vae": FILE}, both as `open_checkpoint` takes them.
 
         vae_devices: how many devices of its own, behind the mesh's, the VAE has; None: it is on all of the mesh's. It
         splits every frame over its devices, which changes results by rounding alone. With its own it can work beside
@@ -87,13 +88,13 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
-        known = "model mesh dtype vae_dtype ulysses vae_devices variant warmup progress"
+        known = "model mesh dtype vae_dtype ulysses vae_devices variant components warmup progress"
         refuse_unknown(unknown, tuple(known.split()))
         own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
         ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
         spec, dtype = MeshSpec.parse(mesh, ulysses), parse_dtype("dtype", dtype)
         vae_dtype = parse_dtype("vae_dtype", vae_dtype)
-        checkpoint = open_checkpoint(model, variant)
+        checkpoint = open_checkpoint(model, variant, components)
         if not isinstance(warmup, Mapping | Job | None):
             raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
         job = warmup
@@ -236,6 +237,8 @@ class WanPipeline:
         made_by = {"model": self.checkpoint.name, "dtype": str(self.parts.denoiser.dtype), "vae_dtype": str(vae_dtype)}
         if self.checkpoint.weights_variant is not None:
             made_by["variant"] = self.checkpoint.weights_variant
+        if self.checkpoint.parts:
+            made_by["components"] = [name for name, _ in self.checkpoint.parts]  # from files of their own
         return tuple(made_by | settings for settings in job.settings())
 
     def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **call: Any) -> Warmup:

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from jaxwan import __version__
-from jaxwan.convert.files import TensorFiles
 from jaxwan.pipelines.axes import to_internal, to_public
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import Entry
@@ -69,9 +68,7 @@ def load_entry(path: Path, checkpoint: Checkpoint, model: dict[str, Any]) -> tup
 
 def identity(checkpoint: Checkpoint, dtype: Any) -> dict[str, Any]:
     """What must be the same where a video goes on: the DiT's configuration, its tensors but for their values, dtype."""
-    files = {
-        name: TensorFiles.find(checkpoint.folder / name, checkpoint.weights_variant) for name in checkpoint.experts
-    }
+    files = {name: checkpoint.files(name) for name in checkpoint.experts}
     tensors = {name: sorted(found.kinds().items()) for name, found in files.items()}
     digest = hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
     about = asdict(checkpoint.transformer) | {"experts": len(tensors), "dtype": str(dtype), "tensors": digest}

@@ -126,8 +126,8 @@ def test_shards_in_another_folder_are_refused(tmp_path):
     [
         ([f"{DIT}.fp16.safetensors"], "those of a variant: give --variant fp16 .variant='fp16' in Python."),
         ([f"{TEXT}.bf16-00001-of-00002.safetensors"], "those of a variant: give --variant bf16"),
-        ([f"{DIT}.bin"], f"holds {DIT}.bin: pickles, which may run code .*safe_serialization=True"),
-        (["pytorch_model-00001-of-00002.bin", "a.pth", "b.pt"], "holds a.pth, b.pt, .*pickles"),
+        ([f"{DIT}.bin"], f"holds {DIT}.bin and no {DIT}.safetensors .*: give it as --component"),
+        (["pytorch_model-00001-of-00002.bin", "a.pth", "b.pt"], "holds a.pth, b.pt, .*--component NAME=FILE"),
         (["wan-Q4_K_M.gguf"], "holds wan-Q4_K_M.gguf: GGUF is quantised and not read"),
         (["pytorch_lora_weights.safetensors"], "a LoRA by its name, and no"),
         (["wan2.1.safetensors"], f"holds wan2.1.safetensors and no {DIT}.safetensors or model.safetensors"),

@@ -1,16 +1,20 @@
 """The original layout: tensors that were renamed independently give their Diffusers twin's parameters, bit for bit; at
 full size the tables ask for as many tensors as the published files hold."""
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from originals import original_image_encoder, original_text_encoder, original_transformer, original_vae, scaled_fp8
 from safetensors.torch import load_file, save_file
 
-from jaxwan.config import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from jaxwan.config import ConfigError, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from jaxwan.convert.detect import Kind, config_of, kind_of, rules_of
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes, load_state
@@ -105,6 +109,7 @@ def test_scaled_fp8_is_its_numbers_times_their_scale(checkpoint, tmp_path, newer
 # At full size
 
 
+LAYOUTS = ("original", "diffusers")
 CONFIGS = {
     ("transformer", "1.3B"): (TransformerConfig(num_attention_heads=12, num_layers=30, ffn_dim=8960), 825),
     ("transformer", "5B"): (
@@ -171,6 +176,31 @@ def test_the_image_encoder_is_recognised_at_full_size():
     last = {"visual.transformer.31.attn.proj.weight": (1280, 1280)}  # which is not read
     assert config_of(Kind("image_encoder", "original"), expected | last) == config
     assert expected["visual.pos_embedding"] == (257, 1280) and expected["visual.cls_embedding"] == (1280,)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """(component, size, layout) -> the shapes of all tensors, by name."""
+    made = {(*case, layout): sources(case[0], CONFIGS[case][0], layout)[2] for case in CONFIGS for layout in LAYOUTS}
+    small = {"blocks.0", "encoder.block.0", "coder.downsamples.0", "coder.down_blocks.0"}
+    return {
+        key: {n: s for n, s in shapes.items() if "block" not in n or any(part in n for part in small)}
+        for key, shapes in made.items()
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_shapes_of_any_kind_tell_a_configuration_or_are_refused(published, data):
+    component, size = data.draw(st.sampled_from(list(CONFIGS)))
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    shapes = dict(published[component, size, layout])
+    for name in data.draw(st.lists(st.sampled_from(sorted(shapes)), max_size=3)):
+        shapes[name] = tuple(data.draw(st.lists(st.integers(0, 300), max_size=5)))
+    for name in data.draw(st.lists(st.sampled_from(sorted(shapes)), max_size=3)):
+        shapes.pop(name, None)
+    with contextlib.suppress(ConfigError):
+        config_of(Kind(component, layout), shapes)
 
 
 def test_another_component_is_refused_by_its_name():

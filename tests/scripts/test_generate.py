@@ -724,7 +724,7 @@ BAD = [
     (["--latents", "NOISE"], "of shape (1, 16, 2, 4, 4), expected floats of shape (1, 16, 5, 8, 12)"),
     (["--model", "no-such-folder", "--prompt", "a"], "there is no folder no-such-folder"),
     (["--model", ".", "--prompt", "a"], ". is no Diffusers checkpoint: it has no model_index.json"),
-    (["--model", "CLIP", "--prompt", "a"], "clip.mp4 is a file; a checkpoint is a folder"),
+    (["--model", "CLIP", "--prompt", "a"], "clip.mp4 is a file, and a checkpoint has several parts"),
     (["--output", "clip.avi"], "output clip.avi must end in .mp4 or .gif for 17 frame(s)"),
     (["--output", "clip.png"], "must end in .mp4 or .gif for 17 frame(s)"),
     (["--output", "CLIP/clip.mp4"], "cannot be written"),
@@ -830,6 +830,26 @@ def test_the_variant_of_the_weights_is_a_flag_and_one_of_the_settings_that_make_
         made = {"jaxwan": "0", "model": model, "variant": "fp16", "call": {"prompt": "a"}}
         monkeypatch.setattr(jaxwan, "read_settings", lambda path, made=made: made)
         assert run("--model", folder, "--dry-run", "--like", "x.mp4")[0] == expected
+
+
+def test_parts_from_files_of_their_own_are_flags_and_asked_for_again(run, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "model"))
+    vae = next((folder / "vae").glob("*.safetensors")).rename(tmp_path / "vae.safetensors")
+    assert run("--model", folder, "--dry-run")[0] == 1
+    assert run("--model", folder, "--dry-run", "--component", f"vae={vae}")[0] == 0
+    made = {"jaxwan": "0", "model": "model", "components": ["vae"], "call": {"prompt": "a"}}
+    monkeypatch.setattr(jaxwan, "read_settings", lambda path: made)
+    assert run("--model", folder, "--dry-run", "--like", "x.mp4", "--component", f"vae={vae}")[0] == 0
+    for flags, words in (
+        (["--like", "x.mp4"], "was made with a file for 'vae': say where it is, --component vae="),
+        (["--component", "vae"], "--component vae is no NAME=FILE: such as --component vae=wan_2.1_vae.safetensors"),
+        (["--component", f"vae={vae}", "--component", "vae=x"], "--component vae=x names vae again"),
+        (["--component", "vae=none.pth"], "vae: there is no file or folder none.pth"),
+        (["--component", f"unet={vae}"], "'unet' is none of transformer, transformer_2, vae, text_encoder, image_enc"),
+        (["--component", f"image_encoder={vae}"], "has no image_encoder; its parts are vae, text_encoder, transformer"),
+    ):
+        status, _, err = run("--model", folder, "--dry-run", *flags)
+        assert status == 1 and words in err
 
 
 # Hub ids

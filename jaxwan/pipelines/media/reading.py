@@ -110,13 +110,15 @@ def fit_size(image_height: int, image_width: int, area: int, stride: int) -> tup
     return height, width
 
 
-def load_image_processor(folder: str | Path) -> Any:
-    """The CLIP image processor of a checkpoint's `image_processor` folder.
+def load_image_processor(folder: str | Path | None) -> Any:
+    """The CLIP image processor of a checkpoint's `image_processor` folder; None: the published checkpoints'.
 
     Always the PIL one: the class that transformers picks by itself gives other pixels where torchvision is installed.
     """
     from transformers import CLIPImageProcessorPil
 
+    if folder is None:
+        return CLIPImageProcessorPil()  # whose defaults are theirs
     path = Path(folder) / "preprocessor_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no preprocessor_config.json, which the image encoder's input needs")
@@ -161,7 +163,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text or "")
     except ValueError:
         settings = None
-    kinds = {"jaxwan": str, "call": dict, "inputs": list}
+    kinds = {"jaxwan": str, "call": dict, "inputs": list, "components": list}
     given = settings if isinstance(settings, dict) else {}
     right = all(isinstance(given[name], kinds[name]) for name in kinds.keys() & given.keys())
     if not right or not {"jaxwan", "call"} <= given.keys():

@@ -1,0 +1,100 @@
+"""Parts of a checkpoint that are named one by one: files in any layout, and what they are by their content."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxwan.config import ConfigError
+from jaxwan.convert.detect import Config, config_of, kind_of
+from jaxwan.convert.files import TensorFiles, list_files
+from jaxwan.convert.foreign import describe_tensors
+from jaxwan.pipelines.arguments import local_path
+
+EXPERTS = {"transformer": "high", "transformer_2": "low"}  # and the noise that each is for
+WEIGHTS = (*EXPERTS, "vae", "text_encoder", "image_encoder")
+COMPONENTS = (*WEIGHTS, "tokenizer")
+_NOISE = re.compile(r"(?<![a-z])(high|low)(?:[_-]?noise)?(?![a-z])")
+_ORIGINAL = {
+    "vae": r"Wan2\.[12]_VAE\.(pth|safetensors)",
+    "text_encoder": r"models_t5_.*\.(pth|safetensors)",
+    "image_encoder": r"models_clip_.*\.(pth|safetensors)",
+}  # files at the root of an original repository
+
+
+def check_components(components: Mapping[str, Any] | None) -> dict[str, Path]:
+    """Component -> the file or folder that it is read from.
+
+    Raises ValueError for a name of no component, and for an expert that a file is not by its name; FileNotFoundError
+    for what is not there.
+    """
+    if not isinstance(components, Mapping | None):
+        raise ValueError(f"components={components!r:.60} are no names with a file each, such as {{'vae': FILE}}")
+    paths = {}
+    for name, path in (components or {}).items():
+        if name not in COMPONENTS:
+            raise ValueError(f"components: {name!r:.40} is none of {', '.join(COMPONENTS)}")
+        if not isinstance(path, str | Path):
+            raise ValueError(f"components: {name}={path!r:.40} is no file")
+        paths[name] = local_path(path, name, "give a file or a folder")
+        if not paths[name].exists():
+            raise FileNotFoundError(f"{name}: there is no file or folder {path}")
+    for name, noise in EXPERTS.items():
+        told = noise_of(paths[name]) if name in paths else None
+        if told not in (None, noise):
+            raise ValueError(
+                f"{name} is the {noise}-noise expert, and {paths[name].name} is the other by its name: give it as "
+                f"{next(other for other in EXPERTS if other != name)}"
+            )
+    if "tokenizer" in paths and not (paths["tokenizer"] / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"tokenizer: {paths['tokenizer']} is no folder with a tokenizer.json")
+    return paths
+
+
+def noise_of(path: Path) -> str | None:
+    """ "high" or "low", the expert that a file or folder is by its own name, as no tensor tells; None if by neither."""
+    found = set(_NOISE.findall(path.name.lower()))
+    return found.pop() if len(found) == 1 else None
+
+
+def original_components(folder: Path) -> dict[str, Path]:
+    """The parts of an original repository's folder, as `check_components` returns them; none for any other folder."""
+    found = {}
+    for name, pattern in _ORIGINAL.items():
+        matching = [file for file in list_files(folder) if re.fullmatch(pattern, file)]
+        if matching:
+            found[name] = folder / matching[0]
+    if "vae" not in found:
+        return {}
+    both = {"transformer": folder / "high_noise_model", "transformer_2": folder / "low_noise_model"}
+    found |= {name: path for name, path in both.items() if path.is_dir()} or {"transformer": folder}
+    tokenizer = folder / "google/umt5-xxl"
+    return found | ({"tokenizer": tokenizer} if (tokenizer / "tokenizer.json").is_file() else {})
+
+
+def files_at(path: Path, variant: str | None = None) -> TensorFiles:
+    """The tensors of a component, in a file of any layout or a folder of Diffusers' files."""
+    return TensorFiles((path,)) if path.is_file() else TensorFiles.find(path, variant)
+
+
+def configs_of(paths: Mapping[str, Path]) -> dict[str, Config]:
+    """The configuration of each part with weights, as its tensors tell it.
+
+    Raises ConfigError for a file that holds another component or none, and for experts that differ.
+    """
+    configs = {}
+    for name in (name for name in WEIGHTS if name in paths):
+        files, component = files_at(paths[name]), "transformer" if name in EXPERTS else name
+        kind = kind_of(files.shapes)
+        told = describe_tensors(files.dtypes)
+        if told is not None or kind is None:
+            raise ConfigError(f"{paths[name]} {told or f'holds no {component} of a Wan model'}")
+        if kind.component != component:
+            raise ConfigError(f"{paths[name]} holds a {kind.component} and not a {component}")
+        try:
+            configs[name] = config_of(kind, files.shapes)
+        except ConfigError as error:
+            raise ConfigError(f"{paths[name]}: {error}") from error
+    if configs.get("transformer_2", configs.get("transformer")) != configs.get("transformer"):
+        raise ConfigError(f"{paths['transformer']} and {paths['transformer_2']} are of models that differ in size")
+    return configs
