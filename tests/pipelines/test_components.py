@@ -3,18 +3,22 @@ the Diffusers layout that holds what these files mean."""
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, Family, make_checkpoint
 from originals import original_image_encoder, original_text_encoder, original_transformer, original_vae, scaled_fp8
+from published import PUBLISHED, write_configs
 from runs import IMAGE, PROMPTS
 from safetensors.torch import load_file, save_file
+from tokenizer_files import write_tokenizer
 
 from jaxwan import WanPipeline, dry_run, open_checkpoint
 from jaxwan.config import ConfigError
 from jaxwan.convert.rules import CheckpointError
+from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.components import noise_of
 from jaxwan.pipelines.load import check_weights
 
@@ -103,6 +107,25 @@ def test_an_original_image_encoder_fits_a_model_that_has_one(tmp_path):
     checkpoint = open_checkpoint(tmp_path, components={"image_encoder": tmp_path / "clip.pth"})
     (tmp_path / "image_encoder/model.safetensors").unlink()
     assert "image_encoder" in check_weights(checkpoint)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parts_of_every_published_model_make_its_checkpoint(tmp_path, monkeypatch, name):
+    """From configurations at full size, as `test_original.py` shows that tensors tell them."""
+    expected = read_checkpoint(write_configs(tmp_path / "configs", name))
+    configs = {part: getattr(expected, part) for part in ("transformer", "vae", "text_encoder", "image_encoder")}
+    configs |= dict.fromkeys(expected.experts, expected.transformer)
+    paths = {part: tmp_path / f"{part}.safetensors" for part, config in configs.items() if config is not None}
+    for path in paths.values():
+        path.touch()
+    paths["tokenizer"] = tmp_path / "tokenizer"
+    write_tokenizer(paths["tokenizer"])
+    monkeypatch.setattr(
+        "jaxwan.pipelines.checkpoint.configs_of", lambda given: {n: configs[n] for n in given if n in configs}
+    )
+    ours = open_checkpoint(None, components=paths)
+    assert ours.name == "transformer.safetensors"
+    assert replace(ours, folder=expected.folder, parts=()) == expected
 
 
 # What is refused
