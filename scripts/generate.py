@@ -386,7 +386,8 @@ def tell_end(
         files = [{"path": file.path and str(file.path)} | made for file, made in videos]
         npz = str(saved[-1].path) if args.save_npz is not None and saved[-1].path else None
         print(json.dumps({
-            "files": files, "npz": npz, "mesh": args.mesh, "seconds": {"total": total} | seconds,
+            "files": files, "npz": npz, "mesh": args.mesh, "ulysses": args.ulysses,
+            "seconds": {"total": total} | seconds,
         } | ({"error": "; ".join(errors)} if errors else {}), indent=2))  # fmt: skip
 
 

@@ -162,9 +162,9 @@ def write(args: argparse.Namespace) -> None:
     path = Path(args.output)
     if path.suffix.lower() not in (".svg", ".png"):
         raise ValueError(f"output {path} must end in .svg or .png")
+    schedule = Schedule(MeshSpec.parse(args.mesh), args.videos, args.steps, not args.unguided)
     if path.exists() and not args.overwrite:
         raise ValueError(f"output {path} exists: choose another name, or say --overwrite")
-    schedule = Schedule(MeshSpec.parse(args.mesh), args.videos, args.steps, not args.unguided)
     picture = draw(schedule)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -46,6 +46,7 @@ from jaxwan.sharding.turns import deal
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _LEAST_MEMORY = 10**6  # bytes
+_WORKSPACE = 2**30  # bytes that libraries may ask for beside all that is named
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ class DryRun:
             return " on one device"
         rings = f" in each of {mesh.dp * mesh.cfg} rings" if mesh.dp * mesh.cfg > 1 else ""
         share = f", each stage {mesh.sp * mesh.tp} of them" if mesh.sp * mesh.tp > 1 and stages > 1 else ""
-        if self.utilisation < 0.99 and self.microbatches < self.period * mesh.dp:
+        if idle := self.layers_per_stage.count(0):
+            more = f"; the last {idle} of pp have no layer: pp={stages - idle} does the same"
+        elif self.utilisation < 0.99 and self.microbatches < self.period * mesh.dp:
             more = "; more prompts or videos in one call fill the idle time"
         elif self.utilisation < 0.99 and mesh.cfg > 1:
             more = "; videos without guidance leave half of the devices idle"
@@ -171,7 +174,9 @@ class DryRun:
         if self.memory_fraction < 1:
             room += f", the {self.memory_fraction:.0%} of {_size(self.device_memory)} that JAX takes,"
         if self.fits:
-            return f"fits: {most} of {room} a device".removesuffix(",")
+            left = self.device_memory * self.memory_fraction - max(self.needed_bytes)
+            close = "; that is close: what cuDNN and cuBLAS ask for comes on top" if left < _WORKSPACE else ""
+            return f"fits: {most} of {room} a device".removesuffix(",") + close
         would = "; ".join(self.would_fit) or "nothing tried does: other sizes, lengths, numbers of devices, dtypes"
         return f"DOES NOT FIT: {most} of {room} a device. What would fit: {would}"
 

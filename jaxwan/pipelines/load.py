@@ -116,6 +116,9 @@ def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None, vae_de
     check_mesh(mesh, checkpoint)
     if job is not None:
         check_use(mesh, checkpoint, job)
+    layers = checkpoint.transformer.num_layers
+    if (used := -(-layers // -(-layers // mesh.pp))) < mesh.pp:
+        warn(f"mesh {mesh}: {used} stages hold all {layers} layers and the others none: pp={used} does the same")
     return make_mesh(mesh, vae_devices=vae_devices)
 
 
@@ -136,6 +139,8 @@ def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
             f"what does is tp={_either(fit)}"
         )
     heads //= mesh.tp
+    if mesh.ulysses is not None and mesh.sp == 1 and mesh.ulysses > 1:
+        raise ValueError(f"ulysses={mesh.ulysses} is for devices of sp, and mesh {mesh} has none: leave it out")
     if mesh.ulysses is not None and (mesh.ulysses < 1 or mesh.sp % mesh.ulysses or heads % mesh.ulysses):
         fit = _divisors(math.gcd(mesh.sp, heads))
         raise ValueError(

@@ -104,4 +104,4 @@ def test_any_other_is_refused_with_what_would_fit(checkpoint, mesh, ulysses):
         assert divides
     except ValueError as error:
         assert not divides
-        assert re.search(r"(largest is (cfg|pp)=\d|what does is )", str(error))
+        assert re.search(r"(largest is (cfg|pp)=\d|what does is |leave it out)", str(error))

@@ -1135,7 +1135,7 @@ def test_a_second_scale_needs_a_boundary(tmp_path):
             "ulysses=4 does not divide the 4 devices of sp and the 2 heads that each has: what",
         ),
         (MeshSpec(sp=4, tp=2, ulysses=2), "the 4 devices of sp and the 1 heads that each has: what does is 1"),
-        (MeshSpec(tp=2, ulysses=2), "ulysses=2 does not divide the 1 devices of sp"),
+        (MeshSpec(tp=2, ulysses=2), "ulysses=2 is for devices of sp, and mesh tp=2 has none: leave it out"),
         (MeshSpec(sp=4, ulysses=3), "what does is 1 or 2"),
         (MeshSpec(cfg=3, pp=2), "mesh cfg=3,pp=2: cfg=3 is for the two branches of guidance, the largest is cfg=2"),
     ],
