@@ -216,6 +216,7 @@ def test_a14b_on_four_stages(told):
     phases = [sum(buffers.values()) for buffers in told.activation_bytes.values()]
     assert told.needed_bytes == [weights + max(phases) for weights in told.parameter_bytes]
     denoise, hidden = told.activation_bytes["denoise"], 75_600 * 5120 * 2
+    assert max(told.parameter_bytes) + sum(denoise.values()) < 24 * GB  # the goal for every device until it decodes
     assert denoise["hidden state"] == hidden
     assert denoise["one layer, in attention: q, k, v and the result"] == 4 * hidden
 
