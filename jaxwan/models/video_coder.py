@@ -22,9 +22,8 @@ from jaxwan.models.vae import VAE
 from jaxwan.sharding.space import Space
 
 Direction = Literal["encode", "decode"]
-WHOLE = (
-    16  # latent pixels: of frames whose longer side has fewer, strips would be little more than their neighbours' edge
-)
+# Latent pixels: frames whose longer side has fewer are not split, as strips would be little else than neighbours' edges
+WHOLE = 16
 
 
 class VideoCoder:
