@@ -70,8 +70,12 @@ class Space:
 
     def join(self, x: Shaped[Array, "*p"]) -> Shaped[np.ndarray, "*s"]:
         """The picture that the devices hold, without what is outside of it."""
+        return self.picture(np.asarray(x))
+
+    def picture(self, x: Any) -> Any:
+        """An array of all strips without what is outside of the picture."""
         pixels = x.shape[self.dim] // (self.share * self.mesh.size) * self.size
-        return np.asarray(x)[(slice(None),) * self.dim + (slice(pixels),)]
+        return x[(slice(None),) * self.dim + (slice(pixels),)]
 
     def spread(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(whole, *split)` of what all devices have and of trees of strips, to trees of strips, as a function

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from jaxwan.config import VAEConfig
 from jaxwan.kernels.blend import blend
 from jaxwan.models.causal_conv import Formulation
-from jaxwan.models.video_coder import Direction, VideoCoder
+from jaxwan.models.video_coder import Direction, FrameType, VideoCoder, fetched, to_8_bits
 from jaxwan.sharding.ring import check_types
 from jaxwan.sharding.space import AXIS, Filled, strip_mesh
 
@@ -154,18 +154,18 @@ class TiledCoder:
         return np.concatenate(list(self.encode_chunks(pixels)), axis=1)
 
     def decode_chunks(
-        self, latents: Float[Array | np.ndarray, "b t y x z"]
-    ) -> Iterator[Float[np.ndarray, "b f h w 3"]]:
+        self, latents: Float[Array | np.ndarray, "b t y x z"], frame_type: FrameType = "float32"
+    ) -> Iterator[Float[np.ndarray, "b f h w 3"] | UInt8[np.ndarray, "b f h w 3"]]:
         """As `VideoCoder.decode_chunks`; the tiles' frames are blended, and clamped after."""
-        whole, scale = self.coder.decode_chunks(latents), self.cfg.scale_factor_spatial
+        whole, scale = self.coder.decode_chunks(latents, frame_type), self.cfg.scale_factor_spatial
         cuts = self.tiling.cuts(*(side * scale for side in latents.shape[2:4]))
-        return self._code("decode", np.asarray(latents)) if cuts else whole
+        return self._code("decode", np.asarray(latents), frame_type) if cuts else whole
 
     def decode(self, latents: Float[Array | np.ndarray, "b t y x z"]) -> Float[np.ndarray, "b f h w 3"]:
         """The frames of `decode_chunks` as one array."""
         return np.concatenate(list(self.decode_chunks(latents)), axis=1)
 
-    def _code(self, direction: Direction, x: np.ndarray) -> Iterator[np.ndarray]:
+    def _code(self, direction: Direction, x: np.ndarray, frame_type: FrameType = "float32") -> Iterator[np.ndarray]:
         job, devices = self._job(direction, x.shape), self.mesh.size
         chunks = [slice(0, 1), *(slice(start, start + job.step) for start in range(1, x.shape[1], job.step))]
         made: list[list[Array]] = [[] for _ in chunks]
@@ -175,13 +175,14 @@ class TiledCoder:
             for chunk, parts in zip(chunks, made, strict=True):
                 cache, part = job.code(self.coder.state, cache, tiles[:, :, chunk], filled)
                 parts.append(part)
-        under_way: list[Array] = []  # devices blend while the host copies
+        under_way: list[Any] = []  # devices blend while the host copies
         for parts in made:
-            under_way.append(job.join([jax.device_put(part, self._first) for part in parts]))
+            picture = job.join([jax.device_put(part, self._first) for part in parts])
+            under_way.append(to_8_bits(picture) if frame_type == "uint8" else picture)
             parts.clear()
             if len(under_way) > 1:
-                yield np.asarray(under_way.pop(0))
-        yield np.asarray(under_way.pop())
+                yield fetched(under_way.pop(0))
+        yield fetched(under_way.pop())
 
     def _tiles(self, job: "_Job", x: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
         """A tile for each device, from tile `start` on, and how many latents each has down and across. Behind the last
@@ -216,7 +217,11 @@ class TiledCoder:
             chunks.insert(0, ("later frames", cache, later, part))
         for which, cache, tiles, part in chunks:
             yield f"VAE {direction} in tiles, {which}", job.code, (self.coder.state, cache, tiles, filled)
-            yield f"VAE {direction}, blending, {which}", job.join, ([part.update(sharding=self._first)] * rounds,)
+            rounds_of = ([part.update(sharding=self._first)] * rounds,)
+            yield f"VAE {direction}, blending, {which}", job.join, rounds_of
+            if direction == "decode":
+                picture = jax.eval_shape(job.join, *rounds_of)
+                yield f"8 bits, {which}", to_8_bits, (picture.update(sharding=self._first),)
 
     @property
     def _first(self) -> SingleDeviceSharding:

@@ -7,14 +7,14 @@ what coding the whole video would. Videos come from the host and go there.
 from collections.abc import Callable, Iterator
 from copy import copy
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from jaxwan.geometry import Geometry
 from jaxwan.models.causal_conv import Cache, Formulation
@@ -22,6 +22,7 @@ from jaxwan.models.vae import VAE
 from jaxwan.sharding.space import Space
 
 Direction = Literal["encode", "decode"]
+FrameType = Literal["float32", "uint8"]
 # Latent pixels: frames whose longer side has fewer are not split, as strips would be little else than neighbours' edges
 WHOLE = 16
 
@@ -54,10 +55,10 @@ class VideoCoder:
         """Frames in [-1, 1] to normalised latents, in several calls: of 4k+1 frames, and then of 4k each."""
         return Stream(self, "encode")
 
-    def decode_stream(self) -> "Stream":
-        """Normalised latents to frames in [-1, 1], in several calls: the very first latent frame is one frame, each of
-        the others 4."""
-        return Stream(self, "decode")
+    def decode_stream(self, frame_type: FrameType = "float32") -> "Stream":
+        """Normalised latents to frames in [-1, 1], or in 8 bits, in several calls: the very first latent frame is one
+        frame, each of the others 4."""
+        return Stream(self, "decode", frame_type)
 
     def encode_chunks(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Iterator[Float[np.ndarray, "b 1 y x z"]]:
         """Normalised latents of a video in [-1, 1], a latent frame at a time: of its first frame, then of 4 each.
@@ -71,13 +72,14 @@ class VideoCoder:
         return self.encode_stream()(pixels)
 
     def decode_chunks(
-        self, latents: Float[Array | np.ndarray, "b t y x z"]
-    ) -> Iterator[Float[np.ndarray, "b f h w 3"]]:
-        """The frames of each latent frame in turn, in [-1, 1]: one for the first, 4 for each of the others.
+        self, latents: Float[Array | np.ndarray, "b t y x z"], frame_type: FrameType = "float32"
+    ) -> Iterator[Float[np.ndarray, "b f h w 3"] | UInt8[np.ndarray, "b f h w 3"]]:
+        """The frames of each latent frame in turn: one for the first, 4 for each of the others. In [-1, 1], or in 8
+        bits, which the devices make of the same numbers (`to_8_bits`).
 
-        Raises ValueError for latents of another number of channels, or none at all.
+        Raises ValueError for latents of another number of channels, or none at all, and where 8 bits are to hold NaN.
         """
-        return self.decode_stream().chunks(latents)
+        return self.decode_stream(frame_type).chunks(latents)
 
     def decode(self, latents: Float[Array | np.ndarray, "b t y x z"]) -> Float[np.ndarray, "b f h w 3"]:
         """The video, in [-1, 1], of normalised latents: 4 (t - 1) + 1 frames."""
@@ -118,11 +120,18 @@ class VideoCoder:
                 return jax.ShapeDtypeStruct(part, jnp.float32)
             return jax.ShapeDtypeStruct(space.padded(part), jnp.float32, sharding=place)
 
+        def made(cache: Any, count: int) -> Any:
+            shapes = jax.eval_shape(partial(function, space=space), state, cache, frames(count))
+            return jax.tree.map(lambda leaf: leaf.update(sharding=place), shapes)
+
+        cache, coded = made(None, 1)
+        chunks = [("first frame", None, 1, coded)]
         if shape[1] > 1:
-            cache, _ = jax.eval_shape(partial(function, space=space), state, None, frames(1))
-            cache = jax.tree.map(lambda leaf: leaf.update(sharding=place), cache)
-            yield f"VAE {direction}, later frames", function, (state, cache, frames(stream.step), space)
-        yield f"VAE {direction}, first frame", function, (state, None, frames(1), space)
+            chunks.insert(0, ("later frames", cache, stream.step, made(cache, stream.step)[1]))
+        for which, cache, count, coded in chunks:
+            yield f"VAE {direction}, {which}", function, (state, cache, frames(count), space)
+            if direction == "decode":
+                yield f"8 bits, {which}", to_8_bits, (coded, space)
 
 
 class Stream:
@@ -132,9 +141,9 @@ class Stream:
     call leaves to the next, which uses it up; None before the first. Streams know nothing of each other.
     """
 
-    def __init__(self, coder: VideoCoder, direction: Direction):
+    def __init__(self, coder: VideoCoder, direction: Direction, frame_type: FrameType = "float32"):
         self.cache: Cache | None = None
-        self._coder, self._direction = coder, direction
+        self._coder, self._direction, self._frame_type = coder, direction, frame_type
         self._size: tuple[int, ...] | None = None  # [B, H, W, C] of what is given
         # frames of what is given to a latent one, and pixels
         self.step, self._stride = (coder.geometry.temporal, coder.geometry.spatial) if self._encodes else (1, 1)
@@ -172,10 +181,10 @@ class Stream:
             count = 1 if self.cache is None else self.step
             chunk, given = given[:, :count], given[:, count:]
             self.cache, coded = code(self.cache, chunk if space is None else space.split(chunk), space)
-            under_way.append(coded)
+            under_way.append(to_8_bits(coded, space) if self._frame_type == "uint8" else coded)
             if len(under_way) > 1:
-                yield _fetched(under_way.pop(0), space)
-        yield _fetched(under_way.pop(), space)
+                yield fetched(under_way.pop(0), space)
+        yield fetched(under_way.pop(), space)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         size, cfg, geometry = (shape[0], *shape[2:]), self._coder.cfg, self._coder.geometry
@@ -233,5 +242,32 @@ def _programs(graph: Any, formulation: Formulation | None) -> tuple[Callable, Ca
     return jit(encode), jit(decode)
 
 
-def _fetched(x: Array, space: Space | None) -> np.ndarray:
-    return np.asarray(x) if space is None else space.join(x)
+# Frames in 8 bits
+
+
+class In8Bits(NamedTuple):
+    """Frames that are still on the devices, and whether the VAE computed NaN for any pixel of them."""
+
+    frames: UInt8[Array, "b f h w 3"]
+    damaged: Bool[Array, ""]
+
+
+@partial(jax.jit, static_argnames="space")
+def to_8_bits(frames: Float[Array, "b f h w 3"], space: Space | None = None) -> In8Bits:
+    """Frames in [-1, 1] as 0 to 255, where they are: a quarter of what the host would fetch.
+
+    A program of its own, so that frames in float32 and in 8 bits come of the same numbers, and a step at a time like
+    NumPy's rounding of the former (half to even), for the same bytes. Of frames that a space splits, too.
+    """
+    in_unit_range = frames * 0.5 + 0.5
+    picture = frames if space is None else space.picture(frames)
+    return In8Bits(jnp.round(in_unit_range * 255).astype(jnp.uint8), jnp.isnan(picture).any())
+
+
+def fetched(made: Array | In8Bits, space: Space | None = None) -> np.ndarray:
+    """What devices made, on the host. Raises ValueError for NaN in 8 bits."""
+    if isinstance(made, In8Bits):
+        if made.damaged:
+            raise ValueError("the VAE computed NaN, of which there are no frames: are latents or weights damaged?")
+        made = made.frames
+    return np.asarray(made) if space is None else space.join(made)

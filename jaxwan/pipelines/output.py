@@ -23,10 +23,10 @@ SHOWN_BYTES = 2_000_000  # of all videos shown in a notebook together
 class Output:
     """Videos of a call, prompt-major: prompt 0's, then prompt 1's, …
 
-    frames: float32 in [0, 1], (B, F, H, W, 3); with output_type "pil" a list of lists of images, with "latent" the
-    latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again, such as
-    `pipe(**output.settings[0]["call"])`, and the model's name and dtypes (`Request.settings`). seconds: time that each
-    phase took, compilation apart.
+    frames: (B, F, H, W, 3), float32 in [0, 1] or, with output_type "uint8", bytes; with "pil" lists of images, with
+    "latent" the latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again,
+    such as `pipe(**output.settings[0]["call"])`, and the model's name and dtypes (`Request.settings`). seconds: time
+    that each phase took, compilation apart.
 
     `output[1]` and `output[2:4]` are Outputs too, and `len(output)` counts videos.
     """

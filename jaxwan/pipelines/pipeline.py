@@ -36,7 +36,7 @@ from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
 
-OUTPUT_TYPES = ("np", "latent", "pil")
+OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
 _AT_THE_END = ("output_type", "callback_on_step_end")  # arguments of a call that its job does not know
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
 log = logging.getLogger(__name__)
@@ -193,7 +193,8 @@ class WanPipeline:
             in small models and another result; longer prompts lose their end.
         tiling: a `jaxwan.Tiling` codes frames in overlapping tiles, for less memory, and is another result: that of
             Diffusers' `enable_tiling`. None, the default, is exact.
-        output_type: "np" (frames as float32), "pil" or "latent" (nothing is decoded).
+        output_type: "np" (frames as float32), "uint8" (frames as bytes, a quarter of the memory), "pil" or "latent"
+            (nothing is decoded).
         callback_on_step_end: (pipe, step, timestep, {"latents": …}) is called after every step, and may return a dict
             of other latents to go on with; timestep is a list (one a video, the last one for finished videos) where
             schedules differ. `prepare_encode` and what follows it let you drive the steps yourself.
@@ -226,10 +227,8 @@ class WanPipeline:
         latents = state.results
         if not np.isfinite(latents).all():
             warn("the model computed NaN or infinity: is the checkpoint damaged, or its dtype too narrow for it?")
-        frames = latents if output_type == "latent" else self._decode(latents, progress, _tilings(state.settings))
-        if output_type == "pil":
-            frames = [_to_pil(video) for video in frames]
-        return Output(frames, latents, job.requests[0].fps, state.settings, progress.seconds)
+        output = Output(latents, latents, job.requests[0].fps, state.settings, progress.seconds)
+        return output if output_type == "latent" else self._decoded(output, progress, output_type)
 
     def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
         """What made each video: the call's settings, the model and its numbers."""
@@ -289,18 +288,23 @@ class WanPipeline:
         coder = self._coder(Tiling.parse(tiling))
         return to_public(np.concatenate([coder.encode(video[None]) for video in coded_pixels(frames)]))
 
-    def decode(self, latents: Any, *, tiling: Tiling | Mapping[str, int] | None = None) -> Any:
-        """Frames (B, F, H, W, 3) in [0, 1] of normalised latents (B, C, T, h, w); of an Output of latents, one that has
-        its frames too. tiling as in a call; an Output knows its own, and takes none. ValueError for another shape."""
+    def decode(self, latents: Any, *, tiling: Tiling | Mapping[str, int] | None = None, output_type: str = "np") -> Any:
+        """Frames (B, F, H, W, 3) of normalised latents (B, C, T, h, w); of an Output of latents, one that has frames
+        too. output_type and tiling as in a call; an Output knows its own tiling, and takes none.
+
+        Raises ValueError for another shape.
+        """
+        check_output_type(output_type)
+        if output_type == "latent":
+            raise ValueError("output_type='latent' decodes nothing: choose np, uint8 or pil")
         progress, tiling = Progress(visible=self.progress), Tiling.parse(tiling)
         if isinstance(latents, Output):
             if tiling is not None:
                 raise ValueError("an Output is decoded with the tiling of its call: say it there, or give its .latents")
             progress.seconds |= latents.seconds
-            frames = self._decode(latents.latents, progress, _tilings(latents.settings))
-            return replace(latents, frames=frames, seconds=progress.seconds)
+            return self._decoded(latents, progress, output_type)
         checked = self._checked(latents)
-        return self._decode(checked, progress, [tiling] * len(checked))
+        return self._frames(checked, progress, [tiling] * len(checked), output_type)
 
     def encode_stream(self) -> EncodeStream:
         """`encode` for videos that come in parts: call it with the next frames, which gives their latents.
@@ -317,9 +321,18 @@ class WanPipeline:
         """`decode` for latents that come in parts, as `encode_stream` is `encode` for frames."""
         return DecodeStream(self.parts.coder.decode_stream(), self._checked)
 
-    def _decode(self, latents: np.ndarray, progress: Progress, tilings: Sequence[Tiling | None]) -> np.ndarray:
-        coders = {tiling: self._coder(tiling) for tiling in tilings}
-        return decode_videos([coders[tiling] for tiling in tilings], self.checkpoint.geometry, latents, progress)
+    def _decoded(self, output: Output, progress: Progress, output_type: str) -> Output:
+        """An Output of latents with its frames, and what that took."""
+        frames = self._frames(output.latents, progress, _tilings(output.settings), output_type)
+        return replace(output, frames=frames, seconds=progress.seconds)
+
+    def _frames(
+        self, latents: np.ndarray, progress: Progress, tilings: Sequence[Tiling | None], output_type: str = "np"
+    ) -> Any:
+        coders, geometry = {tiling: self._coder(tiling) for tiling in tilings}, self.checkpoint.geometry
+        of_each, frame_type = [coders[tiling] for tiling in tilings], "float32" if output_type == "np" else "uint8"
+        frames = decode_videos(of_each, geometry, latents, progress, frame_type)
+        return [_to_pil(video) for video in frames] if output_type == "pil" else frames
 
     def _coder(self, tiling: Tiling | None) -> Coder:
         return coder_for(self.parts.coder, tiling)
@@ -404,7 +417,7 @@ class WanPipeline:
 
     def post_decode(self, state: StepState) -> np.ndarray:
         """Frames (B, F, H, W, 3) in [0, 1] of the latents as they are, given first frames put back in."""
-        return self._decode(state.results, Progress(visible=self.progress), _tilings(state.settings))
+        return self._frames(state.results, Progress(visible=self.progress), _tilings(state.settings))
 
     def save_state(self, state: StepState, path: str | Path, *, overwrite: bool = True) -> list[Path]:
         """Write each video with all that its steps need to a .safetensors file; several go beside `path`, as those of
@@ -507,4 +520,4 @@ def _per_sample(timestep: Any, count: int, frames: int, tokens: int) -> np.ndarr
 def _to_pil(video: np.ndarray) -> list:
     from PIL import Image
 
-    return [Image.fromarray(frame) for frame in (video * 255).round().astype(np.uint8)]
+    return [Image.fromarray(frame) for frame in video]

@@ -115,6 +115,8 @@ def test_results_have_the_same_bits_on_any_devices(case):
     tiling, (z, _) = tiling_of(case.cfg, TILE, STRIDE), video(case, "decode", FRAMES, SIZE)
     made = [TiledCoder(case.coder(devices), tiling).decode(z) for devices in (3, 8)]
     np.testing.assert_array_equal(*made)
+    in_8_bits = np.concatenate(list(TiledCoder(case.coder(3), tiling).decode_chunks(z, "uint8")), axis=1)
+    np.testing.assert_array_equal(in_8_bits, ((made[0] * 0.5 + 0.5) * 255).round().astype(np.uint8))
 
 
 def test_what_is_no_larger_than_a_tile_is_coded_as_a_whole_and_so_is_it_in_diffusers(case):
@@ -125,7 +127,7 @@ def test_what_is_no_larger_than_a_tile_is_coded_as_a_whole_and_so_is_it_in_diffu
     made = coder.decode(x)
     assert np.array_equal(made, case.coder().decode(x)) and relative_error(made, expected) < TOLERANCE
     names = [[name for name, *_ in some.programs("decode", x.shape)] for some in (coder, case.coder())]
-    assert names[0] == names[1] == ["VAE decode, first frame"]
+    assert names[0] == names[1] == ["VAE decode, first frame", "8 bits, first frame"]
 
 
 def test_what_the_vae_cannot_code_is_refused_as_without_tiles(case):

@@ -4,9 +4,11 @@ from collections import Counter
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from collectives import collectives
+from compilation import compiling_quickly
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from oracle import relative_error
@@ -15,7 +17,7 @@ from runs import compilations
 from jaxwan.config import VAEConfig
 from jaxwan.models import video_coder
 from jaxwan.models.vae import VAE
-from jaxwan.models.video_coder import VideoCoder
+from jaxwan.models.video_coder import VideoCoder, to_8_bits
 from jaxwan.sharding.space import strip_mesh
 
 # A pixel sees the same numbers on any number of devices, but XLA orders sums, on CPUs those of norms over channels, by
@@ -178,3 +180,39 @@ def test_what_does_not_go_on_with_a_stream_is_refused():
         decode(latents[:, 1:, :, :3])
     assert decode.cache is cache  # as if nothing had been asked
     np.testing.assert_array_equal(decode(latents[:, 1:]), coder("2.1").decode(latents)[:, 1:])
+
+
+# Frames in 8 bits
+
+
+def test_8_bits_are_numpys_rounding_of_the_same_frames():
+    """Of every half between two levels and its neighbours, too, where a fused sum would go the other way."""
+    halves = np.arange(-1, 512, dtype=np.float32) / 2 / 127.5 - 1
+    near = [np.nextafter(halves, np.float32(side)) for side in (-2, 2)]
+    drawn = np.random.default_rng(0).uniform(-1, 1, 3 * 10**6).astype(np.float32)
+    x = np.concatenate([halves, *near, drawn]).clip(-1, 1)
+    x = x[: len(x) // 3 * 3].reshape(1, 1, 1, -1, 3)
+    with compiling_quickly(False):
+        frames, damaged = to_8_bits(jnp.asarray(x))
+    np.testing.assert_array_equal(frames, ((x * 0.5 + 0.5) * 255).round().astype(np.uint8))
+    assert not damaged and {0, 255} <= set(np.unique(frames))
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_frames_come_in_8_bits_from_any_devices(devices):
+    """A picture of 4 latent columns on 3 devices, which hold 6."""
+    z = video("2.1", "decode", (2, 4))
+    expected = ((coder("2.1", devices).decode(z) * 0.5 + 0.5) * 255).round()
+    chunks = list(coder("2.1", devices).decode_chunks(z, "uint8"))
+    assert [chunk.shape[1] for chunk in chunks] == [1, 4, 4] and chunks[0].dtype == np.uint8
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_nan_is_no_frame_in_8_bits(devices):
+    z = video("2.1", "decode", (2, 4))
+    z[0, 1, 0, 3] = np.nan
+    chunks = coder("2.1", devices).decode_chunks(z, "uint8")
+    assert next(chunks).shape[1] == 1
+    with pytest.raises(ValueError, match="the VAE computed NaN, of which there are no frames"):
+        next(chunks)

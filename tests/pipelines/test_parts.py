@@ -16,6 +16,7 @@ from published import edit
 from runs import IMAGE, LAST_IMAGE, NEGATIVES, PROMPTS, compilations, picture, run_diffusers, run_ours, unit_noise
 
 from jaxwan.models.tiles import Tiling
+from jaxwan.pipelines.media import to_uint8
 from jaxwan.pipelines.pipeline import WanPipeline
 
 # An independent float32 implementation differs by 3e-6 to 5e-6 in a forward, by 7e-7 in the VAE.
@@ -134,6 +135,16 @@ def test_encode_and_decode_equal_diffusers_vae_with_normalisation(reference, pip
     tensors = torch.tensor(pixels, requires_grad=True), torch.tensor(actual, requires_grad=True)
     np.testing.assert_array_equal(pipeline(family).encode(tensors[0]), actual)
     np.testing.assert_array_equal(pipeline(family).decode(tensors[1]), frames)
+
+
+def test_bytes_and_pictures_are_the_rounded_frames(pipeline):
+    pipe, latents = pipeline("2.1-t2v", "pp=2"), unit_noise((2, 16, 2, 4, 6))
+    frames, made = pipe.decode(latents), pipe.decode(latents, output_type="uint8")
+    assert made.dtype == np.uint8 and made.std() > 10
+    np.testing.assert_array_equal(made, to_uint8(frames))
+    np.testing.assert_array_equal(np.stack(pipe.decode(latents, output_type="pil")), made)
+    with pytest.raises(ValueError, match="output_type='latent' decodes nothing"):
+        pipe.decode(latents, output_type="latent")
 
 
 def test_tiles_equal_diffusers_tiles_in_a_call_and_on_their_own(reference, pipeline):

@@ -30,7 +30,8 @@ GREY = np.full((32, 48, 3), 128, np.uint8)
 RING = {"ring", "the ring's slots", "a video into its slot", "noise"}
 OUT = "a video out of its slot"
 TILES = Tiling(32, 32, 32, 16)  # side by side: two of 32 columns, and one of 16
-TEXT, DECODE = {"text encoder"}, {"VAE decode, first frame", "VAE decode, later frames"}
+TEXT, FIRST = {"text encoder"}, {"VAE decode, first frame", "8 bits, first frame"}
+DECODE = FIRST | {"VAE decode, later frames", "8 bits, later frames"}
 ENCODE_FIRST, ENCODE = {"VAE encode, first frame"}, {"VAE encode, first frame", "VAE encode, later frames"}
 CASES = {
     # family, mesh, arguments of the warm-up, of the call, programs
@@ -48,7 +49,7 @@ CASES = {
         SIZE | dict(prompt_embeds=np.zeros((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1,
                     sampler="renoise", timesteps=[700, 300, 1]),
         SIZE | dict(prompt_embeds=np.ones((1, 512, 24)), negative_prompt_embeds=np.zeros((1, 512, 24)), num_frames=1,
-                    sampler="renoise", timesteps=[900, 500], seed=1), {"VAE decode, first frame"},
+                    sampler="renoise", timesteps=[900, 500], seed=1, output_type="uint8"), FIRST,
     ),
     "image and last image with CLIP": (
         "2.1-flf2v", "cfg=2", SIZE | dict(image=GREY, last_image=GREY), CALL | dict(image=IMAGE, last_image=LAST_IMAGE),
@@ -60,13 +61,15 @@ CASES = {
     ),
     "video to video": (
         "2.1-t2v", "pp=1", SIZE | dict(video=[picture(i, 32, 48) for i in range(5)]),
-        CALL | dict(video=VIDEO, strength=0.6), TEXT | DECODE | ENCODE,
+        CALL | dict(video=VIDEO, strength=0.6, output_type="uint8"), TEXT | DECODE | ENCODE,
     ),
     "video to video in tiles": (
         "2.1-t2v", "pp=2", SIZE | dict(video=[picture(0, 32, 48)], num_frames=1, tiling=TILES),
-        CALL | dict(video=VIDEO, num_frames=1, tiling=TILES),
-        TEXT | {f"VAE {what}, first frame"
-                for what in ("encode in tiles", "encode, blending", "decode in tiles", "decode, blending")},
+        CALL | dict(video=VIDEO, num_frames=1, tiling=TILES, output_type="uint8"),
+        TEXT | {"8 bits, first frame"} | {
+            f"VAE {what}, first frame"
+            for what in ("encode in tiles", "encode, blending", "decode in tiles", "decode, blending")
+        },
     ),
 }  # fmt: skip
 
@@ -168,7 +171,7 @@ def test_a_pipeline_that_reads_weights_alone_compiles_no_program_of_a_call(folde
     [
         ({"num_frames": 6}, "nearest are 5 and 9"),
         ({"image": GREY}, "it takes no image"),
-        ({"output_type": "gif"}, "output_type='gif' is not one of np, latent, pil"),
+        ({"output_type": "gif"}, "output_type='gif' is not one of np, uint8, pil, latent"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_compiles(pipeline, arguments, words):
