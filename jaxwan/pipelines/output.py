@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxwan import __version__
 from jaxwan.pipelines.arguments import output_path
-from jaxwan.pipelines.media import can_encode_h264, check_output, save_npz, save_output, to_uint8
+from jaxwan.pipelines.media import can_encode, check_output, save_npz, save_output, to_uint8
 from jaxwan.pipelines.request import Job
 
 SHOWN_BYTES = 2_000_000  # of all videos shown in a notebook together
@@ -151,7 +151,7 @@ def comment(settings: Mapping[str, Any]) -> dict[str, str]:
 def _embedded(frames: np.ndarray, fps: float, limit: int) -> str:
     """An HTML element that holds the frames, halved in size until they take no more than `limit` bytes."""
     frames = to_uint8(frames)
-    suffix = ".png" if len(frames) == 1 else ".mp4" if can_encode_h264() else ".gif"
+    suffix = ".png" if len(frames) == 1 else ".mp4" if can_encode(".mp4") else ".gif"
     with TemporaryDirectory() as folder:
         path = Path(folder, "shown" + suffix)
         save_output(frames, path, fps)

@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor
 
 from jaxwan.pipelines.media import (
     FITS,
+    Compression,
     check_output,
     clip_pixels,
     crop_image,
@@ -297,8 +298,8 @@ def test_broken_metadata_is_left_aside_with_a_warning(tmp_path, name):
 def test_a_video_is_saved_as_what_its_name_says(tmp_path):
     save_video(iter(smooth(3)), tmp_path / "clip.gif", 8)
     assert Image.open(tmp_path / "clip.gif").n_frames == 3
-    for name in ("clip.webm", "clip.png", "clip"):
-        with pytest.raises(ValueError, match=f"output .*{name} must end in .mp4 or .gif"):
+    for name in ("clip.avi", "clip.png", "clip"):
+        with pytest.raises(ValueError, match=f"output .*{name} must end in .mp4, .webm or .gif"):
             save_video(smooth(1), tmp_path / name, 8)
 
 
@@ -824,30 +825,57 @@ def test_a_file_with_sound_alone_is_no_video(tmp_path):
 # Output
 
 
-@pytest.mark.parametrize("fps", [16, 12.5, 23.976, Fraction(30000, 1001)])
-def test_an_mp4_gives_back_frames_size_and_rate(tmp_path, fps):
+@pytest.mark.parametrize(
+    ("name", "fps"), [("clip.mp4", fps) for fps in (16, 12.5, 23.976, Fraction(30000, 1001))] + [("clip.webm", 16)]
+)
+def test_a_file_gives_back_frames_size_and_rate(tmp_path, name, fps):
     frames = smooth(9)
-    save_video(frames, tmp_path / "clip.mp4", fps)
-    loaded, rate = load_video(tmp_path / "clip.mp4")
+    save_video(frames, tmp_path / name, fps)
+    loaded, rate = load_video(tmp_path / name)
     assert loaded.shape == frames.shape
     assert float(rate) == pytest.approx(float(fps), rel=1e-9)
     # Halved chroma and compression cost 0.8 %; BT.601 taken for BT.709 would cost 2.3 %.
     assert np.abs(loaded / 255 - frames).mean() < 0.012
-    first, _ = load_video(tmp_path / "clip.mp4", max_frames=2)
+    first, _ = load_video(tmp_path / name, max_frames=2)
     np.testing.assert_array_equal(first, loaded[:2])
 
 
-def test_an_mp4_is_what_browsers_play(tmp_path):
-    path = tmp_path / "clip.mp4"
-    save_video(smooth(5), path, 16)
+@pytest.mark.parametrize(
+    ("name", "codec", "kept"),
+    [("clip.mp4", "h264", {}), ("clip.mp4", "h264", {"crf": 1, "x264_preset": "ultrafast"}), ("clip.webm", "vp9", {})],
+)
+def test_a_video_is_what_browsers_play(tmp_path, name, codec, kept):
+    path = tmp_path / name
+    save_video(smooth(5), path, 16, **kept)
     with av.open(str(path)) as file:
-        stream = file.streams.video[0]
-        context = stream.codec_context
-        assert (context.name, context.pix_fmt, stream.frames) == ("h264", "yuv420p", 5)
+        context = file.streams.video[0].codec_context
+        assert (context.name.removeprefix("lib"), context.pix_fmt) == (codec, "yuv420p")
+        assert codec != "h264" or context.profile in ("High", "Constrained Baseline", "Main")
         tags = (context.color_range, context.colorspace, context.color_primaries, context.color_trc)
+        assert len(list(file.decode(video=0))) == 5
     assert tags == (1, 1, 1, 1)  # limited range, BT.709 thrice
     data = path.read_bytes()
-    assert 0 < data.find(b"moov") < data.find(b"mdat")  # the index comes first
+    assert codec != "h264" or 0 < data.find(b"moov") < data.find(b"mdat")  # the index comes first
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "words"),
+    [
+        ("a.mp4", {"crf": 0}, "crf=0 must be a whole number from 1 to 51 for .*a.mp4"),
+        ("a.mp4", {"crf": 52}, "from 1 to 51"),
+        ("a.webm", {"crf": 64}, "from 1 to 63"),
+        ("a.mp4", {"crf": True}, "crf=True must be"),
+        ("a.gif", {"crf": 20}, "crf=20 is for mp4 and webm, and .*a.gif is neither"),
+        ("a.mp4", {"x264_preset": "fastest"}, "x264_preset='fastest' is not one of ultrafast, superfast, "),
+        ("a.webm", {"x264_preset": "fast"}, "x264_preset=fast is for mp4, and .*a.webm is none"),
+    ],
+)
+def test_a_compression_that_a_file_does_not_take_is_refused(tmp_path, name, kept, words):
+    with pytest.raises(ValueError, match=words):
+        save_video(smooth(2), tmp_path / name, 8, **kept)
+    with pytest.raises(ValueError, match=words):
+        check_output(tmp_path / name, 2, compression=Compression(**kept))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (51, 102, 153)])
@@ -913,7 +941,7 @@ def test_a_failed_mp4_leaves_the_folder_as_it_was(tmp_path, frames, fps, error, 
     assert (tmp_path / "clip.mp4").read_text() == "older"
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "frame.png", "arrays.npz"])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.gif", "frame.png", "arrays.npz"])
 def test_a_full_disk_is_told_with_the_name_that_was_asked_for(tmp_path, name):
     """As far as a limit of the process is like one: SIGXFSZ is ignored by Python."""
     (tmp_path / name).write_text("older")
@@ -924,7 +952,7 @@ def test_a_full_disk_is_told_with_the_name_that_was_asked_for(tmp_path, name):
             if name.endswith("npz"):
                 save_npz(tmp_path / name, frames=frames)
             else:
-                save_output(frames, tmp_path / name, 8)
+                save_output(frames[: 1 if name.endswith("png") else None], tmp_path / name, 8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / name)
@@ -952,7 +980,7 @@ def test_of_two_that_write_the_same_file_the_later_is_refused_unless_it_may_repl
 def test_the_suffix_says_what_is_written(tmp_path):
     frames = smooth(3)
     for name in ("clip.mp4", "clip.GIF", "frame.png"):
-        save_output(frames, check_output(tmp_path / name, 1), 10)
+        save_output(frames[: 1 if name.endswith("png") else None], check_output(tmp_path / name, 1), 10)
     assert len(load_video(tmp_path / "clip.mp4")[0]) == 3
     np.testing.assert_array_equal(Image.open(tmp_path / "frame.png"), to_uint8(frames[0]))
     with Image.open(tmp_path / "clip.GIF") as gif:
@@ -986,7 +1014,7 @@ def test_a_gif_of_many_frames_a_second_leaves_some_out(tmp_path, fps, kept):
     """Browsers play a delay below 20 ms as 100 ms."""
     frames = np.arange(49, dtype=np.uint8)[:, None, None, None] * np.full((16, 16, 3), 5, np.uint8)
     with pytest.warns(UserWarning, match=f"at most 50 frames a second, not {fps}: {kept} of 49 frames are kept"):
-        save_gif(frames, tmp_path / "a.gif", fps)
+        save_video(frames, tmp_path / "a.gif", fps)
     levels, delays = zip(*read_gif(tmp_path / "a.gif"), strict=True)
     assert len(levels) == kept and min(delays) >= 20 and abs(sum(delays) - 49000 / fps) <= 5
     times = 1000 * np.array(levels) / 5 / fps  # when each was filmed, and when it is shown
@@ -1014,8 +1042,8 @@ def test_an_output_is_checked_beforehand_without_leaving_anything(tmp_path):
 @pytest.mark.parametrize(
     ("name", "num_frames", "message"),
     [
-        ("clip.png", 81, r"must end in .mp4 or .gif for 81 frame"),
-        ("clip.avi", 1, r"must end in .mp4 or .gif or .png for 1 frame"),
+        ("clip.png", 81, r"must end in .mp4 or .webm or .gif for 81 frame"),
+        ("clip.avi", 1, r"must end in .mp4 or .webm or .gif or .png for 1 frame"),
         ("clip", 81, "must end in .mp4"),
     ],
 )

@@ -1,5 +1,7 @@
-"""Images (`reading`) and videos (`videos`) that are read, and what is written (`writing`)."""
+"""Images (`reading`) and videos (`videos`) that are read, and what is written (`writing`), also
+beside other work (`background`)."""
 
+from jaxwan.pipelines.media.background import BackgroundWriter
 from jaxwan.pipelines.media.reading import (
     FITS,
     Image,
@@ -17,7 +19,8 @@ from jaxwan.pipelines.media.reading import (
 )
 from jaxwan.pipelines.media.videos import Video, VideoSource, load_video, open_video
 from jaxwan.pipelines.media.writing import (
-    can_encode_h264,
+    Compression,
+    can_encode,
     check_output,
     check_writable,
     replacing,
@@ -31,11 +34,13 @@ from jaxwan.pipelines.media.writing import (
 
 __all__ = [
     "FITS",
+    "BackgroundWriter",
+    "Compression",
     "Image",
     "ImageSource",
     "Video",
     "VideoSource",
-    "can_encode_h264",
+    "can_encode",
     "check_output",
     "check_pixels",
     "check_writable",

@@ -140,7 +140,7 @@ def clip_pixels(image: Image, processor: Any) -> Float[np.ndarray, "h w 3"]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `Output.save` wrote into an mp4, gif or png: values as the file has them, not checked.
+    """The settings that `Output.save` wrote into an mp4, webm, gif or png: values as the file has them, not checked.
 
     `pipe(**read_settings("kite.mp4")["call"])` makes it again, with the images or arrays that `["inputs"]` names.
 
@@ -151,12 +151,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import PIL.Image
 
     path = local_path(path, "file")
-    if path.suffix.lower() == ".mp4":
-        reading = _reading(path, "file", "mp4", av.error.InvalidDataError, av.error.FFmpegError)
+    if (suffix := path.suffix.lower()) in (".mp4", ".webm"):
+        reading = _reading(path, "file", suffix[1:], av.error.InvalidDataError, av.error.FFmpegError)
         with reading, path.open("rb") as file, av.open(file, "r") as container:
-            text = container.metadata.get("comment")
+            text = container.metadata.get("comment") or container.metadata.get("COMMENT")  # Matroska's spelling
     else:
-        reading = _reading(path, "file", "mp4, gif or png", PIL.UnidentifiedImageError, SyntaxError)
+        reading = _reading(path, "file", "mp4, webm, gif or png", PIL.UnidentifiedImageError, SyntaxError)
         with reading, PIL.Image.open(path) as image:
             text = image.info.get("Comment") or image.info.get("comment")
     try:

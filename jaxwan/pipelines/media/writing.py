@@ -1,13 +1,14 @@
-"""Images and videos out: frames to mp4, gif or png, under a temporary name until all is written."""
+"""Images and videos out: frames to mp4, webm, gif or png, under a temporary name until all is written."""
 
 import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -31,26 +32,97 @@ def to_uint8(frames: Any, what: str = "frames") -> UInt8[np.ndarray, "..."]:
     return (frames * 255).round().astype(np.uint8)
 
 
-def check_output(path: str | Path, num_frames: int, overwrite: bool = True) -> Path:
-    """Prove that `num_frames` frames can be saved as `path`, before anything costly, leaving nothing behind.
+# How videos are compressed
 
-    Raises ValueError for a suffix that is not .mp4 or .gif (or .png, for one frame), OSError where nothing can be
-    written, or a file is that is not to be replaced.
+X264_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+
+
+class _Format(NamedTuple):
+    """A kind of file that PyAV writes. crf: the eye sees no loss. options: of the codec, and of the file."""
+
+    codec: str
+    crf: int
+    most: int  # crf
+    options: dict[str, str]
+    file_options: dict[str, str]
+
+
+# superfast: as good and within 5 % as large as medium at the same crf, for a fifth of its time. With mbtree, x264's
+# assembly gives small frames other bits in one run of thirty. Without lag-in-frames VP9 has no frame left to encode at
+# the end. bitexact: Matroska would number the file at random.
+_FORMATS = {
+    ".mp4": _Format("libx264", 18, 51, {"preset": "superfast", "mbtree": "0"}, {"movflags": "+faststart"}),
+    ".webm": _Format(
+        "libvpx-vp9", 15, 63,
+        {"b": "0", "deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0", "row-mt": "1", "threads": "8",
+         "tile-columns": "2"},
+        {"fflags": "+bitexact"},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What is to be lost of a video, and at what speed.
+
+    crf: from 1, the best and largest, to 51 in mp4 (18 by default) and 63 in webm (15). x264_preset: of mp4, one of
+    X264_PRESETS, "superfast" by default: slower ones make smaller files.
     """
-    path = output_path(path)
-    allowed = [".mp4", ".gif"] + [".png"] * (num_frames == 1)
-    if path.suffix.lower() not in allowed:
-        raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
-    if path.suffix.lower() == ".mp4" and not can_encode_h264():
-        raise OSError("the installed av package cannot encode H.264: it was built without libx264")
-    return check_writable(path, overwrite)
+
+    crf: int | None = None
+    x264_preset: str | None = None
+
+    def check(self, path: Path) -> None:
+        """Raises ValueError for what a file of this suffix does not take."""
+        form = _FORMATS.get(path.suffix.lower())
+        if self.crf is not None:
+            if form is None:
+                raise ValueError(f"crf={self.crf} is for mp4 and webm, and {path} is neither")
+            if isinstance(self.crf, bool) or not isinstance(self.crf, int) or not 1 <= self.crf <= form.most:
+                raise ValueError(f"crf={self.crf!r} must be a whole number from 1 to {form.most} for {path}")
+        if self.x264_preset is not None:
+            if path.suffix.lower() != ".mp4":
+                raise ValueError(f"x264_preset={self.x264_preset} is for mp4, and {path} is none")
+            if self.x264_preset not in X264_PRESETS:
+                raise ValueError(f"x264_preset={self.x264_preset!r} is not one of {', '.join(X264_PRESETS)}")
+
+    def options(self, form: _Format) -> dict[str, str]:
+        """Of the codec."""
+        preset = {"preset": self.x264_preset} if self.x264_preset is not None else {}
+        return form.options | {"crf": str(self.crf or form.crf)} | preset
 
 
-def can_encode_h264() -> bool:
-    """Whether the installed PyAV was built with libx264."""
+AS_USUAL = Compression()
+
+
+def can_encode(suffix: str) -> bool:
+    """Whether the installed PyAV was built with what makes such files."""
     import av
 
-    return "libx264" in av.codecs_available
+    form = _FORMATS.get(suffix)
+    return form is None or form.codec in av.codecs_available
+
+
+# Files
+
+
+def check_output(
+    path: str | Path, num_frames: int, overwrite: bool = True, compression: Compression = AS_USUAL
+) -> Path:
+    """Prove that `num_frames` frames can be saved as `path`, before anything costly, leaving nothing behind.
+
+    Raises ValueError for a suffix that is not .mp4, .webm or .gif (or .png, for one frame) or another compression than
+    it takes, OSError where nothing can be written, or a file is that is not to be replaced.
+    """
+    path = output_path(path)
+    allowed = [".mp4", ".webm", ".gif"] + [".png"] * (num_frames == 1)
+    if path.suffix.lower() not in allowed:
+        raise ValueError(f"output {path} must end in {' or '.join(allowed)} for {num_frames} frame(s)")
+    compression.check(path)
+    if not can_encode(path.suffix.lower()):
+        codec = _FORMATS[path.suffix.lower()].codec
+        raise OSError(f"the installed av package cannot encode {path.suffix}: it was built without {codec}")
+    return check_writable(path, overwrite)
 
 
 def check_writable(path: str | Path, overwrite: bool = True) -> Path:
@@ -79,16 +151,38 @@ def save_output(
     fps: int | float | Fraction,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = True,
+    compression: Compression = AS_USUAL,
 ) -> None:
     """Write frames (F, H, W, 3) as what the suffix of `path` says (`check_output`), with texts such as a title."""
+    tell_frames_left_out(Path(path), len(frames), fps)
+    write_output(frames, path, fps, metadata, overwrite, compression)
+
+
+def write_output(
+    frames: Any,
+    path: str | Path,
+    fps: int | float | Fraction,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = True,
+    compression: Compression = AS_USUAL,
+) -> None:
+    """`save_output` of an iterable with a length, in any thread: frames that a gif leaves out are not told."""
     suffix = Path(path).suffix.lower()
     with replacing(Path(path), overwrite) as temporary:
         if suffix == ".png":
-            save_image(frames[0], temporary, metadata)
+            (frame,) = frames
+            save_image(frame, temporary, metadata)
         elif suffix == ".gif":
             save_gif(frames, temporary, fps, metadata)
         else:
-            save_mp4(frames, temporary, fps, metadata)
+            _encode(frames, temporary, fps, metadata, suffix, compression)
+
+
+def tell_frames_left_out(path: Path, count: int, fps: int | float | Fraction) -> None:
+    """Warn of frames for which a gif has no time."""
+    if path.suffix.lower() == ".gif" and count and len(shown := _gif_times(count, fps)[0]) < count:
+        rate = f"{len(shown)} of {count} frames are kept, which last as long"
+        warn(f"a gif has at most 50 frames a second, not {float(fps):g}: {rate}")
 
 
 def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -106,18 +200,20 @@ def save_image(frame: Any, path: str | Path, metadata: Mapping[str, str] | None 
 def save_gif(
     frames: Any, path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write frames (F, H, W, 3), uint8 or float in [0, 1], as a gif that repeats: 256 colours a frame, and no more than
-    50 frames a second. Of the metadata it takes the comment. An existing file is replaced once all is written."""
+    """Write frames (F, H, W, 3), or an iterable of (H, W, 3) with a length, uint8 or float in [0, 1], as a gif that
+    repeats: 256 colours a frame, and no more than 50 frames a second. Of the metadata it takes the comment. An existing
+    file is replaced once all is written; until then each frame is kept as a byte a pixel."""
     import PIL.Image
 
-    frames = to_uint8(frames)
     if not len(frames):
         raise ValueError(f"there are no frames to save as {path}")
     shown, delays = _gif_times(len(frames), fps)
-    if len(shown) < len(frames):
-        rate = f"{len(shown)} of {len(frames)} frames are kept, which last as long"
-        warn(f"a gif has at most 50 frames a second, not {float(fps):g}: {rate}")
-    images = [PIL.Image.fromarray(frames[i]).quantize(dither=PIL.Image.Dither.NONE) for i in shown]
+    kept, dither = set(shown), PIL.Image.Dither.NONE
+    images = [
+        PIL.Image.fromarray(to_uint8(frame, f"frame {i}")).quantize(dither=dither)
+        for i, frame in enumerate(_on_host(frames))
+        if i in kept
+    ]
     with replacing(Path(path)) as temporary:
         images[0].save(
             temporary, format="GIF", save_all=True, append_images=images[1:], duration=delays, loop=0,
@@ -126,42 +222,50 @@ def save_gif(
 
 
 def save_video(
-    frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write the frames of one video (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as .mp4
-    (`save_mp4`) or .gif. An existing file is replaced, once all is written.
+    frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None,
+    *, crf: int | None = None, x264_preset: str | None = None,
+) -> None:  # fmt: skip
+    """Write the frames of one video (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as .mp4,
+    .webm or .gif. An existing file is replaced, once all is written.
+
+    mp4 is H.264 and webm VP9; both 8 bit 4:2:0, limited range, BT.709, and mp4 with its index in front: what browsers
+    play while loading. crf, x264_preset: their quality and speed (`Compression`).
 
     Raises ValueError for another suffix, no frames, frames of several or odd sizes, or fps that is not positive.
     """
-    path = output_path(path)
-    if path.suffix.lower() not in (".mp4", ".gif"):
-        raise ValueError(f"output {path} must end in .mp4 or .gif")
-    if path.suffix.lower() == ".mp4":
-        save_mp4(frames, path, fps, metadata)
+    path, compression = output_path(path), Compression(crf, x264_preset)
+    suffix = path.suffix.lower()
+    if suffix not in (*_FORMATS, ".gif"):
+        raise ValueError(f"output {path} must end in .mp4, .webm or .gif")
+    compression.check(path)
+    if suffix == ".gif":
+        frames = frames if hasattr(frames, "__len__") else list(frames)
+        tell_frames_left_out(path, len(frames), fps)
+        save_gif(frames, path, fps, metadata)
     else:
-        save_gif(frames if hasattr(frames, "__array__") else np.stack(list(frames)), path, fps, metadata)
+        _encode(frames, path, fps, metadata, suffix, compression)
 
 
-def save_mp4(
-    frames: Iterable[Any], path: str | Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write frames (F, H, W, 3), or any iterable of (H, W, 3), uint8 or float in [0, 1], as H.264 mp4.
-
-    8 bit 4:2:0, limited range, BT.709, index in front: what browsers play while loading. An existing file is replaced,
-    once all is written. Raises ValueError for no frames, frames of several or odd sizes, or fps that is not positive.
-    """
+def _encode(
+    frames: Iterable[Any], path: Path, fps: int | float | Fraction, metadata: Mapping[str, str] | None, suffix: str,
+    compression: Compression,
+) -> None:  # fmt: skip
+    """Write an mp4 or webm, frame by frame."""
     import av
 
     _check_fps(fps)
     rate = Fraction(fps).limit_denominator(1001)  # 23.976 and 30000/1001 stay what they are
-    options = {"movflags": "+faststart"}
-    with replacing(Path(path)) as temporary, av.open(f"file:{temporary}", "w", format="mp4", options=options) as file:
+    form = _FORMATS[suffix]
+    with (
+        replacing(path) as temporary,
+        av.open(f"file:{temporary}", "w", format=suffix[1:], options=form.file_options) as file,
+    ):
         file.metadata.update(metadata or {})
         stream = None
         for i, frame in enumerate(_on_host(frames)):
             pixels = to_uint8(frame, f"frame {i}")
             if stream is None:
-                stream = _h264_stream(file, rate, pixels.shape)
+                stream = _stream(file, form.codec, compression.options(form), rate, pixels.shape)
             if pixels.shape != (stream.height, stream.width, 3):
                 raise ValueError(f"frame {i} has shape {pixels.shape}, frame 0 is {stream.height} x {stream.width}")
             file.mux(stream.encode(_yuv_frame(pixels, i, rate)))
@@ -201,15 +305,14 @@ def _on_host(frames: Iterable[Any]) -> Iterable[Any]:
     return as_array(frames, "frames") if hasattr(frames, "__array__") else frames
 
 
-def _h264_stream(file: Any, rate: Fraction, shape: tuple[int, ...]) -> Any:
+def _stream(file: Any, codec: str, options: dict[str, str], rate: Fraction, shape: tuple[int, ...]) -> Any:
     from av.video.reformatter import ColorRange, Colorspace
 
     if len(shape) == 4:
         raise ValueError(f"a frame has shape {shape}: give the frames of one video, such as output.frames[0]")
     if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
-        raise ValueError(f"frames have shape {shape}, an mp4 needs (H, W, 3) with even H and W")
-    # crf 18: the eye sees no loss. With mbtree, x264's assembly gives small frames other bits in one run of thirty.
-    stream = file.add_stream("libx264", rate=rate, options={"crf": "18", "mbtree": "0"})
+        raise ValueError(f"frames have shape {shape}, a video file needs (H, W, 3) with even H and W")
+    stream = file.add_stream(codec, rate=rate, options=options)
     stream.height, stream.width, stream.pix_fmt = shape[0], shape[1], "yuv420p"
     context = stream.codec_context
     context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
