@@ -91,7 +91,7 @@ def make_job(
     Raises ValueError (OSError for files, TypeError for an argument that there is not) in a sentence: what came, what is
     allowed, the nearest valid value.
     """
-    refuse_unknown(unknown, (*ARGUMENTS, "output_type", "callback_on_step_end"))
+    refuse_unknown(unknown, (*ARGUMENTS, "output_type", "save", "callback_on_step_end"))
     notes: list[str] = []
     warned: list[str] = []
     preset, row = _preset(checkpoint, preset, notes)

@@ -1,6 +1,7 @@
 """Latents to frames."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -9,6 +10,7 @@ from jaxwan.geometry import Geometry
 from jaxwan.models.tiles import Coder
 from jaxwan.models.video_coder import FrameType
 from jaxwan.pipelines.axes import to_internal
+from jaxwan.pipelines.media import BackgroundWriter
 from jaxwan.pipelines.progress import Progress
 
 
@@ -18,15 +20,29 @@ def decode_videos(
     latents: Float[np.ndarray, "b z t h w"],
     progress: Progress,
     frame_type: FrameType = "float32",
-) -> Float[np.ndarray, "b f y x 3"] | UInt8[np.ndarray, "b f y x 3"]:
+    *,
+    keep: bool = True,
+    writers: Sequence[BackgroundWriter] | None = None,
+) -> Float[np.ndarray, "b f y x 3"] | UInt8[np.ndarray, "b f y x 3"] | None:
     """Frames in [0, 1], or in 8 bits, of public latents, each video by its coder, one at a time: that takes the memory
-    of one."""
-    frames = np.empty((len(latents), *geometry.pixel_shape(*latents.shape[2:]), 3), frame_type)
+    of one. writers: one a video, which takes its frames as they come; with keep=False nobody else does, and none are
+    returned."""
+    shape = (len(latents), *geometry.pixel_shape(*latents.shape[2:]), 3)
+    frames = np.empty(shape, frame_type) if keep else None
     with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
-        for coder, video, rows in zip(coders, to_internal(latents), frames, strict=True):
+        for i, (coder, video) in enumerate(zip(coders, to_internal(latents), strict=True)):
             start = 0
-            for (pixels,) in coder.decode_chunks(video[None], frame_type):
-                rows[start : start + len(pixels)] = pixels if frame_type == "uint8" else pixels * 0.5 + 0.5
-                start += len(pixels)
-                update(1)
+            with nullcontext() if writers is None else writers[i] as writer:
+                for (pixels,) in coder.decode_chunks(video[None], frame_type):
+                    pixels = pixels if frame_type == "uint8" else pixels * 0.5 + 0.5
+                    if frames is not None:
+                        frames[i, start : start + len(pixels)] = pixels
+                    if writer is not None:
+                        with progress.elsewhere("write"):  # that is, waiting for it
+                            writer.put(pixels)
+                    start += len(pixels)
+                    update(1)
+                if writer is not None:
+                    with progress.elsewhere("write"):
+                        writer.finish()
     return frames

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +13,18 @@ import numpy as np
 
 from jaxwan import __version__
 from jaxwan.pipelines.arguments import output_path
-from jaxwan.pipelines.media import can_encode, check_output, save_npz, save_output, to_uint8
+from jaxwan.pipelines.media import (
+    BackgroundWriter,
+    Compression,
+    can_encode,
+    check_output,
+    save_npz,
+    save_output,
+    to_uint8,
+)  # fmt: skip
 from jaxwan.pipelines.request import Job
 
+Paths = str | Path | list[str | Path] | tuple[str | Path, ...]  # of several, one a video
 SHOWN_BYTES = 2_000_000  # of all videos shown in a notebook together
 
 
@@ -26,7 +35,7 @@ class Output:
     frames: (B, F, H, W, 3), float32 in [0, 1] or, with output_type "uint8", bytes; with "pil" lists of images, with
     "latent" the latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again,
     such as `pipe(**output.settings[0]["call"])`, and the model's name and dtypes (`Request.settings`). seconds: time
-    that each phase took, compilation apart.
+    that each phase took, compilation apart. paths: the files that `save=` wrote.
 
     `output[1]` and `output[2:4]` are Outputs too, and `len(output)` counts videos.
     """
@@ -36,6 +45,7 @@ class Output:
     fps: float
     settings: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
+    paths: tuple[Path, ...] = ()
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
@@ -50,21 +60,29 @@ class Output:
             index = _one(index, len(self))
         latents = self.latents[index]
         frames = latents if self.frames is self.latents else self.frames[index]
-        return Output(frames, latents, self.fps, self.settings[index], self.seconds)
+        return Output(frames, latents, self.fps, self.settings[index], self.seconds, self.paths[index])
 
-    def save(self, path: str | Path, *, overwrite: bool = True, metadata: bool = True) -> list[Path]:
-        """Write each video as mp4 or gif (or png, one frame), as the suffix of `path` says; returns where they are.
+    def save(
+        self, path: Paths, *, overwrite: bool = True, metadata: bool = True, crf: int | None = None,
+        x264_preset: str | None = None,
+    ) -> list[Path]:  # fmt: skip
+        """Write each video as mp4, webm or gif (or png, one frame), as the suffix of `path` says; returns where they
+        are.
 
-        One video goes to `path` itself, several to names beside it (`numbered`). An existing file is replaced, once all
-        of the new one is written, or with `overwrite=False` refused. metadata: write the settings into the file, where
-        `read_settings` finds them: no time, path or machine is among them.
+        One video goes to `path` itself, several to names beside it (`numbered`), or each to its own of a list. An
+        existing file is replaced, once all of the new one is written, or with `overwrite=False` refused. metadata:
+        write the settings into the file, where `read_settings` finds them: no time, path or machine is among them.
+        crf, x264_preset: quality and speed of compression, as of `save_video`.
 
         Raises ValueError for another suffix or where nothing was decoded, OSError where nothing can be written.
         """
-        videos = [self._pixels(i) for i in range(len(self))]
-        paths = [check_output(p, len(videos[0]), overwrite) for p in numbered(path, self.settings)]
+        videos, saving = (
+            [self._pixels(i) for i in range(len(self))],
+            Saving(path, overwrite, metadata, crf, x264_preset),
+        )
+        paths = saving.paths(self.settings, len(videos[0]))
         for pixels, target, settings in zip(videos, paths, self.settings, strict=True):
-            save_output(pixels, target, self.fps, comment(settings) if metadata else None, overwrite)
+            save_output(pixels, target, self.fps, *saving.rest(settings))
         return paths
 
     def save_npz(self, path: str | Path, *, overwrite: bool = True, frames: bool = True) -> None:
@@ -109,12 +127,56 @@ class Output:
 # Names and settings of files
 
 
-def numbered(path: str | Path, settings: Sequence[Mapping[str, Any]]) -> list[Path]:
+@dataclass(frozen=True)
+class Saving:
+    """What `Output.save` is told; `save=` of a call is its path, or a dict of all of it."""
+
+    path: Paths
+    overwrite: bool = True
+    metadata: bool = True
+    crf: int | None = None
+    x264_preset: str | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> "Saving":
+        """Raises ValueError for what is neither."""
+        if isinstance(value, str | Path | list | tuple):
+            return cls(value)
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping) or "path" not in value or not set(value) <= set(names):
+            known = ", ".join(names[1:])
+            raise ValueError(f"save={value!r:.80} is no path, nor a dict of path and any of {known}")
+        return cls(**value)
+
+    def paths(self, settings: Sequence[Mapping[str, Any]], num_frames: int) -> list[Path]:
+        """Where each video goes, proved to be possible."""
+        compression = Compression(self.crf, self.x264_preset)
+        return [check_output(p, num_frames, self.overwrite, compression) for p in numbered(self.path, settings)]
+
+    def rest(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What `save_output` takes behind a video's rate."""
+        texts = comment(settings) if self.metadata else None
+        return texts, self.overwrite, Compression(self.crf, self.x264_preset)
+
+    def writers(self, output: Output, num_frames: int) -> list[BackgroundWriter]:
+        """One for each video of an output of latents. Raises as `Output.save` does."""
+        return [
+            BackgroundWriter(path, num_frames, output.fps, *self.rest(settings))
+            for path, settings in zip(self.paths(output.settings, num_frames), output.settings, strict=True)
+        ]
+
+
+def numbered(path: Paths, settings: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Where each of several videos goes: beside `path`, with its place, its seed and, from 1 on, its index within its
-    prompt; one video is `path` itself.
+    prompt; one video is `path` itself. Of a list, each has its own.
 
     clip.mp4 of two prompts, seeds 7 and 8: clip-0-seed7.mp4, clip-1-seed8.mp4
     """
+    if isinstance(path, list | tuple):
+        paths = [output_path(p) for p in path]
+        if len(paths) != len(settings) or len(set(paths)) != len(paths):
+            raise ValueError(f"{len(settings)} video(s) need as many paths, each another, and these are {len(paths)}")
+        return paths
     path = output_path(path)
     if len(settings) == 1:
         return [path]
@@ -131,12 +193,14 @@ def seed_label(call: Mapping[str, Any], *, in_file_name: bool = False) -> str:
     return "".join(f"-{p}{call[p]}" for p in parts) if in_file_name else ", ".join(f"{p} {call[p]}" for p in parts)
 
 
-def check_save(job: Job, path: str | Path, *, overwrite: bool = True) -> list[Path]:
+def check_save(
+    job: Job, path: Paths, *, overwrite: bool = True, crf: int | None = None, x264_preset: str | None = None
+) -> list[Path]:
     """Where `Output.save(path)` will write the videos of a job, proved to be possible before anything costly.
 
     Raises as `Output.save` does.
     """
-    return [check_output(p, job.size[0], overwrite) for p in numbered(path, job.settings())]
+    return Saving(path, overwrite, crf=crf, x264_preset=x264_preset).paths(job.settings(), job.size[0])
 
 
 def comment(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -22,8 +22,8 @@ from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, prepare
 from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place
-from jaxwan.pipelines.media import check_writable
-from jaxwan.pipelines.output import Output, numbered
+from jaxwan.pipelines.media import BackgroundWriter, check_writable
+from jaxwan.pipelines.output import Output, Saving, numbered
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
@@ -37,7 +37,7 @@ from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
 
 OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
-_AT_THE_END = ("output_type", "callback_on_step_end")  # arguments of a call that its job does not know
+_AT_THE_END = ("output_type", "save", "callback_on_step_end")  # arguments of a call that its job does not know
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,8 @@ class WanPipeline:
         index: int = 0,
         max_sequence_length: int = MAX_TOKENS,
         tiling: Tiling | Mapping[str, int] | None = None,
-        output_type: str = "np",
+        output_type: str | None = None,
+        save: Any = None,
         callback_on_step_end: Callback | None = None,
         **unknown: Any,
     ) -> Output:
@@ -193,15 +194,18 @@ class WanPipeline:
             in small models and another result; longer prompts lose their end.
         tiling: a `jaxwan.Tiling` codes frames in overlapping tiles, for less memory, and is another result: that of
             Diffusers' `enable_tiling`. None, the default, is exact.
-        output_type: "np" (frames as float32), "uint8" (frames as bytes, a quarter of the memory), "pil" or "latent"
-            (nothing is decoded).
+        output_type: "np" (frames as float32, the default), "uint8" (frames as bytes, a quarter of the memory), "pil" or
+            "latent" (no frames, and without `save` nothing is decoded).
+        save: where the videos are written, as mp4, webm, gif or png, while they are decoded: a path or one a video, or
+            a dict of the arguments of `Output.save`. The output's `paths` say where they are; it has frames, and the
+            memory that they take, if an output_type asks for them.
         callback_on_step_end: (pipe, step, timestep, {"latents": …}) is called after every step, and may return a dict
             of other latents to go on with; timestep is a list (one a video, the last one for finished videos) where
             schedules differ. `prepare_encode` and what follows it let you drive the steps yourself.
 
         Raises ValueError or OSError in a sentence, before anything is computed; TypeError for another argument.
         """
-        check_output_type(output_type)
+        _kept(output_type, save)
         if not (callback_on_step_end is None or callable(callback_on_step_end)):
             raise ValueError(f"callback_on_step_end={callback_on_step_end!r:.40} is no function")
         job = make_job(
@@ -215,11 +219,16 @@ class WanPipeline:
             max_sequence_length=max_sequence_length, tiling=tiling, **unknown,
         )  # fmt: skip
         tell(job)
-        return self.run(job, output_type=output_type, callback_on_step_end=callback_on_step_end)
+        return self.run(job, output_type=output_type, save=save, callback_on_step_end=callback_on_step_end)
 
-    def run(self, job: Job, *, output_type: str = "np", callback_on_step_end: Callback | None = None) -> Output:
+    def run(
+        self, job: Job, *, output_type: str | None = None, save: Any = None,
+        callback_on_step_end: Callback | None = None,
+    ) -> Output:  # fmt: skip
         """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
-        check_output_type(output_type)
+        kept = _kept(output_type, save)
+        if save is not None:
+            Saving.parse(save).paths(job.settings(), job.size[0])
         check_use(self._mesh, self.checkpoint, job, loaded=True)
         progress = Progress(visible=self.progress)
         state = self._prepare(job, progress)
@@ -228,7 +237,7 @@ class WanPipeline:
         if not np.isfinite(latents).all():
             warn("the model computed NaN or infinity: is the checkpoint damaged, or its dtype too narrow for it?")
         output = Output(latents, latents, job.requests[0].fps, state.settings, progress.seconds)
-        return output if output_type == "latent" else self._decoded(output, progress, output_type)
+        return output if kept == "latent" and save is None else self._decoded(output, progress, kept, save)
 
     def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
         """What made each video: the call's settings, the model and its numbers."""
@@ -240,7 +249,10 @@ class WanPipeline:
             made_by["components"] = [name for name, _ in self.checkpoint.parts]  # from files of their own
         return tuple(made_by | settings for settings in job.settings())
 
-    def warmup(self, prompt: str | Sequence[str] | None = None, *, output_type: str = "np", **call: Any) -> Warmup:
+    def warmup(
+        self, prompt: str | Sequence[str] | None = None, *, output_type: str | None = None, save: Any = None,
+        **call: Any,
+    ) -> Warmup:  # fmt: skip
         """Compile all that a call with these arguments runs, several programs at a time, and compute nothing.
 
         What counts is what a program depends on: size, number of videos and of text rows, whether any is guided or
@@ -251,11 +263,11 @@ class WanPipeline:
 
         Calls of the same kind then compile nothing, and neither does a second warm-up. Raises as a call does.
         """
-        check_output_type(output_type)
+        decode = _kept(output_type, save) != "latent" or save is not None
         job = make_job(self.checkpoint, False, **with_prompt(self.checkpoint, {"prompt": prompt} | call))
         check_use(self._mesh, self.checkpoint, job, loaded=True)
         start = time.perf_counter()
-        programs = list(job_programs(self.checkpoint, self.parts, job, decode=output_type != "latent"))
+        programs = list(job_programs(self.checkpoint, self.parts, job, decode=decode))
         phases, seconds = Progress(visible=self.progress), {}
         with compiling(programs, phases) as finished, phases.phase("compile", len(programs), "program") as update:
             for name, took in finished:
@@ -288,23 +300,28 @@ class WanPipeline:
         coder = self._coder(Tiling.parse(tiling))
         return to_public(np.concatenate([coder.encode(video[None]) for video in coded_pixels(frames)]))
 
-    def decode(self, latents: Any, *, tiling: Tiling | Mapping[str, int] | None = None, output_type: str = "np") -> Any:
+    def decode(
+        self, latents: Any, *, tiling: Tiling | Mapping[str, int] | None = None, output_type: str | None = None,
+        save: Any = None,
+    ) -> Any:  # fmt: skip
         """Frames (B, F, H, W, 3) of normalised latents (B, C, T, h, w); of an Output of latents, one that has frames
-        too. output_type and tiling as in a call; an Output knows its own tiling, and takes none.
+        too. Arguments as in a call; an Output knows its own tiling, and takes none, and alone can be saved.
 
-        Raises ValueError for another shape.
+        Raises ValueError for another shape, OSError for what cannot be written.
         """
-        check_output_type(output_type)
-        if output_type == "latent":
+        kept = _kept(output_type, save)
+        if kept == "latent" and save is None:
             raise ValueError("output_type='latent' decodes nothing: choose np, uint8 or pil")
         progress, tiling = Progress(visible=self.progress), Tiling.parse(tiling)
         if isinstance(latents, Output):
             if tiling is not None:
                 raise ValueError("an Output is decoded with the tiling of its call: say it there, or give its .latents")
             progress.seconds |= latents.seconds
-            return self._decoded(latents, progress, output_type)
+            return self._decoded(latents, progress, kept, save)
+        if save is not None:
+            raise ValueError("latents alone do not say how fast they are shown: decode an Output, or use save_video")
         checked = self._checked(latents)
-        return self._frames(checked, progress, [tiling] * len(checked), output_type)
+        return self._frames(checked, progress, [tiling] * len(checked), kept)
 
     def encode_stream(self) -> EncodeStream:
         """`encode` for videos that come in parts: call it with the next frames, which gives their latents.
@@ -321,18 +338,27 @@ class WanPipeline:
         """`decode` for latents that come in parts, as `encode_stream` is `encode` for frames."""
         return DecodeStream(self.parts.coder.decode_stream(), self._checked)
 
-    def _decoded(self, output: Output, progress: Progress, output_type: str) -> Output:
-        """An Output of latents with its frames, and what that took."""
-        frames = self._frames(output.latents, progress, _tilings(output.settings), output_type)
-        return replace(output, frames=frames, seconds=progress.seconds)
+    def _decoded(self, output: Output, progress: Progress, kept: str, save: Any) -> Output:
+        """An Output of latents with the frames that are kept and the files that are written, and what that took."""
+        writers, geometry = None, self.checkpoint.geometry
+        if save is not None:
+            writers = Saving.parse(save).writers(output, geometry.pixel_shape(*output.latents.shape[2:])[0])
+        frames = self._frames(output.latents, progress, _tilings(output.settings), kept, writers)
+        paths = tuple(writer.path for writer in writers or ())
+        return replace(output, frames=frames, seconds=progress.seconds, paths=paths)
 
     def _frames(
-        self, latents: np.ndarray, progress: Progress, tilings: Sequence[Tiling | None], output_type: str = "np"
-    ) -> Any:
+        self, latents: np.ndarray, progress: Progress, tilings: Sequence[Tiling | None], kept: str = "np",
+        writers: Sequence[BackgroundWriter] | None = None,
+    ) -> Any:  # fmt: skip
+        """What is kept of the decoded frames: for "latent" the latents, as they are."""
         coders, geometry = {tiling: self._coder(tiling) for tiling in tilings}, self.checkpoint.geometry
-        of_each, frame_type = [coders[tiling] for tiling in tilings], "float32" if output_type == "np" else "uint8"
-        frames = decode_videos(of_each, geometry, latents, progress, frame_type)
-        return [_to_pil(video) for video in frames] if output_type == "pil" else frames
+        of_each, frame_type = [coders[tiling] for tiling in tilings], "float32" if kept == "np" else "uint8"
+        keep = kept != "latent"
+        frames = decode_videos(of_each, geometry, latents, progress, frame_type, keep=keep, writers=writers)
+        if frames is None:
+            return latents
+        return [_to_pil(video) for video in frames] if kept == "pil" else frames
 
     def _coder(self, tiling: Tiling | None) -> Coder:
         return coder_for(self.parts.coder, tiling)
@@ -494,10 +520,11 @@ def tell(job: Job) -> None:
         warn(warning)
 
 
-def check_output_type(value: str) -> None:
-    """Raises ValueError for an output_type that is not offered."""
-    if value not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={value!r} is not one of {', '.join(OUTPUT_TYPES)}")
+def _kept(output_type: str | None, save: Any) -> str:
+    """What an output keeps: frames where they are written nowhere. Raises ValueError for types that are not offered."""
+    if output_type not in (None, *OUTPUT_TYPES):
+        raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+    return output_type or ("np" if save is None else "latent")
 
 
 def _tilings(settings: Sequence[Mapping[str, Any]]) -> list[Tiling | None]:

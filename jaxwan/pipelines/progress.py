@@ -24,6 +24,7 @@ class Progress:
     def __init__(self, *, visible: bool = True):
         self.visible = visible
         self.seconds: dict[str, float] = {}
+        self._elsewhere = 0.0  # seconds of phases that count as others'
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str, *, apart: bool = True) -> Iterator[Update]:
@@ -31,7 +32,7 @@ class Progress:
 
         apart=False: what is compiled is no other phase's but this one's.
         """
-        compiling, own = 0.0, threading.get_ident()
+        compiling, own, elsewhere = 0.0, threading.get_ident(), self._elsewhere
 
         def listen(event: str, duration: float, **_):
             nonlocal compiling
@@ -48,8 +49,19 @@ class Progress:
                 yield update
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-            self._add(name, time.perf_counter() - start - compiling)
+            self._add(name, time.perf_counter() - start - compiling - (self._elsewhere - elsewhere))
             self._add("compile", compiling)
+
+    @contextmanager
+    def elsewhere(self, name: str) -> Iterator[None]:
+        """Inside of a phase: this time adds up under another name, and not under the phase's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken = time.perf_counter() - start
+            self._elsewhere += taken
+            self._add(name, taken)
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

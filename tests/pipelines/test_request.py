@@ -875,7 +875,7 @@ def test_scalars_of_arrays_are_numbers(checkpoints):
 def test_a_call_of_a_pipeline_shows_its_whole_signature():
     call = inspect.signature(inspect.unwrap(WanPipeline.__call__)).parameters
     made = inspect.signature(inspect.unwrap(make_job)).parameters
-    own = ("self", "output_type", "callback_on_step_end")
+    own = ("self", "output_type", "save", "callback_on_step_end")
     assert {n: (p.default, p.annotation) for n, p in call.items() if n not in own} == {
         n: (p.default, p.annotation) for n, p in made.items() if p.kind is not p.POSITIONAL_ONLY
     }

@@ -35,6 +35,7 @@ class BackgroundWriter:
         overwrite: bool = True, compression: Compression = AS_USUAL,
     ):  # fmt: skip
         tell_frames_left_out(path, num_frames, fps)
+        self.path = path
         self._queue: Queue = Queue(_WAITING)
         self._num_frames, self._given_up = num_frames, False
         self._error: BaseException | None = None
