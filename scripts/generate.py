@@ -117,7 +117,7 @@ def generate(args: argparse.Namespace) -> int:
         call["prompt"] = example_prompt(args, checkpoint)
     choose_tiling(args, checkpoint, made, call)
     job = jaxwan.make_job(checkpoint, **call)
-    targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite)
+    targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite, **compression(args))
     check_npz(args, targets)
     for note in job.sampling + job.notes:
         log.info(note)
@@ -289,6 +289,11 @@ def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
     return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}{'.png' if job.size[0] == 1 else '.mp4'}")
 
 
+def compression(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `Output.save` that change what is lost of a video."""
+    return {"crf": args.crf, "x264_preset": args.x264_preset}
+
+
 def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
     """--save-npz can be written, and is no other file of this run. Raises ValueError or OSError."""
     if args.save_npz is None:
@@ -300,7 +305,7 @@ def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
 def write(
     args: argparse.Namespace, pipe: "jaxwan.WanPipeline", output: "jaxwan.Output", targets: list[Path]
 ) -> tuple[list[Saved], float]:
-    """Each video of an output of latents as soon as it is decoded, then the arrays; and the seconds of decoding.
+    """Each video of an output of latents while it is decoded, then the arrays; and the seconds of decoding alone.
 
     What cannot be written where it was asked for goes elsewhere, of a video at least its latents, and costs no other.
     """
@@ -321,17 +326,26 @@ def write(
 def write_video(
     args: argparse.Namespace, pipe: "jaxwan.WanPipeline", video: "jaxwan.Output", path: Path
 ) -> tuple[Saved, "jaxwan.Output"]:
-    """Decode a video and write it, else its latents; the video as far as it came."""
+    """Decode a video and write it, else its latents; the video as far as it came. Of frames that --save-npz is to have
+    too, all are there first; otherwise no more than are being written."""
+    told = {"overwrite": args.overwrite, "metadata": not args.no_metadata} | compression(args)
+    decoded = video
+
+    def write_decoding(target: Path) -> None:
+        nonlocal decoded
+        decoded = pipe.decode(video, save={"path": target} | told)
+
     try:
-        video = pipe.decode(video)
-        file = save(path, lambda p: video.save(p, overwrite=args.overwrite, metadata=not args.no_metadata))
+        if args.save_npz is not None:
+            decoded = pipe.decode(video)
+        file = save(path, write_decoding if args.save_npz is None else lambda p: decoded.save(p, **told))
     except Exception as error:  # such as for want of memory
         file = Saved(None, f"{path} could not be decoded ({reason(error)})")
     if file.path is not None:
-        return file, video
+        return file, decoded
     latents = save(path.with_suffix(".npz"), lambda p: video.save_npz(p, overwrite=False, frames=False))
     kept = "and neither could its latents" if latents.path is None else f"its latents are {latents.path}"
-    return Saved(None, f"{file.error}; {kept}"), video
+    return Saved(None, f"{file.error}; {kept}"), decoded
 
 
 def save(path: Path, write: Callable[[Path], Any]) -> Saved:
@@ -348,8 +362,11 @@ def save(path: Path, write: Callable[[Path], Any]) -> Saved:
             if said is None or not target.exists():
                 write(target)
                 return Saved(target, said and f"{said}: it is {target}")
-        except Exception as error:  # whatever it is: computing what would be lost may have taken hours
+        except OSError as error:
             said = said or f"{path} could not be written ({reason(error)})"
+        except Exception as error:  # whatever it is: computing what would be lost may have taken hours
+            said = said or f"{path} could not be made ({reason(error)})"
+            break  # for it would be no other in another place
     return Saved(None, said)
 
 
@@ -418,7 +435,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--video", **many,
                       help="source of video to video, for models without image channels [per prompt]")  # fmt: skip
     what.add_argument("--strength", type=float, help="how far video to video goes from the source, (0, 1]; default 0.8")
-    what.add_argument("--like", metavar="FILE", help="an mp4, gif or png made here: with its prompt, seed and settings")
+    what.add_argument("--like", metavar="FILE",
+                      help="an mp4, webm, gif or png made here: with its prompt, seed and settings")  # fmt: skip
 
     size = parser.add_argument_group("size (defaults: the model card's; with an image or video, its aspect ratio)")
     size.add_argument("--height", type=int, help="pixels, a multiple of 16 (TI2V-5B: 32)")
@@ -490,9 +508,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--device-memory", help="for --dry-run: an accelerator's memory, such as 80GB")
 
     out = parser.add_argument_group("results")
-    out.add_argument("-o", "--output", metavar="NAME", help="NAME.mp4 or .gif, or .png for one frame; several videos "
-                     "get their place and seed: NAME-0-seed7.mp4; default: outputs/TIME-seed7.mp4 (.png)")  # fmt: skip
+    out.add_argument("-o", "--output", metavar="NAME",
+                     help="NAME.mp4, .webm or .gif, or .png for one frame; several videos get their place and seed: "
+                          "NAME-0-seed7.mp4; default: outputs/TIME-seed7.mp4 (.png)")  # fmt: skip
     out.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    out.add_argument("--crf", type=int, metavar="N", help="quality of mp4, 1 (best, largest) to 51, default 18, and of "
+                     "webm, to 63, default 15: the eye sees no loss")  # fmt: skip
+    out.add_argument("--x264-preset", metavar="NAME", help="of mp4: superfast, the default, keeps up with decoding; "
+                     "medium, slow, … make smaller files, ultrafast larger ones")  # fmt: skip
     out.add_argument("--no-metadata", action="store_true", help="write no prompt and settings into the file")
     out.add_argument("--save-npz", metavar="FILE", help="also write latents and frames as float32 arrays")
     out.add_argument("--json", action="store_true", help="print one JSON object: files with their settings, and "

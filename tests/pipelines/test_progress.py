@@ -29,6 +29,17 @@ def test_a_phase_counts_what_it_compiles_itself_and_not_what_other_threads_do():
     assert phases.seconds["compile"] > 0 < phases.seconds["itself"]
 
 
+def test_time_of_a_phase_that_counts_elsewhere_is_counted_once(monkeypatch):
+    clock = iter([0.0, 10.0, 13.0, 20.0, 26.0, 30.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    phases = Progress(visible=False)
+    with phases.phase("decode", 1, "frame"):
+        for _ in range(2):
+            with phases.elsewhere("write"):
+                pass
+    assert phases.seconds == {"write": 9, "decode": 21, "compile": 0}
+
+
 def test_a_phase_that_fails_still_counts():
     phases = Progress()
     with pytest.raises(ValueError, match="no"), phases.phase("denoise", 3, "step"):

@@ -126,7 +126,7 @@ from jaxwan import BUNDLED_MODEL, Output, WanPipeline
 pipe = WanPipeline.from_pretrained(BUNDLED_MODEL, progress=False)
 settings = ({"call": {"prompt": "a", "seed": 1}},)
 for latent_frames in (13, 251):
-    latents = np.random.default_rng(0).normal(size=(1, 16, latent_frames, 16, 24)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(1, 16, latent_frames, 12, 16)).astype(np.float32)
     output = pipe.decode(Output(latents, latents, 16.0, settings, {}), save="clip.mp4")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 """
@@ -134,10 +134,14 @@ for latent_frames in (13, 251):
 
 @pytest.mark.slow
 def test_host_memory_does_not_grow_with_the_number_of_frames(tmp_path):
-    """Of 49 and 1,001 frames of 128 x 192: those would take 281 MB more in float32, 70 MB in bytes."""
-    done = subprocess.run([sys.executable, "-c", LONG], cwd=tmp_path, capture_output=True, text=True)
+    """Of 49 and 1,001 frames of 96 x 128: those would take 140 MB more in float32, 35 MB in bytes.
+
+    glibc is told to return what is free, or its arenas go up and down by more than that.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "500000"}
+    done = subprocess.run([sys.executable, "-c", LONG], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     short, long = (int(kilobytes) / 1024 for kilobytes in re.findall(r"^\d+$", done.stdout, re.MULTILINE))
     print(f"measured: {short:.0f} and {long:.0f} MB")
-    assert long - short < 30  # x264 and allocators hold what they like, of latents alone there are 6 MB
+    assert long - short < 20  # of latents alone there are 3 MB
     assert len(load_video(tmp_path / "clip.mp4")[0]) == 1001

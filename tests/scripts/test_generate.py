@@ -102,8 +102,10 @@ def made(monkeypatch, parts):
         seen.outputs.append(Output(frames, latents, job.requests[0].fps, self._settings(job), {}))
         return replace(seen.outputs[-1], frames=latents)
 
-    def decode(self, video):
+    def decode(self, video, save=None):
         (i,) = (i for i, latents in enumerate(seen.outputs[-1].latents) if (latents == video.latents[0]).all())
+        if save is not None:
+            seen.outputs[-1][i].save(**save)
         return seen.outputs[-1][i]
 
     monkeypatch.setattr(WanPipeline, "run", run)
@@ -242,6 +244,14 @@ def test_one_frame_may_go_to_a_png(run, made):
     assert os.listdir("new") == ["picture.PNG"]
 
 
+def test_a_video_is_compressed_as_told(run, made):
+    for flags in ([], ["--crf", 40], ["--x264-preset", "medium"], ["--save-npz", "all.npz", "--crf", 40]):
+        assert run("--prompt", "a", "--seed", 1, *flags, "-o", f"{len(made.jobs)}.mp4")[0] == 0
+    usual, small, slow, kept = (Path(f"{i}.mp4").read_bytes() for i in range(4))
+    assert len(small) < len(usual) != len(slow) and kept == small
+    assert run("--prompt", "a", "-o", "clip.webm")[0] == 0 and len(load_video("clip.webm")[0]) == 17
+
+
 def test_latents_of_a_file_are_the_noise(run, made):
     noise = np.random.default_rng(0).standard_normal((1, 16, 5, 8, 12)).astype(np.float32)
     np.save("noise.npy", noise)
@@ -295,7 +305,7 @@ def test_every_flag_is_in_the_help(run):
         "--height --width --num-frames --fps --num-inference-steps --timesteps --guidance-scale --guidance-scale-2 "
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
         "--vae-dtype --vae-devices --vae-tiling --vae-tile --vae-stride -o --overwrite --no-metadata --save-npz --json "
-        "-q --version --like --no-compilation-cache --dry-run --device-memory --sigma-schedule --preset --ulysses"
+        "--crf --x264-preset -q --version --like --no-compilation-cache --dry-run --device-memory --sigma-schedule --preset --ulysses"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
     told = " ".join(out.split())
@@ -470,11 +480,12 @@ def test_a_video_that_cannot_be_written_goes_to_another_place_and_costs_no_other
 )
 def test_of_a_video_that_cannot_be_encoded_the_latents_are_kept(run, made, spoiling, error):
     spoiling(lambda path: error if path.suffix == ".mp4" else None)
+    verb = "written" if isinstance(error, OSError) else "made"
     status, out, err = run(*TWO, "-o", "clip.mp4", "--save-npz", "all.npz")
     assert (status, out) == (
         1,
         "",
-    ) and f"error: clip-1-seed5.mp4 could not be written ({error or 'MemoryError'})" in err
+    ) and f"error: clip-1-seed5.mp4 could not be {verb} ({error or 'MemoryError'})" in err
     for i in range(2):
         assert f"its latents are clip-{i}-seed5.npz" in err
         with np.load(f"clip-{i}-seed5.npz") as arrays:
@@ -487,17 +498,22 @@ def test_of_a_video_that_cannot_be_encoded_the_latents_are_kept(run, made, spoil
 def test_a_video_that_cannot_be_decoded_costs_none_that_is_there(run, made, monkeypatch):
     decode, there = WanPipeline.decode, []
 
-    def without_memory(self, video):
+    def without_memory(self, video, **save):
         there.append(sorted(path.name for path in Path().iterdir()))
         if video.settings[0]["call"]["prompt"] == "b":
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmuch more")
-        return decode(self, video)
+        return decode(self, video, **save)
 
     monkeypatch.setattr(WanPipeline, "decode", without_memory)
-    status, out, err = run(*TWO, "-o", "clip.mp4", "-q", "--save-npz", "all.npz")
-    assert (status, out) == (1, "clip-0-seed5.mp4\n") and there == [[], ["clip-0-seed5.mp4"]]
-    reason = "clip-1-seed5.mp4 could not be decoded (RESOURCE_EXHAUSTED: Out of memory)"
-    assert err == f"error: {reason}; its latents are clip-1-seed5.npz\n"
+    for npz, verb in (([], "made"), (["--save-npz", "all.npz"], "decoded")):
+        status, out, err = run(*TWO, "-o", "clip.mp4", "-q", *npz)
+        assert (status, out) == (1, "clip-0-seed5.mp4\n") and there == [[], ["clip-0-seed5.mp4"]]
+        reason = f"clip-1-seed5.mp4 could not be {verb} (RESOURCE_EXHAUSTED: Out of memory)"
+        assert err == f"error: {reason}; its latents are clip-1-seed5.npz\n"
+        if not npz:
+            there.clear()
+            for name in ("clip-0-seed5.mp4", "clip-1-seed5.npz"):
+                Path(name).unlink()
     for name, latents in {"clip-1-seed5.npz": made.outputs[0].latents[1:], "all.npz": made.outputs[0].latents}.items():
         with np.load(name) as arrays:
             assert arrays.files == ["latents"]
@@ -683,6 +699,9 @@ def test_what_a_file_does_not_hold_must_be_given_again(run, made, files, tmp_pat
 
 BAD = [
     (["--height", 30, "--width", 48], "height=30 is no multiple of 16: nearest are 16 and 32"),
+    (["--crf", 0], "crf=0 must be a whole number from 1 to 51 for "),
+    (["--crf", 20, "-o", "a.gif"], "crf=20 is for mp4 and webm, and a.gif is neither"),
+    (["--x264-preset", "fastest"], "x264_preset='fastest' is not one of ultrafast, superfast, veryfast"),
     (["--vae-tile", "64"], "'64' is no width and height, such as 256x256"),
     (["--vae-tile", "64x64"], "stride_height=192 leaves gaps between tiles of 64: it may be 32 to 64 pixels"),
     (["--vae-tiling", "off", "--vae-stride", "64x64"], "--vae-tiling off makes no tiles: leave it out, or --vae-tile"),
@@ -725,8 +744,8 @@ BAD = [
     (["--model", "no-such-folder", "--prompt", "a"], "there is no folder no-such-folder"),
     (["--model", ".", "--prompt", "a"], ". is no Diffusers checkpoint: it has no model_index.json"),
     (["--model", "CLIP", "--prompt", "a"], "clip.mp4 is a file, and a checkpoint has several parts"),
-    (["--output", "clip.avi"], "output clip.avi must end in .mp4 or .gif for 17 frame(s)"),
-    (["--output", "clip.png"], "must end in .mp4 or .gif for 17 frame(s)"),
+    (["--output", "clip.avi"], "output clip.avi must end in .mp4 or .webm or .gif for 17 frame(s)"),
+    (["--output", "clip.png"], "must end in .mp4 or .webm or .gif for 17 frame(s)"),
     (["--output", "CLIP/clip.mp4"], "cannot be written"),
     (["--save-npz", "CLIP/arrays.npz"], "cannot be written"),
     (["--output", "a.mp4", "--save-npz", "a.mp4"], "--save-npz a.mp4 is also where the video goes"),
