@@ -117,7 +117,7 @@ def test_what_does_not_fit_the_budget_is_skipped(rehearsal, tmp_path):
     old = rehearsal[0] / "report.json"
     process = finish("all", "--preset", "small", "--budget", "1s", "--output", tmp_path, "--compare", old)
     rows = read_report(tmp_path / "report.json").rows
-    assert process.returncode == 0 and len(rows) == 15
+    assert process.returncode == 0 and len(rows) == 17
     assert all(row.status == "skipped" and "of the budget left" in row.reason for row in rows)
     assert "## Against the older report" in (tmp_path / "report.md").read_text()
 
@@ -153,7 +153,7 @@ def test_a_run_that_is_cut_leaves_a_valid_report(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no child is left
     rows = read_report(tmp_path / "report.json").rows
-    assert [row.status for row in rows] == ["ok"] * 3 + ["pending"] * 13
+    assert [row.status for row in rows] == ["ok"] * 3 + ["pending"] * 16
     assert {row.reason for row in rows[3:]} == {"not measured: the run ended before"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
