@@ -185,6 +185,12 @@ def num_stages(mesh: Mesh) -> int:
     return RULES.parts(mesh.shape, "layer")
 
 
+def layers_per_stage(layers: int, stages: int) -> list[int]:
+    """How many layers each stage has: all as many but for the last ones, which may have none."""
+    full = -(-layers // stages)
+    return [min(full, max(0, layers - stage * full)) for stage in range(stages)]
+
+
 def shapes_at(place: Sharding | None, tree: Any) -> Any:
     """Shapes and dtypes of a tree of arrays (or of their shapes), as of arrays that lie at `place`, or on the host."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)

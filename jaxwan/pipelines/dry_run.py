@@ -33,7 +33,7 @@ from jaxwan.pipelines.arguments import whole
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.denoise import room
-from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, map_axes, most_ulysses
+from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, layers_per_stage, map_axes, most_ulysses
 from jaxwan.pipelines.encoder_ring import share_of
 from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
@@ -248,7 +248,9 @@ def make_report(
         device = find_devices(mesh.num_devices + vae_devices)[0]  # as many as a later pipeline is to find
         dtype, device_memory, fraction = dtype or default_dtype(device), present_memory(device), 1.0
     report = _report(checkpoint, mesh, job, dtype or "bfloat16", vae_dtype, vae_devices, device_memory, fraction)
-    return report if report.fits is not False else replace(report, would_fit=tuple(_would_fit(report, checkpoint, job)))
+    if report.fits is not False:
+        return report
+    return replace(report, would_fit=tuple(_would_fit(report, checkpoint, mesh, job)))
 
 
 def _report(
@@ -263,12 +265,11 @@ def _report(
     activations = activation_bytes(checkpoint, mesh, job, dtype, vae_dtype, vae_devices)
     phases = _phases(mesh, vae_devices, activations)
     needed = [weights + max(taken.values()) for weights, taken in zip(parameters, phases, strict=True)]
-    full = -(-cfg.num_layers // mesh.pp)
     return DryRun(
         variant=checkpoint.variant.name, mesh=str(mesh), dtype=dtype, vae_dtype=vae_dtype,
         num_frames=size[0], height=size[1], width=size[2],
         latent_shape=checkpoint.geometry.latent_shape(*size), tokens=checkpoint.geometry.num_tokens(*size),
-        layers_per_stage=[min(full, max(0, cfg.num_layers - i * full)) for i in range(mesh.pp)],
+        layers_per_stage=layers_per_stage(cfg.num_layers, mesh.pp),
         microbatches=plan.microbatches, period=plan.period, ticks=ticks,
         utilisation=forwards / (ticks * mesh.dp * mesh.cfg), forwards=forwards,
         forward_tflop=_forward_tflop(checkpoint, job),
@@ -288,9 +289,8 @@ def source_bytes(job: Job) -> int:
     return frames * (sum(video.itemsize for video in videos.values()) + 8) if videos else 0
 
 
-def _would_fit(report: DryRun, checkpoint: Checkpoint, job: Job) -> Iterator[str]:
+def _would_fit(report: DryRun, checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> Iterator[str]:
     """Changes to a job that does not fit, in words, with each of which alone it would; else the least of all kinds."""
-    mesh = MeshSpec.parse(report.mesh)
     meshes = [replace(mesh, pp=pp) for pp in (2, 4, 8, 16, 32) if mesh.pp < pp]
     meshes += [replace(mesh, tp=tp) for tp in (2, 4, 8) if mesh.tp < tp]
     meshes = [m for m in meshes if _can_be(m, checkpoint)]

@@ -20,7 +20,7 @@ from jaxwan.convert.rules import CheckpointError, Rule, Target
 from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.dit import Weights, load_weights
+from jaxwan.pipelines.dit import Weights, layers_per_stage, load_weights
 from jaxwan.pipelines.media import load_image_processor
 from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts
 from jaxwan.pipelines.progress import Progress
@@ -116,10 +116,16 @@ def place(checkpoint: Checkpoint, mesh: MeshSpec, job: Job | None = None, vae_de
     check_mesh(mesh, checkpoint)
     if job is not None:
         check_use(mesh, checkpoint, job)
-    layers = checkpoint.transformer.num_layers
-    if (used := -(-layers // -(-layers // mesh.pp))) < mesh.pp:
-        warn(f"mesh {mesh}: {used} stages hold all {layers} layers and the others none: pp={used} does the same")
     return make_mesh(mesh, vae_devices=vae_devices)
+
+
+def tell_idle_stages(mesh: MeshSpec, checkpoint: Checkpoint) -> None:
+    """Warn of stages without a layer, in whatever call."""
+    layers = checkpoint.transformer.num_layers
+    idle = layers_per_stage(layers, mesh.pp).count(0)
+    if idle:
+        used = mesh.pp - idle
+        warn(f"mesh {mesh}: {used} stages hold all {layers} layers and the others none: pp={used} does the same")
 
 
 def check_mesh(mesh: MeshSpec, checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from jaxwan.pipelines.decode import decode_videos
 from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, prepare
-from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place
+from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place, tell_idle_stages
 from jaxwan.pipelines.media import BackgroundWriter, check_writable
 from jaxwan.pipelines.output import Output, Saving, numbered
 from jaxwan.pipelines.parts import Parts
@@ -102,6 +102,7 @@ class WanPipeline:
             call = {name: value for name, value in warmup.items() if name not in _AT_THE_END}
             job = make_job(checkpoint, False, **with_prompt(checkpoint, call))
         place(checkpoint, spec, job, own)
+        tell_idle_stages(spec, checkpoint)
         keep_compiled_programs()
         ensure_weights(checkpoint)
         vae_dtype = vae_dtype or "float32"

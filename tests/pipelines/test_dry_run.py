@@ -425,6 +425,15 @@ def test_what_would_fit_does(published, tmp_path):
     assert "What would fit: nothing tried does" in str(dry_run(checkpoint, device_memory="2GB"))
 
 
+@pytest.mark.parametrize(("ulysses", "told"), [(None, True), (8, False)])
+def test_what_would_fit_keeps_the_ulysses_that_was_asked_for(published, ulysses, told):
+    """24 heads: of 12 on each of two devices, eight devices could not trade."""
+    given = dict(mesh="pp=30,sp=8", ulysses=ulysses, dtype="bfloat16", vae_dtype="bfloat16")
+    needed = max(dry_run(published("Wan2.2-TI2V-5B"), **given).needed_bytes)
+    would_fit = dry_run(published("Wan2.2-TI2V-5B"), device_memory=needed - 10**7, **given).would_fit
+    assert ("mesh pp=30,sp=8,tp=2" in would_fit) == told and len(would_fit) == 1 + told
+
+
 # From the package
 
 
