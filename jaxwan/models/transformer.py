@@ -57,17 +57,24 @@ class Context(NamedTuple):
     bias: Float[Array, "b l"] | None = None
 
 
-class SelfAttention(nnx.Module):
-    """Attention among the video's tokens; q and k are normalised over all heads together, then rotated."""
+class _Attention(nnx.Module):
+    """What both kinds have: heads made of the model width and normalised all together, and the way back."""
 
     def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
         self.q = _to_heads(cfg.dim, cfg, dtype, rngs)
         self.k = _to_heads(cfg.dim, cfg, dtype, rngs)
         self.v = _to_heads(cfg.dim, cfg, dtype, rngs)
-        self.out = _from_heads(cfg, dtype, rngs, parallel)
+        self.out = Linear(cfg.dim, cfg.dim, axes=("head", None), sum_over=parallel.heads, dtype=dtype, rngs=rngs)
         self.norm_q = _norm_of_heads(cfg, dtype, parallel)
         self.norm_k = _norm_of_heads(cfg, dtype, parallel)
         self.head_dim = cfg.attention_head_dim
+
+
+class SelfAttention(_Attention):
+    """Attention among the video's tokens; q and k are normalised over all heads together, then rotated."""
+
+    def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
+        super().__init__(cfg, dtype=dtype, rngs=rngs, parallel=parallel)
         self.tokens = parallel.tokens
 
     def __call__(self, x: Float[Array, "b s d"], rope: Rope) -> Float[Array, "b s d"]:
@@ -77,17 +84,11 @@ class SelfAttention(nnx.Module):
         return self.out(merge_heads(attend(q, k, split_heads(self.v(x), self.head_dim))))
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(_Attention):
     """Attention from tokens to text, plus (2.1 image-to-video) to CLIP's rows with keys and values of their own."""
 
     def __init__(self, cfg: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel = ALONE):
-        self.q = _to_heads(cfg.dim, cfg, dtype, rngs)
-        self.k = _to_heads(cfg.dim, cfg, dtype, rngs)
-        self.v = _to_heads(cfg.dim, cfg, dtype, rngs)
-        self.out = _from_heads(cfg, dtype, rngs, parallel)
-        self.norm_q = _norm_of_heads(cfg, dtype, parallel)
-        self.norm_k = _norm_of_heads(cfg, dtype, parallel)
-        self.head_dim = cfg.attention_head_dim
+        super().__init__(cfg, dtype=dtype, rngs=rngs, parallel=parallel)
         self.has_image = cfg.added_kv_proj_dim is not None
         if cfg.added_kv_proj_dim is not None:
             self.image_k = _to_heads(cfg.added_kv_proj_dim, cfg, dtype, rngs)
@@ -107,10 +108,6 @@ class CrossAttention(nnx.Module):
 
 def _to_heads(d_in: int, cfg: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
     return Linear(d_in, cfg.dim, axes=(None, "head"), dtype=dtype, rngs=rngs)
-
-
-def _from_heads(cfg: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs, parallel: Parallel) -> Linear:
-    return Linear(cfg.dim, cfg.dim, axes=("head", None), sum_over=parallel.heads, dtype=dtype, rngs=rngs)
 
 
 def _norm_of_heads(cfg: TransformerConfig, dtype: DTypeLike, parallel: Parallel) -> RMSNorm:

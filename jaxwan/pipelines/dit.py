@@ -99,9 +99,8 @@ def most_ulysses(cfg: TransformerConfig, sizes: Mapping[str, int]) -> int:
 
 def parallel_on(mesh: Mesh, split: TokenSplit) -> Parallel:
     """What the DiT's layers are told of the mesh."""
-    return Parallel(
-        RULES.head if RULES.parts(mesh.shape, "head") > 1 else None, split if split.ways > 1 else None
-    )  # fmt: skip
+    heads = RULES.head if RULES.parts(mesh.shape, "head") > 1 else None
+    return Parallel(heads, split if split.ways > 1 else None)
 
 
 def as_tokens(x: Float[Array, "*n t h w z"], cfg: TransformerConfig) -> Float[Array, "*n t s p"]:
