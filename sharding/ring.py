@@ -47,9 +47,11 @@ class Slot(NamedTuple):
 class Turns(NamedTuple):
     """A plan and the turns of its requests (`turns.RingPlan`, `turns.Turn`), for R slots of up to G branches.
 
-    The ring takes them with a leading axis of ranks, of which each has a plan of its own.
+    The ring takes them with two leading axes: of ranks, each of which has plans of its own, and of phases, the plans
+    that follow each other. What has entered by one plan goes its way by it while others enter by the next.
     """
 
+    since: Int[Array, "*d"]  # the tick in which the plan's first round begins
     period: Int[Array, "*d"]
     microbatches: Int[Array, "*d"]
     owner: Int[Array, "*d m"]  # slot of each micro-batch, M = R G
@@ -60,7 +62,7 @@ class Turns(NamedTuple):
     done: Int[Array, "*d r"]
 
 
-def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), *, slots: int, branches: int) -> Turns:
+def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), since: int = 0, *, slots: int, branches: int) -> Turns:
     """The turns as arrays, on the host, with room for `slots` of `branches`; those without a turn are empty."""
     pairs = [(slot, branch) for slot, count in enumerate(plan.branches) for branch in range(count)]
     room = np.zeros((2, slots * branches), np.int32)
@@ -68,14 +70,13 @@ def make_turns(plan: RingPlan, turns: Sequence[Turn] = (), *, slots: int, branch
     given = np.zeros((4, slots), np.int32)
     given[0, : len(plan.branches)] = plan.branches
     given[1:, : len(turns)] = np.array(turns, np.int32).reshape(-1, 3).T
-    return Turns(np.int32(plan.period), np.int32(plan.microbatches), *room, *given)
+    return Turns(np.int32(since), np.int32(plan.period), np.int32(plan.microbatches), *room, *given)
 
 
 class RingState(NamedTuple):
     """What a segment of ticks hands to the next. Leading axes: of hidden and held dp, cfg, pp, sp; of carry pp, sp,
     slots."""
 
-    tick: Int[Array, ""]
     hidden: PyTree
     held: PyTree  # what a stage keeps from tick to tick, such as its layers' caches; () where they keep nothing
     carry: PyTree  # each stage's own, of which the first one's is the truth
@@ -90,7 +91,8 @@ class Stage(NamedTuple):
 
 
 def slot_at(turns: Turns, u: Int[Array, ""]) -> Slot:
-    """The micro-batch that entered (or would have) in tick u."""
+    """The micro-batch that entered (or would have) in tick u, by a single plan."""
+    u = u - turns.since
     index, microbatch = u // turns.period, u % turns.period
     here = microbatch < turns.microbatches
     row = jnp.where(here, microbatch, 0)
@@ -102,40 +104,50 @@ def slot_at(turns: Turns, u: Int[Array, ""]) -> Slot:
     return Slot(request, branch, branch == turns.branches[request] - 1, step, active)
 
 
-def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTree) -> Callable[..., RingState]:
-    """The compiled program `run(weights, inputs, turns, state, ticks) -> state`, with `state` donated.
+def _of_phase(turns: Turns, u: Int[Array, ""]) -> Turns:
+    """Of several plans the one by which a micro-batch entered in tick u."""
+    phase = jnp.sum(u >= turns.since[1:])
+    return jax.tree.map(lambda x: x[phase], turns)
 
-    `ticks` is traced: one executable serves every segment length. weight_specs, input_specs: PartitionSpecs of
+
+def make_ring(mesh: Mesh, stage: Stage, weight_specs: PyTree, input_specs: PyTree) -> Callable[..., RingState]:
+    """The compiled program `run(weights, inputs, turns, state, tick, ticks) -> state`, with `state` donated: `ticks`
+    ticks from `tick` on.
+
+    Both are traced: one executable serves every segment. weight_specs, input_specs: PartitionSpecs of
     `weights` and `inputs`; turns have a row for each rank of requests. Idle positions compute on garbage that nothing
     reads: leaving the work out would make control flow differ between devices, which deadlocks collectives.
     """
     axis, stages = RULES.stage, mesh.shape[RULES.stage]
 
-    def run(weights, inputs, turns, state, ticks):
+    def run(weights, inputs, turns, state, first, ticks):
         turns = jax.tree.map(lambda x: x[0], turns)
         carry = jax.tree.map(lambda x: x[0, 0], state.carry)
         hidden, held = jax.tree.map(lambda x: x[0, 0, 0, 0], (state.hidden, state.held))
         place = position(axis)
 
-        def tick(_, loop):
-            t, hidden, held, carry = loop
-            entering = stage.enter(weights, inputs, carry, slot_at(turns, t))
-            hidden = jax.tree.map(lambda new, old: jnp.where(place == 0, new, old), entering, hidden)
-            hidden, held = stage.layers(weights, inputs, hidden, held, slot_at(turns, t - place))
-            hidden = shift_tree(hidden)
-            carry = stage.retire(weights, inputs, carry, hidden, slot_at(turns, t - (stages - 1)))
-            return t + 1, hidden, held, carry
+        def entered(u):
+            return slot_at(_of_phase(turns, u), u)
 
-        t, hidden, held, carry = jax.lax.fori_loop(0, ticks, tick, (state.tick, hidden, held, carry))
+        def tick(t, loop):
+            hidden, held, carry = loop
+            entering = stage.enter(weights, inputs, carry, entered(t))
+            hidden = jax.tree.map(lambda new, old: jnp.where(place == 0, new, old), entering, hidden)
+            hidden, held = stage.layers(weights, inputs, hidden, held, entered(t - place))
+            hidden = shift_tree(hidden)
+            carry = stage.retire(weights, inputs, carry, hidden, entered(t - (stages - 1)))
+            return hidden, held, carry
+
+        hidden, held, carry = jax.lax.fori_loop(first, first + ticks, tick, (hidden, held, carry))
         hidden, held = jax.tree.map(lambda x: x[None, None, None, None], (hidden, held))
-        return RingState(t, hidden, held, jax.tree.map(lambda x: x[None, None], carry))
+        return RingState(hidden, held, jax.tree.map(lambda x: x[None, None], carry))
 
     def shift_tree(tree):
         return jax.tree.map(lambda x: shift(x, axis), tree)
 
     specs = state_specs(mesh)
     sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(weight_specs, input_specs, turns_spec(mesh), specs, PartitionSpec()),
+        run, mesh=mesh, in_specs=(weight_specs, input_specs, turns_spec(mesh), specs, PartitionSpec(), PartitionSpec()),
         out_specs=specs, check_vma=check_types(mesh),
     )  # fmt: skip
     # fixed output shardings: inferred ones may be spelt differently from the inputs', and the second call recompiles
@@ -151,7 +163,7 @@ def state_specs(mesh: Mesh) -> RingState:
     """Of a state: of hidden and held each device has its own, in a row of its own along four axes; carry goes by
     stages, shares of tokens, and slots, and is that of both branches. Devices that share heads have all alike."""
     own = RULES.spec(mesh, "request", "branch", "stage", "token")
-    return RingState(RULES.spec(mesh), own, own, RULES.spec(mesh, "stage", "token", "request"))
+    return RingState(own, own, RULES.spec(mesh, "stage", "token", "request"))
 
 
 def check_types(mesh: Mesh) -> bool:

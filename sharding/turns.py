@@ -1,14 +1,14 @@
 """The ring's tick arithmetic, in plain Python: when a request may start, which steps are done, when something happens.
 
 Slots are rows of the ring's arrays, each the place of one request at a time. A slot has as many micro-batches a period
-as its request has branches, and those of all slots follow each other. The host puts requests in and takes them out
-between segments of ticks, while others run: their turns are data. All of it follows from two facts. Micro-batch m
-enters in the ticks whose place in the period is m, and it is back after as many ticks as there are stages.
+as its request has branches, and those of all slots follow each other. All of it follows from two facts. Micro-batch m
+enters in the ticks whose place in the period is m, and it is back after as many ticks as there are stages. How plans
+follow each other while requests come and go, `timetable.py` says.
 
 The mesh axis `dp` has a ring on each of its ranks. `deal` gives each its requests, and all one period.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class RingPlan:
 
         A request's first branch may enter again only after its last branch, `branches - 1` ticks behind, came back.
         """
-        return max(self.least, self.microbatches, self.stages + max(self.branches, default=1) - 1)
+        return max(self.least, self.microbatches, self.stages + max((1, *self.branches)) - 1)
 
     def first(self, slot: int) -> int:
         """A slot's first micro-batch."""
@@ -132,38 +132,7 @@ def done_at(plan: RingPlan, slot: int, turn: Turn, step: int) -> int:
     return last_branch_enters + plan.stages
 
 
-def first_start(plan: RingPlan, slot: int, tick: int) -> int:
-    """The earliest `start` of a request that is put into a slot after `tick` ticks.
-
-    The slot may be released in the same moment, with micro-batches of its last request still in the ring.
-    """
-    return max(0, -(-(tick - plan.first(slot)) // plan.period))
-
-
 def steps_done(plan: RingPlan, slot: int, turn: Turn, tick: int) -> int:
     """Steps that a request has finished after `tick` ticks, those taken elsewhere too."""
     since_first = tick - done_at(plan, slot, turn, turn.done)
     return turn.done + max(0, min(turn.num_steps - turn.done, since_first // plan.period + 1))
-
-
-def ticks_until_step(plan: RingPlan, turns: Iterable[Turn], tick: int) -> int | None:
-    """Ticks from `tick` until the next step of any request is finished; None when all are done."""
-    ahead = []
-    for slot, turn in enumerate(turns):
-        done = steps_done(plan, slot, turn, tick)
-        if done < turn.num_steps:
-            ahead.append(done_at(plan, slot, turn, done) - tick)
-    return min(ahead, default=None)
-
-
-def rebased(plan: RingPlan, turns: Sequence[Turn], tick: int) -> tuple[list[Turn], int]:
-    """The same turns and tick counted from a later round, so that a ring that runs for ever stays within int32.
-
-    Everything happens as it would have: what is in the ring still entered in a tick that is not below 0.
-    """
-    rounds = max(0, (tick - plan.stages) // plan.period)
-    moved = []
-    for slot, turn in enumerate(turns):
-        ended = steps_done(plan, slot, turn, tick) == turn.num_steps
-        moved.append(Turn(0, turn.num_steps, turn.num_steps) if ended else turn._replace(start=turn.start - rounds))
-    return moved, tick - rounds * plan.period

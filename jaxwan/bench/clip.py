@@ -142,7 +142,7 @@ def _whole(item: Item, text: Any, ring: Ring, coding: Coding, steps: int) -> Row
         for _ in range(2):
             text()
         ring.start(steps)
-        jax.block_until_ready(ring.run(ring.plan.ticks([steps])))
+        jax.block_until_ready(ring.run(ring.ticks))
         return coding.video()
 
     with card_log() as card:

@@ -19,7 +19,7 @@ from jaxwan.bench.report import Row
 from jaxwan.flops import TEXT_ROWS
 from jaxwan.models.transformer import token_grid
 from jaxwan.pipelines.condition import frame_timesteps, to_float32
-from jaxwan.pipelines.denoise import Bucket, Denoiser, Entry, Loop, Running, begin
+from jaxwan.pipelines.denoise import Bucket, Denoiser, Entry, Loop, begin
 from jaxwan.pipelines.dit import (
     Controls,
     Inputs,
@@ -33,7 +33,6 @@ from jaxwan.pipelines.dit import (
 from jaxwan.schedulers.table import SamplerState, make_table, step, table_row
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 from jaxwan.sharding.ring import RingState, Slot
-from jaxwan.sharding.turns import RingPlan
 
 PROMPT_ROWS = 40  # tokens of a typical prompt
 FLOW_SHIFT = 5.0
@@ -79,7 +78,6 @@ class Ring:
         mesh = make_mesh(MeshSpec())
         self.preset, self.videos = preset, videos
         self.denoiser = Denoiser(preset.transformer, random_weights(preset, mesh), mesh, dtype())
-        self.plan = RingPlan(1, (2,) * videos)
         self.start(steps)
         _, ring, arguments = next(self.programs.listed(self.weights))
         self.executable, self.compile_seconds = compiled(ring, *arguments)
@@ -94,20 +92,26 @@ class Ring:
         """From the first tick again, with so many steps."""
         entries = make_entries(self.preset, steps, self.videos)
         self.programs = self.denoiser.programs(Bucket.of(entries))
-        self.running = self.programs.empty([self.plan])
+        self.running = self.programs.empty()
         for slot, entry in enumerate(entries):
-            self.running = self.programs.insert(self.running, slot, 0, entry)
+            self.running = self.programs.insert(self.running, (0, slot), entry)
+        members = {(0, slot): self.programs.member(entry) for slot, entry in enumerate(entries)}
+        self.timetable = self.programs.timetable().changed(members)
+
+    @property
+    def ticks(self) -> int:
+        """Until all videos are done."""
+        return self.timetable.end - self.timetable.tick
 
     def run(self, ticks: int) -> RingState:
-        """So many ticks of the executable; its outputs may not be there yet."""
-        inputs, turns, state = self.running
-        state = self.executable(self.weights, inputs, turns, state, np.int32(ticks))
-        self.running = Running(inputs, turns, state)
-        return state
+        """So many ticks; their outputs may not be there yet."""
+        self.running = self.programs.run(self.weights, self.running, self.timetable, ticks)
+        self.timetable = self.timetable.ran(ticks)
+        return self.running.state
 
     def velocity(self) -> np.ndarray:
         """The first video's latest."""
-        return np.asarray(self.programs.read(self.running, 0).velocity)
+        return np.asarray(self.programs.read(self.running, (0, 0)).velocity)
 
     def check(self) -> None:
         """Raises RuntimeError when numbers got lost on the way."""

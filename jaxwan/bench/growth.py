@@ -61,10 +61,10 @@ def measure_growth(item: Item) -> Iterator[Row]:
 
 def _loop_seconds(ring: Ring, point: Point, runs: int) -> list[float]:
     """Seconds of whole loops, each from the start again."""
-    ticks, taken = ring.plan.ticks([point.steps] * point.requests), []
+    taken = []
     for run in range(runs + 1):
         ring.start(point.steps)
-        seconds = seconds_of(lambda: ring.run(ticks), 1, warmups=0)
+        seconds = seconds_of(lambda: ring.run(ring.ticks), 1, warmups=0)
         taken += seconds if run else []  # the first one warms up
     ring.check()
     return taken

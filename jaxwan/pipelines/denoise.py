@@ -20,23 +20,27 @@ from jax.typing import DTypeLike
 from jaxwan.config import TransformerConfig
 from jaxwan.pipelines.dit import (
     Carry,
+    Fault,
     Inputs,
     Weights,
     abstract_weights,
     as_latents,
     as_tokens,
+    fresh,
     input_specs,
     make_stage,
     map_axes,
+    num_stages,
     parallel_on,
     shapes_at,
     split_on,
 )
 from jaxwan.schedulers.table import SamplerState
 from jaxwan.sharding.collectives import position
-from jaxwan.sharding.ring import RingState, Turns, check_types, make_ring, make_turns, state_specs, turns_spec
+from jaxwan.sharding.ring import RingState, Turns, check_types, make_ring, make_turns, state_specs
 from jaxwan.sharding.rules import RULES
-from jaxwan.sharding.turns import RingPlan, Turn, deal, done_at, first_start
+from jaxwan.sharding.timetable import Member, Place, Timetable, empty_timetable
+from jaxwan.sharding.turns import deal
 
 KEPT = 8  # sets of programs that a Denoiser keeps, the latest used
 
@@ -137,7 +141,6 @@ class Running(NamedTuple):
     """
 
     inputs: Inputs  # with a leading axis of slots
-    turns: Turns
     state: RingState  # of Carry, with a leading axis of slots
 
 
@@ -163,13 +166,13 @@ class Programs:
             sampler, channels, first, noise = jax.tree.map(lambda x: split.own(as_tokens(x, cfg)), latents)
             return Entry(sampler, entry.done, inputs._replace(channels=channels, first=first, noise=noise))
 
-        def empty(turns: Turns) -> Running:
+        def empty() -> Running:
             entry = jax.eval_shape(own, bucket.entry)
             hidden = jnp.zeros((1, 1, 1, 1, 1, split.frames * split.share, cfg.dim), dtype)
-            carry = _zeros((1, 1, bucket.slots), Carry(entry.sampler, entry.sampler.x))
-            return Running(_zeros((bucket.slots,), entry.inputs), turns, RingState(jnp.int32(0), hidden, (), carry))
+            carry = _zeros((1, 1, bucket.slots), fresh(entry.sampler))
+            return Running(_zeros((bucket.slots,), entry.inputs), RingState(hidden, (), carry))
 
-        def insert(running: Running, slot: Any, start: Any, entry: Entry) -> Running:
+        def insert(running: Running, slot: Any, entry: Entry) -> Running:
             """On each device by itself: where the slot is another rank's, all stays as it is."""
             entry = own(entry)
             row = slot - position(RULES.request) * bucket.slots
@@ -182,22 +185,17 @@ class Programs:
 
                 return jax.tree.map(put_one, rows, new)
 
-            turns, state = running.turns, running.state
-            turns = turns._replace(
-                start=put(turns.start, start, 1), done=put(turns.done, entry.done, 1),
-                num_steps=put(turns.num_steps, entry.inputs.controls.table.num_steps, 1),
-            )  # fmt: skip
-            carry = put(state.carry, Carry(entry.sampler, jnp.zeros_like(entry.sampler.x)), 2)
-            return Running(put(running.inputs, entry.inputs), turns, state._replace(carry=carry))
+            carry = put(running.state.carry, fresh(entry.sampler), 2)
+            return Running(put(running.inputs, entry.inputs), running.state._replace(carry=carry))
 
         def read(carry: Carry, row: Any) -> Carry:
             return jax.tree.map(lambda x: dynamic_index_in_dim(x[0, 0], row, keepdims=False), carry)
 
-        specs, whole = Running(input_specs(mesh), turns_spec(mesh), state_specs(mesh)), PartitionSpec()
+        specs, whole = Running(input_specs(mesh), state_specs(mesh)), PartitionSpec()
         brought = Inputs(*[whole] * len(Inputs._fields))._replace(text=RULES.spec(mesh, "branch"))  # of a single slot
         on_each = partial(jax.shard_map, mesh=mesh, out_specs=specs, check_vma=check_types(mesh))
-        empty = on_each(empty, in_specs=specs.turns)
-        insert = on_each(insert, in_specs=(specs, whole, whole, Entry(whole, whole, brought)))
+        empty = on_each(empty, in_specs=())
+        insert = on_each(insert, in_specs=(specs, whole, Entry(whole, whole, brought)))
         self._placed = jax.tree.map(partial(NamedSharding, mesh), specs)
         self._empty = jax.jit(empty, out_shardings=self._placed)
         self._insert = jax.jit(insert, donate_argnums=0, out_shardings=self._placed)
@@ -205,37 +203,65 @@ class Programs:
         self._ring = make_ring(mesh, stage, map_axes(partial(RULES.spec, mesh), weights), specs.inputs)
         self._read = jax.jit(read)
 
-    def empty(self, plans: Sequence[RingPlan]) -> Running:
-        """The rings of all ranks before their first tick; the plans' slots have no videos yet."""
-        return self._empty(self._turns(plans))
+    def empty(self) -> Running:
+        """The rings of all ranks without videos."""
+        return self._empty()
 
-    def insert(self, running: Running, slot: int, start: int, entry: Entry) -> Running:
-        """Put a video into a slot, to enter in round `start` (`turns.first_start`), whatever was there before."""
-        return self._insert(running, np.int32(slot), np.int32(start), self.bucket.fitted(entry))
+    def timetable(self) -> Timetable:
+        """Of such rings."""
+        return empty_timetable(RULES.parts(self.mesh.shape, "stage"), self.ranks, self.bucket.slots)
 
-    def run(self, weights: Weights, running: Running, ticks: int) -> Running:
+    def member(self, entry: Entry) -> Member:
+        """A video as the timetable has it: with a branch alone where each has devices of its own."""
+        branches = entry.branches if self.branches > 1 else 1
+        return Member(branches, entry.num_steps, int(entry.done))
+
+    def insert(self, running: Running, place: Place, entry: Entry) -> Running:
+        """Put a video into a place, whatever was there before; when its steps enter, the timetable says."""
+        return self._insert(running, np.int32(self.row(place)), self.bucket.fitted(entry))
+
+    def run(self, weights: Weights, running: Running, timetable: Timetable, ticks: int) -> Running:
         """So many ticks; their results may not be there yet."""
-        state = self._ring(weights, running.inputs, running.turns, running.state, np.int32(ticks))
-        return running._replace(state=state)
+        arguments = weights, running.inputs, self._turns(timetable), running.state
+        return running._replace(state=self._ring(*arguments, np.int32(timetable.tick), np.int32(ticks)))
 
-    def read(self, running: Running, slot: int) -> Carry:
-        """What a slot's video has become: latents [T, H, W, Z], on the host."""
-        rank, row = divmod(slot, self.bucket.slots)
+    def row(self, place: Place) -> int:
+        """Where a place is in the arrays."""
+        rank, slot = place
+        return rank * self.bucket.slots + slot
+
+    def read(self, running: Running, place: Place) -> Carry:
+        """What the video in a place has become: latents [T, H, W, Z], on the host."""
+        rank, row = place
         shares = []
         for device in self._first(rank):
             own = jax.tree.map(lambda x: x.addressable_data(device), running.state.carry)  # noqa: B023
             shares.append(self._read(own, np.int32(row)))
-        shape = self.bucket.latent_shape
-        return jax.tree.map(lambda *x: as_latents(np.concatenate(x, axis=1), self.cfg, shape), *shares)
+        latents = jax.tree.map(
+            lambda *x: as_latents(np.concatenate(x, axis=1), self.cfg, self.bucket.latent_shape),
+            *(share._replace(fault=None) for share in shares),
+        )
+        return latents._replace(fault=_first_of([int(share.fault) for share in shares]))
+
+    def faults(self, running: Running) -> dict[Place, Fault]:
+        """Places whose videos have computed what is not finite. Waits for all ticks that were started."""
+        found = {}
+        for rank in range(self.ranks):
+            fault = running.state.carry.fault
+            shares = [np.asarray(fault.addressable_data(device))[0, 0] for device in self._first(rank)]
+            for slot, numbers in enumerate(np.stack(shares, axis=1).tolist()):
+                if failed := Fault.parse(_first_of(numbers)):
+                    found[rank, slot] = failed
+        return found
 
     def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
         number = jax.ShapeDtypeStruct((), np.int32)
-        turns = shapes_at(None, self._turns([RingPlan(1, ())] * self.ranks))
-        running = jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty, turns))
-        yield "ring", self._ring, (weights, running.inputs, running.turns, running.state, number)
-        yield "the ring's slots", self._empty, (turns,)
-        yield "a video into its slot", self._insert, (running, number, number, self.bucket.entry)
+        turns = shapes_at(None, self._turns(self.timetable()))
+        running = jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty))
+        yield "ring", self._ring, (weights, running.inputs, turns, running.state, number, number)
+        yield "the ring's slots", self._empty, ()
+        yield "a video into its slot", self._insert, (running, number, self.bucket.entry)
         devices = [device for rank in range(self.ranks) for device in self._first(rank)]
         for device in devices:
             place = SingleDeviceSharding(self.mesh.devices.flat[device])
@@ -243,14 +269,24 @@ class Programs:
             name = "a video out of its slot" + f" on device {device}" * (len(devices) > 1)
             yield name, self._read, (shapes_at(place, own), number)
 
-    def _turns(self, plans: Sequence[RingPlan]) -> Turns:
-        each = [make_turns(plan, slots=self.bucket.slots, branches=self.branches) for plan in plans]
-        return jax.tree.map(lambda *rows: np.stack(rows), *each)
+    def _turns(self, timetable: Timetable) -> Turns:
+        room = dict(slots=self.bucket.slots, branches=self.branches)
+        each = [
+            make_turns(plan, turns, phase.since, **room)
+            for phase in timetable.phases
+            for plan, turns in zip(phase.plans, phase.turns, strict=True)
+        ]
+        return jax.tree.map(lambda *x: np.stack(x).reshape(2, self.ranks, *x[0].shape).swapaxes(0, 1), *each)
 
     def _first(self, rank: int) -> list[int]:
         """Which of the mesh's devices have a rank's videos, a share of the tokens each: those of its first stage."""
         places = np.arange(self.mesh.size).reshape(self.mesh.devices.shape)
         return places[rank, 0, 0, :, 0].tolist()
+
+
+def _first_of(faults: Sequence[int]) -> int:
+    """Of the shares of a video's tokens the first fault, as a number; 0 where there is none."""
+    return min((fault for fault in faults if fault > 0), default=0)
 
 
 def _zeros(lead: tuple[int, ...], tree: Any) -> Any:
@@ -287,33 +323,31 @@ class Loop:
     """Videos denoised together: advance them step by step, and look at them or change them in between."""
 
     def __init__(self, denoiser: Denoiser, entries: Sequence[Entry]):
-        self.entries, self.tick = list(entries), 0
-        ranks, branches, stages = (RULES.parts(denoiser.mesh.shape, a) for a in ("request", "branch", "stage"))
-        self.plan = deal([1 if branches > 1 else e.branches for e in entries], ranks=ranks, stages=stages)
-        self.turns = [Turn(0, entry.num_steps, int(entry.done)) for entry in entries]
+        self.entries = list(entries)
         self.done = [int(entry.done) for entry in entries]  # steps, of each video
-        bucket = denoiser.bucket(entries)
-        self._slots = [rank * bucket.slots + slot for rank, slot in self.plan.places]
-        self._weights, self._programs = denoiser.weights, denoiser.programs(bucket)
-        self._running = self._programs.empty(self.plan.plans)
-        for slot, entry in zip(self._slots, entries, strict=True):
-            self._running = self._programs.insert(self._running, slot, 0, entry)
+        self._weights, self._programs = denoiser.weights, denoiser.programs(denoiser.bucket(entries))
+        members = [self._programs.member(entry) for entry in entries]
+        dealt = deal([m.branches for m in members], ranks=self._programs.ranks, stages=num_stages(denoiser.mesh))
+        self._places, self._running = dealt.places, self._programs.empty()
+        self.timetable = self._programs.timetable().changed(dict(zip(dealt.places, members, strict=True)))
+        for place, entry in zip(self._places, entries, strict=True):
+            self._running = self._programs.insert(self._running, place, entry)
 
     @property
     def rounds(self) -> int:
         """Steps that are left to the video that has most."""
-        return max(turn.num_steps - done for turn, done in zip(self.turns, self.done, strict=True))
+        return max(entry.num_steps - done for entry, done in zip(self.entries, self.done, strict=True))
 
     def advance(self) -> None:
         """Run until every video has made one step more, but for those that are done, and wait for it."""
-        ends = [self.tick]
-        for video, turn in enumerate(self.turns):
-            if self.done[video] < turn.num_steps:
-                ends.append(done_at(*self.plan.at(video), turn, self.done[video]))
+        ends = [self.timetable.tick]
+        for video, entry in enumerate(self.entries):
+            if self.done[video] < entry.num_steps:
+                ends.append(self.timetable.done_at(self._places[video], self.done[video]))
                 self.done[video] += 1
-        ticks = max(ends) - self.tick
-        self._running = jax.block_until_ready(self._programs.run(self._weights, self._running, ticks))
-        self.tick += ticks
+        ticks = max(ends) - self.timetable.tick
+        self._running = jax.block_until_ready(self._programs.run(self._weights, self._running, self.timetable, ticks))
+        self.timetable = self.timetable.ran(ticks)
 
     def replace(self, latents: Mapping[int, np.ndarray]) -> None:
         """Go on with other latents [T, H, W, Z] of some videos.
@@ -321,16 +355,14 @@ class Loop:
         In the ring they may be in their next step already, with the old ones, so that step is begun again: by all,
         since they are to advance together.
         """
-        start = max(first_start(*self.plan.at(video), self.tick) for video in range(len(self.entries)))
-        for video, slot in enumerate(self._slots):
-            entry = self.entry(video)
-            entry = entry.with_latents(latents[video]) if video in latents else entry
-            self.turns[video] = Turn(start, entry.num_steps, self.done[video])
-            self._running = self._programs.insert(self._running, slot, start, entry)
+        self.timetable = self.timetable.restarted()
+        for video, x in latents.items():
+            entry = self.entry(video).with_latents(x)
+            self._running = self._programs.insert(self._running, self._places[video], entry)
 
     def read(self, video: int) -> Carry:
         """A video's sampler and latest velocity, guided: latents [T, H, W, Z], on the host."""
-        return self._programs.read(self._running, self._slots[video])
+        return self._programs.read(self._running, self._places[video])
 
     def latents(self) -> np.ndarray:
         """x of all videos [B, T, H, W, Z], float32, on the host."""

@@ -61,6 +61,35 @@ class Carry(NamedTuple):
 
     sampler: SamplerState  # each as latents are
     velocity: Float[Array, "..."]  # of the latest evaluation; between the two branches, the cond one
+    fault: Int[Array, "..."]  # 0, or which step computed what is not finite, first of all (`Fault`)
+
+
+class Fault(NamedTuple):
+    """Where numbers were not finite first: in a step, in what. Carried as a number, above 0."""
+
+    step: int
+    what: str
+
+    @classmethod
+    def parse(cls, number: int) -> "Fault | None":
+        """None for 0."""
+        step, what = divmod(number - 1, len(_MAY_FAIL))
+        return cls(step, _MAY_FAIL[what]) if number > 0 else None
+
+
+_MAY_FAIL = "latents", "velocity"  # before the step; predicted in it
+
+
+def first_fault(x: Float[Array, "..."], velocity: Float[Array, "..."], slot: Slot) -> Int[Array, ""]:
+    """The number of a `Fault` in this step, or 0; of what this device has of the numbers."""
+    number = 1 + len(_MAY_FAIL) * slot.step
+    velocity_fails = jnp.where(jnp.isfinite(velocity).all(), 0, number + 1)
+    return jnp.where(jnp.isfinite(x).all(), velocity_fails, number)
+
+
+def fresh(sampler: SamplerState) -> Carry:
+    """What a video begins with in its slot."""
+    return Carry(sampler, jnp.zeros_like(sampler.x), jnp.int32(0))
 
 
 class Weights(NamedTuple):
@@ -250,8 +279,11 @@ def make_stage(cfg: TransformerConfig, graph: Any, latent_shape: tuple[int, ...]
             velocity = jnp.where(slot.last, velocity, predicted)
         noise = 0.0 if inputs.noise is None else inputs.noise[slot.request, jnp.minimum(slot.step, RENOISINGS - 1)]
         stepped = step(table_row(controls.table, slot.request, slot.step), old.sampler, velocity, noise)
-        stepped = jax.tree.map(lambda new, kept: jnp.where(slot.last, new, kept), stepped, old.sampler)
-        new = jax.tree.map(lambda new, kept: jnp.where(slot.active, new, kept), Carry(stepped, velocity), old)
+        fault = jnp.where(old.fault > 0, old.fault, first_fault(old.sampler.x, velocity, slot))
+        stepped, fault = jax.tree.map(
+            lambda new, kept: jnp.where(slot.last, new, kept), (stepped, fault), (old.sampler, old.fault)
+        )
+        new = jax.tree.map(lambda new, kept: jnp.where(slot.active, new, kept), Carry(stepped, velocity, fault), old)
         return jax.tree.map(lambda all_, own: dynamic_update_index_in_dim(all_, own, slot.request, 0), carry, new)
 
     return Stage(enter, layers, retire)

@@ -133,7 +133,7 @@ def _plan(stages: int) -> RingPlan:
 def _program(pieces: Pieces, graph: Any, line: Mesh) -> Callable:
     """The jitted ring of models of this structure, the same for all pipelines that have one on these devices."""
     turns = make_turns(_plan(line.size), [Turn(0, 1)] * SLOTS, slots=SLOTS, branches=1)
-    turns = jax.tree.map(lambda x: np.asarray(x)[None], turns)
+    turns = jax.tree.map(lambda x: np.asarray(x)[None, None], turns)  # of a rank, of a phase
     whole = RULES.spec(line)
 
     def embed_first(weights, given):
@@ -143,8 +143,9 @@ def _program(pieces: Pieces, graph: Any, line: Mesh) -> Callable:
         specs = _map(lambda _, axes: RULES.spec(line, *axes), weights)
         hidden = jax.eval_shape(embed_first, weights, given)
         carry = jnp.zeros((line.size, 1, SLOTS, *hidden.shape[1:]), hidden.dtype)
-        state = RingState(jnp.int32(0), jnp.zeros((1, 1, line.size, 1, *hidden.shape), hidden.dtype), (), carry)
-        return make_ring(line, _stage(pieces, graph), specs, whole)(weights, given, turns, state, ticks).carry
+        state = RingState(jnp.zeros((1, 1, line.size, 1, *hidden.shape), hidden.dtype), (), carry)
+        ring = make_ring(line, _stage(pieces, graph), specs, whole)
+        return ring(weights, given, turns, state, jnp.int32(0), ticks).carry
 
     return jax.jit(run, out_shardings=NamedSharding(line, state_specs(line).carry))
 

@@ -217,7 +217,7 @@ def test_a_batch_that_fits_the_next_bucket_compiles_nothing(pipeline):
     with mock.patch.object(pipeline_module, "Loop", lambda *given: loops.append(Loop(*given)) or loops[-1]):
         pipe(prompts[:3], **call)
         pipe(prompts, **call | dict(guidance_scale=3.0))
-    assert [loop.tick for loop in loops] == [5 + 6, 8 + 9]
+    assert [loop.timetable.tick for loop in loops] == [5 + 6, 8 + 9]
 
 
 def test_compilations_are_counted():

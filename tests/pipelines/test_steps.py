@@ -141,7 +141,10 @@ def test_editing_latents_and_guidance_between_steps(pipe):
     off = start.replace(guidance_scale=1.0)  # from now on the cond velocity alone
     rows = pipe.encode_prompt("x")
     assert relative_error(pipe.denoise_step(off), pipe.predict(off.latents, off.timesteps, rows)) < APART
-    assert [Loop(pipe.parts.denoiser, s.entries).plan.period for s in (start, off)] == [2, 1]  # half of the work
+    assert [Loop(pipe.parts.denoiser, s.entries).timetable.now.period for s in (start, off)] == [
+        2,
+        1,
+    ]  # half of the work
     on = off.replace(guidance_scale=4.0)  # its negative text is still there
     np.testing.assert_array_equal(pipe.advance(on).latents, plain.latents)
     np.testing.assert_array_equal(start.latents, state.latents)  # states never change
