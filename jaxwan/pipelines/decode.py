@@ -1,6 +1,6 @@
 """Latents to frames."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -31,18 +31,29 @@ def decode_videos(
     frames = np.empty(shape, frame_type) if keep else None
     with progress.phase("decode", latents.shape[0] * latents.shape[2], "latent frame") as update:
         for i, (coder, video) in enumerate(zip(coders, to_internal(latents), strict=True)):
-            start = 0
             with nullcontext() if writers is None else writers[i] as writer:
-                for (pixels,) in coder.decode_chunks(video[None], frame_type):
-                    pixels = pixels if frame_type == "uint8" else pixels * 0.5 + 0.5
-                    if frames is not None:
-                        frames[i, start : start + len(pixels)] = pixels
+                for pixels in decoded_groups(coder, video, frame_type, None if frames is None else frames[i]):
                     if writer is not None:
                         with progress.elsewhere("write"):  # that is, waiting for it
                             writer.put(pixels)
-                    start += len(pixels)
                     update(1)
                 if writer is not None:
                     with progress.elsewhere("write"):
                         writer.finish()
     return frames
+
+
+def decoded_groups(
+    coder: Coder,
+    latents: Float[np.ndarray, "t h w z"],
+    frame_type: FrameType = "float32",
+    kept: np.ndarray | None = None,
+) -> Iterator[Float[np.ndarray, "f y x 3"] | UInt8[np.ndarray, "f y x 3"]]:
+    """The frames of each latent frame of a video in turn, in [0, 1] or in 8 bits; into `kept` (F, y, x, 3) too."""
+    start = 0
+    for (pixels,) in coder.decode_chunks(latents[None], frame_type):
+        pixels = pixels if frame_type == "uint8" else pixels * 0.5 + 0.5
+        if kept is not None:
+            kept[start : start + len(pixels)] = pixels
+        start += len(pixels)
+        yield pixels

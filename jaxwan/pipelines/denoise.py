@@ -92,18 +92,18 @@ class Bucket:
     entry: Entry
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], *, ranks: int = 1, texts: int = 1) -> "Bucket":
-        """The bucket of some videos, with slots for all (`room`), and for so many texts at least. Of their arrays the
-        shapes suffice.
+    def of(cls, entries: Sequence[Entry], *, ranks: int = 1, videos: int = 0) -> "Bucket":
+        """The bucket of some videos, with slots for all (`room`), or for so many `videos`, of two texts each. Of their
+        arrays the shapes suffice.
 
         Videos without guidance and those that do not renoise fit beside others; what else differs in shape is refused
         with a ValueError.
         """
         shapes = [shapes_at(None, entry) for entry in entries]
         widest = shapes[0].inputs.text
-        widest = widest.update(shape=(max(texts, *(s.texts for s in shapes)), *widest.shape[1:]))
+        widest = widest.update(shape=(2, *widest.shape[1:]))
         noise = next((s.inputs.noise for s in shapes if s.inputs.noise is not None), None)
-        bucket = cls(room(-(-len(entries) // ranks)), _with(shapes[0], widest, noise))
+        bucket = cls(room(-(-max(videos, len(entries)) // ranks)), _with(shapes[0], widest, noise))
         for shape in shapes:
             text = widest if shape.inputs.text.shape[1:] == widest.shape[1:] else shape.inputs.text
             if _with(shape, text, noise) != bucket.entry:
@@ -304,10 +304,9 @@ class Denoiser:
     ulysses: int | None = None  # of how many devices trade tokens for heads; None: as many as can be
     _made: OrderedDict = field(default_factory=OrderedDict, repr=False)
 
-    def bucket(self, entries: Sequence[Entry]) -> Bucket:
-        """The bucket of some videos on this mesh. Its branches have a text each where each has devices of its own."""
-        ranks, branches = (RULES.parts(self.mesh.shape, axis) for axis in ("request", "branch"))
-        return Bucket.of(entries, ranks=ranks, texts=branches)
+    def bucket(self, entries: Sequence[Entry], videos: int = 0) -> Bucket:
+        """The bucket of some videos on this mesh, with room for so many at least."""
+        return Bucket.of(entries, ranks=RULES.parts(self.mesh.shape, "request"), videos=videos)
 
     def programs(self, bucket: Bucket) -> Programs:
         """The bucket's programs; those of the KEPT latest buckets are compiled once."""

@@ -25,6 +25,7 @@ from jaxwan.pipelines.media import (
 from jaxwan.pipelines.request import Job
 
 Paths = str | Path | list[str | Path] | tuple[str | Path, ...]  # of several, one a video
+OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
 SHOWN_BYTES = 2_000_000  # of all videos shown in a notebook together
 
 
@@ -122,6 +123,23 @@ class Output:
             f'<figure style="display: inline-block">{video}<figcaption>{_caption(made["call"])}</figcaption></figure>'
             for video, made in zip(shown, self.settings, strict=True)
         )
+
+
+# What is kept
+
+
+def kept_type(output_type: str | None, save: Any) -> str:
+    """What an output keeps: frames where they are written nowhere. Raises ValueError for types that are not offered."""
+    if output_type not in (None, *OUTPUT_TYPES):
+        raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+    return output_type or ("np" if save is None else "latent")
+
+
+def as_pil(video: np.ndarray) -> list:
+    """The frames (F, H, W, 3), uint8, as PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in video]
 
 
 # Names and settings of files

@@ -20,6 +20,7 @@ from jaxwan.pipelines.denoise import Denoiser
 from jaxwan.pipelines.dit import Weights, placed_weights, shapes_at
 from jaxwan.pipelines.encoder_ring import EncoderRing, make_encoder_ring, placed
 from jaxwan.pipelines.prompt import Tokenizer
+from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import devices_behind
 from jaxwan.sharding.space import strip_mesh
 
@@ -56,6 +57,16 @@ class Parts(NamedTuple):
             encode_text=self.encode_text and replace(self.encode_text, weights=states["text_encoder"]),
             encode_image=self.encode_image and replace(self.encode_image, weights=states["image_encoder"]),
         )
+
+
+def job_settings(checkpoint: Checkpoint, parts: Parts, job: Job) -> tuple[dict[str, Any], ...]:
+    """What makes each video of a job: the call's settings, the model and its numbers."""
+    made_by = {"model": checkpoint.name, "dtype": str(parts.denoiser.dtype), "vae_dtype": str(parts.vae_dtype)}
+    if checkpoint.weights_variant is not None:
+        made_by["variant"] = checkpoint.weights_variant
+    if checkpoint.parts:
+        made_by["components"] = [name for name, _ in checkpoint.parts]  # from files of their own
+    return tuple(made_by | settings for settings in job.settings())
 
 
 def abstract_parts(

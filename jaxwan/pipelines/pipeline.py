@@ -23,8 +23,8 @@ from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, prepare
 from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place, tell_idle_stages
 from jaxwan.pipelines.media import BackgroundWriter, check_writable
-from jaxwan.pipelines.output import Output, Saving, numbered
-from jaxwan.pipelines.parts import Parts
+from jaxwan.pipelines.output import Output, Saving, as_pil, kept_type, numbered
+from jaxwan.pipelines.parts import Parts, job_settings
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
 from jaxwan.pipelines.request import Job
@@ -36,7 +36,6 @@ from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
 from jaxwan.sharding.mesh import MeshSpec
 
-OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
 _AT_THE_END = ("output_type", "save", "callback_on_step_end")  # arguments of a call that its job does not know
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
 log = logging.getLogger(__name__)
@@ -206,7 +205,7 @@ class WanPipeline:
 
         Raises ValueError or OSError in a sentence, before anything is computed; TypeError for another argument.
         """
-        _kept(output_type, save)
+        kept_type(output_type, save)
         if not (callback_on_step_end is None or callable(callback_on_step_end)):
             raise ValueError(f"callback_on_step_end={callback_on_step_end!r:.40} is no function")
         job = make_job(
@@ -227,7 +226,7 @@ class WanPipeline:
         callback_on_step_end: Callback | None = None,
     ) -> Output:  # fmt: skip
         """Generate a checked job (`make_job`), whose notes are the caller's to tell."""
-        kept = _kept(output_type, save)
+        kept = kept_type(output_type, save)
         if save is not None:
             Saving.parse(save).paths(job.settings(), job.size[0])
         check_use(self._mesh, self.checkpoint, job, loaded=True)
@@ -239,16 +238,6 @@ class WanPipeline:
             warn("the model computed NaN or infinity: is the checkpoint damaged, or its dtype too narrow for it?")
         output = Output(latents, latents, job.requests[0].fps, state.settings, progress.seconds)
         return output if kept == "latent" and save is None else self._decoded(output, progress, kept, save)
-
-    def _settings(self, job: Job) -> tuple[dict[str, Any], ...]:
-        """What made each video: the call's settings, the model and its numbers."""
-        vae_dtype = self.parts.vae_dtype
-        made_by = {"model": self.checkpoint.name, "dtype": str(self.parts.denoiser.dtype), "vae_dtype": str(vae_dtype)}
-        if self.checkpoint.weights_variant is not None:
-            made_by["variant"] = self.checkpoint.weights_variant
-        if self.checkpoint.parts:
-            made_by["components"] = [name for name, _ in self.checkpoint.parts]  # from files of their own
-        return tuple(made_by | settings for settings in job.settings())
 
     def warmup(
         self, prompt: str | Sequence[str] | None = None, *, output_type: str | None = None, save: Any = None,
@@ -264,7 +253,7 @@ class WanPipeline:
 
         Calls of the same kind then compile nothing, and neither does a second warm-up. Raises as a call does.
         """
-        decode = _kept(output_type, save) != "latent" or save is not None
+        decode = kept_type(output_type, save) != "latent" or save is not None
         job = make_job(self.checkpoint, False, **with_prompt(self.checkpoint, {"prompt": prompt} | call))
         check_use(self._mesh, self.checkpoint, job, loaded=True)
         start = time.perf_counter()
@@ -310,7 +299,7 @@ class WanPipeline:
 
         Raises ValueError for another shape, OSError for what cannot be written.
         """
-        kept = _kept(output_type, save)
+        kept = kept_type(output_type, save)
         if kept == "latent" and save is None:
             raise ValueError("output_type='latent' decodes nothing: choose np, uint8 or pil")
         progress, tiling = Progress(visible=self.progress), Tiling.parse(tiling)
@@ -359,7 +348,7 @@ class WanPipeline:
         frames = decode_videos(of_each, geometry, latents, progress, frame_type, keep=keep, writers=writers)
         if frames is None:
             return latents
-        return [_to_pil(video) for video in frames] if kept == "pil" else frames
+        return [as_pil(video) for video in frames] if kept == "pil" else frames
 
     def _coder(self, tiling: Tiling | None) -> Coder:
         return coder_for(self.parts.coder, tiling)
@@ -475,7 +464,10 @@ class WanPipeline:
         return identity(self.checkpoint, self.parts.denoiser.dtype)
 
     def _prepare(self, job: Job, progress: Progress) -> StepState:
-        return StepState(tuple(prepare(self.checkpoint, self.parts, job.requests, progress)), self._settings(job))
+        return StepState(
+            tuple(prepare(self.checkpoint, self.parts, job.requests, progress)),
+            job_settings(self.checkpoint, self.parts, job),
+        )
 
     def _advance(self, state: StepState, count: int, progress: Progress, callback: Callback | None) -> StepState:
         with progress.phase("denoise", count, "step") as update:
@@ -521,13 +513,6 @@ def tell(job: Job) -> None:
         warn(warning)
 
 
-def _kept(output_type: str | None, save: Any) -> str:
-    """What an output keeps: frames where they are written nowhere. Raises ValueError for types that are not offered."""
-    if output_type not in (None, *OUTPUT_TYPES):
-        raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
-    return output_type or ("np" if save is None else "latent")
-
-
 def _tilings(settings: Sequence[Mapping[str, Any]]) -> list[Tiling | None]:
     """Each video's, as its call had it."""
     return [Tiling.parse(made["call"].get("tiling")) for made in settings]
@@ -543,9 +528,3 @@ def _per_sample(timestep: Any, count: int, frames: int, tokens: int) -> np.ndarr
             f"timestep has shape {t.shape}, expected a number, ({count},), ({count}, {frames}) or ({count}, {tokens})"
         )
     return t
-
-
-def _to_pil(video: np.ndarray) -> list:
-    from PIL import Image
-
-    return [Image.fromarray(frame) for frame in video]

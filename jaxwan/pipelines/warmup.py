@@ -37,11 +37,16 @@ class Warmup(NamedTuple):
 # What a job runs
 
 
-def job_programs(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool = True) -> Iterator[Program]:
-    """Every program that a job runs on these parts, whose parameters may be shapes; those that take long first."""
+def job_programs(
+    checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool = True, videos: int = 0
+) -> Iterator[Program]:
+    """Every program that a job runs on these parts, whose parameters may be shapes; those that take long first.
+
+    videos: for how many there is to be room in the ring, where that is more than the job's own.
+    """
     size, requests = job.size, job.requests
     shape = latent_shape(checkpoint, requests[0])
-    bucket = parts.denoiser.bucket([abstract_entry(checkpoint, request) for request in requests])
+    bucket = parts.denoiser.bucket([abstract_entry(checkpoint, request) for request in requests], videos)
     yield from parts.denoiser.programs(bucket).listed(parts.denoiser.weights)
     coder = coder_for(parts.coder, requests[0].tiling)
     if decode:
