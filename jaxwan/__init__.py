@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxwan.engine.engine import Engine
+    from jaxwan.engine.handle import Aborted, Handle, NotFinite, QueueFull
     from jaxwan.models.tiles import Tiling
     from jaxwan.pipelines.call import make_job
     from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
 
 _HOME = {
+    "engine.engine": ("Engine",),
+    "engine.handle": ("Aborted", "Handle", "NotFinite", "QueueFull"),
     "models.tiles": ("Tiling",),
     "pipelines.call": ("make_job",),
     "pipelines.checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
@@ -40,9 +44,10 @@ _HOME = {
 }
 
 __all__ = [
-    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Checkpoint", "DryRun", "Job", "Output", "StepState", "Tiling",
-    "WanPipeline", "check_save", "check_writable", "dry_run", "end_on_signals", "load_image", "load_video", "make_job",
-    "open_checkpoint", "read_settings", "save_video", "seed_label",
+    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Aborted", "Checkpoint", "DryRun", "Engine", "Handle", "Job",
+    "NotFinite", "Output", "QueueFull", "StepState", "Tiling", "WanPipeline", "check_save", "check_writable", "dry_run",
+    "end_on_signals", "load_image", "load_video", "make_job", "open_checkpoint", "read_settings", "save_video",
+    "seed_label",
 ]  # fmt: skip
 
 

@@ -35,6 +35,10 @@ ALLOWED = {
         {"pipelines", "models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
         ARRAYS | {"flax", "PIL"},
     ),
+    "engine": (
+        {"pipelines", "models", "schedulers", "sharding", "geometry", "config"},
+        ARRAYS | IN_FUNCTIONS,
+    ),
     "tiny": (
         {"pipelines", "models", "schedulers", "sharding", "convert", "geometry", "config"},
         ARRAYS | {"flax", "optax", "orbax", "tokenizers", "tqdm"},

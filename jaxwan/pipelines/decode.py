@@ -1,6 +1,6 @@
 """Latents to frames."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -48,7 +48,7 @@ def decoded_groups(
     latents: Float[np.ndarray, "t h w z"],
     frame_type: FrameType = "float32",
     kept: np.ndarray | None = None,
-) -> Iterator[Float[np.ndarray, "f y x 3"] | UInt8[np.ndarray, "f y x 3"]]:
+) -> Generator[Float[np.ndarray, "f y x 3"] | UInt8[np.ndarray, "f y x 3"]]:
     """The frames of each latent frame of a video in turn, in [0, 1] or in 8 bits; into `kept` (F, y, x, 3) too."""
     start = 0
     for (pixels,) in coder.decode_chunks(latents[None], frame_type):

@@ -254,11 +254,16 @@ class Programs:
                     found[rank, slot] = failed
         return found
 
+    @property
+    def running_shapes(self) -> Running:
+        """Shapes, dtypes and places of the rings' arrays."""
+        return jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty))
+
     def listed(self, weights: Weights) -> Iterator[tuple[str, Callable, tuple]]:
         """(name, jitted function, arguments) of each program; of all arguments shapes and places."""
         number = jax.ShapeDtypeStruct((), np.int32)
         turns = shapes_at(None, self._turns(self.timetable()))
-        running = jax.tree.map(shapes_at, self._placed, jax.eval_shape(self._empty))
+        running = self.running_shapes
         yield "ring", self._ring, (weights, running.inputs, turns, running.state, number, number)
         yield "the ring's slots", self._empty, ()
         yield "a video into its slot", self._insert, (running, number, self.bucket.entry)

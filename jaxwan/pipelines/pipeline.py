@@ -117,17 +117,23 @@ class WanPipeline:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        denoiser, mesh = self.parts.denoiser, self._mesh
-        kind, coding = denoiser.mesh.devices.flat[0].device_kind, self.parts.coder.mesh
-        own = ""
-        if coding is not None and coding.devices.flat[0] != denoiser.mesh.devices.flat[0]:
-            own = f", VAE on {coding.size} more"
+        denoiser, mesh = self.parts.denoiser, self.mesh
+        kind, own = denoiser.mesh.devices.flat[0].device_kind, self.vae_devices
+        own = f", VAE on {own} more" if own else ""
         return f"WanPipeline({self.checkpoint.name}, {denoiser.dtype}, mesh {mesh}, {mesh.num_devices} x {kind}{own})"
 
     @property
-    def _mesh(self) -> MeshSpec:
+    def mesh(self) -> MeshSpec:
+        """What it was loaded onto."""
         denoiser = self.parts.denoiser
         return MeshSpec(**denoiser.mesh.shape, ulysses=denoiser.ulysses)
+
+    @property
+    def vae_devices(self) -> int:
+        """How many devices of its own the VAE has; 0 where it is on the mesh's."""
+        coding = self.parts.coder.mesh
+        apart = coding is not None and coding.devices.flat[0] != self.parts.denoiser.mesh.devices.flat[0]
+        return coding.size if coding is not None and apart else 0
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -229,7 +235,7 @@ class WanPipeline:
         kept = kept_type(output_type, save)
         if save is not None:
             Saving.parse(save).paths(job.settings(), job.size[0])
-        check_use(self._mesh, self.checkpoint, job, loaded=True)
+        check_use(self.mesh, self.checkpoint, job, loaded=True)
         progress = Progress(visible=self.progress)
         state = self._prepare(job, progress)
         state = self._advance(state, int(state.num_steps.max()), progress, callback_on_step_end)
@@ -255,12 +261,12 @@ class WanPipeline:
         """
         decode = kept_type(output_type, save) != "latent" or save is not None
         job = make_job(self.checkpoint, False, **with_prompt(self.checkpoint, {"prompt": prompt} | call))
-        check_use(self._mesh, self.checkpoint, job, loaded=True)
+        check_use(self.mesh, self.checkpoint, job, loaded=True)
         start = time.perf_counter()
         programs = list(job_programs(self.checkpoint, self.parts, job, decode=decode))
         phases, seconds = Progress(visible=self.progress), {}
         with compiling(programs, phases) as finished, phases.phase("compile", len(programs), "program") as update:
-            for name, took in finished:
+            for name, took, _ in finished:
                 seconds[name] = took
                 update(1)
         return Warmup(time.perf_counter() - start, seconds)

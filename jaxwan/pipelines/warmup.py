@@ -34,6 +34,14 @@ class Warmup(NamedTuple):
     programs: dict[str, float]
 
 
+class Compiled(NamedTuple):
+    """A program that was compiled ahead, and the seconds of tracing and compiling it."""
+
+    name: str
+    seconds: float
+    program: jax.stages.Compiled
+
+
 # What a job runs
 
 
@@ -55,14 +63,25 @@ def job_programs(
     if encoded:
         yield from coder.programs("encode", (1, encoded, *size[1:], 3))
     encode = parts.encode_text
-    given = [r.prompt_embeds for r in requests] + [r.negative_prompt_embeds for r in requests if r.guided]
-    if encode is not None and any(rows is None for rows in given):
+    if encode is not None and _has_texts(job):
         yield "text encoder", *encode.program(*abstract_prompt(requests[0].max_sequence_length))
     encode, cfg = parts.encode_image, checkpoint.image_encoder
     if encode is not None and cfg is not None:
         image = jax.ShapeDtypeStruct((cfg.image_size, cfg.image_size, 3), np.float32)
         yield "image encoder", *encode.program(image)
     yield noise_program(shape)
+
+
+def programs_key(checkpoint: Checkpoint, parts: Parts, job: Job, *, decode: bool = True, videos: int = 0) -> tuple:
+    """What `job_programs` depend on: jobs of the same key run the same programs."""
+    bucket = parts.denoiser.bucket([abstract_entry(checkpoint, request) for request in job.requests], videos)
+    request, encoded = job.requests[0], _encoded_frames(checkpoint, job.requests)
+    return bucket, job.size[1:], min(encoded, 2), decode and min(job.size[0], 2), request.tiling, _has_texts(job)
+
+
+def _has_texts(job: Job) -> bool:
+    given = [r.prompt_embeds for r in job.requests] + [r.negative_prompt_embeds for r in job.requests if r.guided]
+    return any(rows is None for rows in given)
 
 
 def _encoded_frames(checkpoint: Checkpoint, requests: Sequence[Request]) -> int:
@@ -78,8 +97,8 @@ def _encoded_frames(checkpoint: Checkpoint, requests: Sequence[Request]) -> int:
 
 
 @contextmanager
-def compiling(programs: Sequence[Program], progress: Progress) -> Iterator[Iterator[tuple[str, float]]]:
-    """Compile programs while the block runs; yields (name, seconds) of each, to be waited for inside the block.
+def compiling(programs: Sequence[Program], progress: Progress) -> Iterator[Iterator[Compiled]]:
+    """Compile programs while the block runs; yields each, to be waited for inside the block.
 
     They are traced first, as a phase of `progress`, here in the caller's thread, whose settings of JAX hold for them;
     compiling then releases the GIL. Where compiling one fails, waiting raises. When the block is left early, none is
@@ -102,7 +121,7 @@ def _lowered(function: Callable, arguments: tuple) -> tuple[jax.stages.Lowered, 
     return function.lower(*arguments), time.perf_counter() - start  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _compile(name: str, lowered: jax.stages.Lowered, seconds: float) -> tuple[str, float]:
+def _compile(name: str, lowered: jax.stages.Lowered, seconds: float) -> Compiled:
     start = time.perf_counter()
-    lowered.compile()
-    return name, seconds + time.perf_counter() - start
+    program = lowered.compile()
+    return Compiled(name, seconds + time.perf_counter() - start, program)

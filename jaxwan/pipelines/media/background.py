@@ -54,6 +54,11 @@ class BackgroundWriter:
         self._raise()
         self._queue.put(frames)
 
+    @property
+    def behind(self) -> bool:
+        """Whether `put` would wait."""
+        return self._queue.full() and self._error is None
+
     def finish(self) -> None:
         """Wait until the file is there. Raises what has ended the writing."""
         self._queue.put(None)

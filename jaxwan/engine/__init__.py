@@ -1,0 +1,1 @@
+"""Requests that arrive at any time, on one mesh: `Engine` (docs/engine.md)."""

@@ -1,0 +1,176 @@
+"""What comes before and after the ring: calls are encoded, videos decoded, in units of a group of frames."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxwan.engine.handle import Handle, NotFinite, Video
+from jaxwan.engine.lanes import Task
+from jaxwan.models.tiles import coder_for
+from jaxwan.pipelines.axes import to_public
+from jaxwan.pipelines.decode import decoded_groups
+from jaxwan.pipelines.encoders import prepare
+from jaxwan.pipelines.media import BackgroundWriter
+from jaxwan.pipelines.progress import Progress
+
+if TYPE_CHECKING:
+    from jaxwan.engine.engine import Engine
+
+
+class EncodeTask(Task):
+    """Calls whose texts, images and videos are to be encoded, as many ahead as the rings have use for."""
+
+    def __init__(self, engine: "Engine"):
+        super().__init__()
+        self.waiting: list[Handle] = []
+        self._engine = engine
+
+    def ready(self) -> bool:
+        """Whether there is a call that its ring has a use for."""
+        return self._next() is not None
+
+    def unit(self) -> None:
+        """Encode one call."""
+        with self._engine.lock:
+            handle = self._next()
+            if handle is None:
+                return
+            self.waiting.remove(handle)
+        self._engine.begin(handle, "encoding")
+        progress = Progress(visible=False)
+        pipe = self._engine.pipe
+        try:
+            entries = prepare(pipe.checkpoint, pipe.parts, handle.job.requests, progress)
+            for video, entry in zip(handle.videos, entries, strict=True):
+                if not np.isfinite(entry.inputs.text).all():
+                    raise NotFinite(f"{video.request.prompt!r:.80}: what the text became is not finite")
+                if not np.isfinite(entry.sampler.x).all():
+                    raise NotFinite(f"{video.request.prompt!r:.80}: the first latents are not finite")
+        except Exception as error:  # whatever is wrong with one call is that call's alone
+            self._engine.fail(handle, error)
+        else:
+            self._engine.encoded(handle, entries)
+        for name, seconds in progress.seconds.items():
+            handle.seconds[name] = handle.seconds.get(name, 0.0) + seconds
+
+    def _next(self) -> Handle | None:
+        """Who comes first, of those whose programs are there and whose ring has a use for more."""
+        self.waiting = [handle for handle in self.waiting if not handle.over]
+        fit = (handle for handle in self.waiting if self._engine.wants(handle))
+        return min(fit, key=lambda handle: (-handle.priority, handle.arrived), default=None)
+
+
+@dataclass(eq=False)
+class Decoding:
+    """A video whose frames are being made, and what takes them."""
+
+    video: Video
+    groups: Generator[np.ndarray]
+    writer: BackgroundWriter | None
+    stack: ExitStack  # leaving it before the writer has finished removes the file
+
+    @property
+    def behind(self) -> bool:
+        """Whether its writer is."""
+        return self.writer is not None and self.writer.behind
+
+
+class DecodeTask(Task):
+    """Videos that are denoised and not yet decoded, one at a time: that takes the memory of one.
+
+    A file is written by a thread of its own. While that is behind, others use the devices; its end is waited for in
+    another thread, and so is all that needs no device.
+    """
+
+    def __init__(self, engine: "Engine"):
+        super().__init__()
+        self.waiting: deque[Video] = deque()
+        self._engine, self._now = engine, None
+        self._after = ThreadPoolExecutor(2, thread_name_prefix="jaxwan engine, after decoding")
+
+    def ready(self) -> bool:
+        """Whether a group can be decoded now."""
+        return bool(self.waiting) if self._now is None else self._now.video.handle.over or not self._now.behind
+
+    @property
+    def stalled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether it waits for a writer."""
+        return self._now is not None and self._now.behind
+
+    def unit(self) -> None:
+        """One group of frames, of the video that was begun, or of the next."""
+        if self._now is None:
+            with self._engine.lock:
+                video = self.waiting.popleft()
+            self._guarded(video, self._begin)
+        elif self._now.video.handle.over:
+            self.leave()
+        else:
+            self._guarded(self._now.video, self._group)
+
+    def leave(self) -> None:
+        """Give up the video that is being decoded, and its file."""
+        now, self._now = self._now, None
+        if now is not None:
+            now.groups.close()
+            now.stack.close()
+
+    def close(self) -> None:
+        """Leave no half file, and wait for those that are being finished."""
+        self.leave()
+        self._after.shutdown()
+
+    def _guarded(self, video: Video, piece: Callable[[Video], None]) -> None:
+        try:
+            piece(video)
+        except Exception as error:  # whatever is wrong with one call is that call's alone
+            self._engine.fail(video.handle, error)
+
+    def _begin(self, video: Video) -> None:
+        handle, engine, latents = video.handle, self._engine, video.latents
+        if handle.over or latents is None:
+            return
+        engine.begin(handle, "decoding")
+        kind = "float32" if handle.call.keep == "np" else "uint8"
+        if handle.call.keep != "latent":
+            shape = *engine.pipe.checkpoint.geometry.pixel_shape(*latents.shape[:3]), 3
+            handle.frames[video.number] = np.empty(shape, kind)
+        coder = coder_for(engine.pipe.parts.coder, video.request.tiling)
+        groups = decoded_groups(coder, latents, kind, handle.frames[video.number])
+        with ExitStack() as stack:
+            writer = None if handle.call.save is None else stack.enter_context(engine.writer(video))
+            self._now = Decoding(video, groups, writer, stack.pop_all())
+        self._group(video)
+
+    def _group(self, video: Video) -> None:
+        now = self._now
+        assert now is not None
+        start = time.perf_counter()
+        frames = next(now.groups, None)
+        self._engine.spent([video.handle], "decode", time.perf_counter() - start)
+        if frames is None:
+            self._now = None
+            self._after.submit(self._guarded, video, partial(self._finish, now))
+            return
+        if now.writer is not None:
+            now.writer.put(frames)
+        video.groups += 1
+
+    def _finish(self, decoding: Decoding, video: Video) -> None:
+        """All frames are there: what is left needs no device."""
+        with decoding.stack:
+            if decoding.writer is not None:
+                decoding.writer.finish()
+        self._engine.decoded(video)
+
+
+def public_latents(videos: list[Video]) -> np.ndarray:
+    """(B, C, T, h, w) of videos that are all denoised."""
+    return to_public(np.stack([np.asarray(video.latents) for video in videos]))
