@@ -157,7 +157,7 @@ class RingTask(Task):
         """The priority above which a call need not wait for a place."""
         if len(self._running) < self._slots:
             return -math.inf
-        return min(video.handle.priority for video in self._running.values())
+        return float(min(video.handle.priority for video in self._running.values()))
 
     def _put_back(self, place: Place) -> None:
         """A running video waits again, as far as it is."""
