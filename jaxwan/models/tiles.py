@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxwan.config import VAEConfig
 from jaxwan.kernels.blend import blend
 from jaxwan.models.causal_conv import Formulation
-from jaxwan.models.video_coder import Direction, FrameType, VideoCoder, fetched, to_8_bits
+from jaxwan.models.video_coder import Direction, FrameType, VideoCoder, VideoParts, cut_frames, fetched, to_8_bits
 from jaxwan.sharding.ring import check_types
 from jaxwan.sharding.space import AXIS, Filled, strip_mesh
 
@@ -147,11 +147,19 @@ class TiledCoder:
     def encode_chunks(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Iterator[Float[np.ndarray, "b 1 y x z"]]:
         """As `VideoCoder.encode_chunks`; the tiles' latents are blended."""
         whole = self.coder.encode_chunks(pixels)  # checks them, and codes what is taken from it
-        return self._code("encode", np.asarray(pixels)) if self.tiling.cuts(*pixels.shape[2:4]) else whole
+        cut = cut_frames(np.asarray(pixels), self.cfg.scale_factor_temporal)
+        return self._code("encode", cut) if self.tiling.cuts(*pixels.shape[2:4]) else whole
 
     def encode(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Float[np.ndarray, "b t y x z"]:
         """The latents of `encode_chunks` as one array."""
         return np.concatenate(list(self.encode_chunks(pixels)), axis=1)
+
+    def encode_parts(self, parts: VideoParts) -> Float[np.ndarray, "b t y x z"]:
+        """As `VideoCoder.encode_parts`, of parts that are one frame, and then 4 each, and can be gone through again:
+        that is done for every tile that a device takes."""
+        if not self.tiling.cuts(*next(iter(parts)).shape[2:4]):
+            return self.coder.encode_parts(parts)
+        return np.concatenate(list(self._code("encode", parts)), axis=1)
 
     def decode_chunks(
         self, latents: Float[Array | np.ndarray, "b t y x z"], frame_type: FrameType = "float32"
@@ -159,22 +167,24 @@ class TiledCoder:
         """As `VideoCoder.decode_chunks`; the tiles' frames are blended, and clamped after."""
         whole, scale = self.coder.decode_chunks(latents, frame_type), self.cfg.scale_factor_spatial
         cuts = self.tiling.cuts(*(side * scale for side in latents.shape[2:4]))
-        return self._code("decode", np.asarray(latents), frame_type) if cuts else whole
+        return self._code("decode", cut_frames(np.asarray(latents), 1), frame_type) if cuts else whole
 
     def decode(self, latents: Float[Array | np.ndarray, "b t y x z"]) -> Float[np.ndarray, "b f h w 3"]:
         """The frames of `decode_chunks` as one array."""
         return np.concatenate(list(self.decode_chunks(latents)), axis=1)
 
-    def _code(self, direction: Direction, x: np.ndarray, frame_type: FrameType = "float32") -> Iterator[np.ndarray]:
-        job, devices = self._job(direction, x.shape), self.mesh.size
-        chunks = [slice(0, 1), *(slice(start, start + job.step) for start in range(1, x.shape[1], job.step))]
-        made: list[list[Array]] = [[] for _ in chunks]
+    def _code(
+        self, direction: Direction, chunks: VideoParts, frame_type: FrameType = "float32"
+    ) -> Iterator[np.ndarray]:
+        job, devices = self._job(direction, next(iter(chunks)).shape), self.mesh.size
+        made: list[list[Array]] = []
         for number in range(job.layout.rounds(devices)):
-            tiles, filled = self._tiles(job, x, number * devices)
             cache = None
-            for chunk, parts in zip(chunks, made, strict=True):
-                cache, part = job.code(self.coder.state, cache, tiles[:, :, chunk], filled)
-                parts.append(part)
+            for i, chunk in enumerate(chunks):
+                cache, part = job.code(self.coder.state, cache, *self._tiles(job, chunk, number * devices))
+                if not number:
+                    made.append([])
+                made[i].append(part)
         under_way: list[Any] = []  # devices blend while the host copies
         for parts in made:
             picture = job.join([jax.device_put(part, self._first) for part in parts])

@@ -4,7 +4,7 @@ Each direction has exactly two programs, for a video's first frame and for later
 what coding the whole video would. Videos come from the host and go there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ from jaxwan.sharding.space import Space
 
 Direction = Literal["encode", "decode"]
 FrameType = Literal["float32", "uint8"]
+VideoParts = Iterable[np.ndarray]  # of a video, [B, F, H, W, C] with numbers of frames of their own
 # Latent pixels: frames whose longer side has fewer are not split, as strips would be little else than neighbours' edges
 WHOLE = 16
 
@@ -70,6 +71,14 @@ class VideoCoder:
     def encode(self, pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Float[np.ndarray, "b t y x z"]:
         """The latents of `encode_chunks` as one array."""
         return self.encode_stream()(pixels)
+
+    def encode_parts(self, parts: VideoParts) -> Float[np.ndarray, "b t y x z"]:
+        """The latents of a video in [-1, 1] that comes in parts, of 4k+1 frames and then of 4k each. A part is asked
+        for when the devices are at work on what came before, and not kept.
+
+        Raises ValueError as `encode_chunks` does, for each part when it comes.
+        """
+        return np.concatenate(list(self.encode_stream().parts(parts)), axis=1)
 
     def decode_chunks(
         self, latents: Float[Array | np.ndarray, "b t y x z"], frame_type: FrameType = "float32"
@@ -143,14 +152,15 @@ class Stream:
 
     def __init__(self, coder: VideoCoder, direction: Direction, frame_type: FrameType = "float32"):
         self.cache: Cache | None = None
-        self._coder, self._direction, self._frame_type = coder, direction, frame_type
+        self.coder, self.direction = coder, direction
+        self._frame_type: FrameType = frame_type
         self._size: tuple[int, ...] | None = None  # [B, H, W, C] of what is given
         # frames of what is given to a latent one, and pixels
-        self.step, self._stride = (coder.geometry.temporal, coder.geometry.spatial) if self._encodes else (1, 1)
+        self.step, self.stride = (coder.geometry.temporal, coder.geometry.spatial) if self._encodes else (1, 1)
 
     @property
     def _encodes(self) -> bool:
-        return self._direction == "encode"
+        return self.direction == "encode"
 
     def __call__(self, given: Float[Array | np.ndarray, "b f h w c"]) -> Float[np.ndarray, "b g y x o"]:
         """What the next frames, or latents, are coded to.
@@ -165,29 +175,32 @@ class Stream:
 
         The call is made as these are taken; the next call is to come after the last.
         """
-        self._check(given.shape)
-        return self._coded(np.asarray(given))
+        self.check(given.shape)
+        return self.parts([np.asarray(given)])
+
+    def parts(self, given: VideoParts) -> Iterator[Float[np.ndarray, "b g y x o"]]:
+        """`chunks` of what comes in parts, of which the first is a first call's, and so on."""
+        code = self.coder.encode_chunk if self._encodes else self.coder.decode_chunk
+        under_way, space = [], None
+        for part in given:
+            self.check(part.shape)
+            space = self.space(part.shape)
+            for chunk in cut_frames(part, self.step, first=self.cache is None):
+                self.cache, coded = code(self.cache, chunk if space is None else space.split(chunk), space)
+                under_way.append(to_8_bits(coded, space) if self._frame_type == "uint8" else coded)
+                if len(under_way) > 1:
+                    yield fetched(under_way.pop(0), space)
+        yield fetched(under_way.pop(), space)
 
     def space(self, shape: tuple[int, ...]) -> Space | None:
         """How what is given in this shape is split over devices; None on one."""
-        if self._coder.mesh is None:
+        if self.coder.mesh is None:
             return None
-        return frame_space(self._coder.mesh, shape[2] // self._stride, shape[3] // self._stride)
+        return frame_space(self.coder.mesh, shape[2] // self.stride, shape[3] // self.stride)
 
-    def _coded(self, given: np.ndarray) -> Iterator[Float[np.ndarray, "b g y x o"]]:
-        code = self._coder.encode_chunk if self._encodes else self._coder.decode_chunk
-        space, under_way = self.space(given.shape), []
-        while given.shape[1]:
-            count = 1 if self.cache is None else self.step
-            chunk, given = given[:, :count], given[:, count:]
-            self.cache, coded = code(self.cache, chunk if space is None else space.split(chunk), space)
-            under_way.append(to_8_bits(coded, space) if self._frame_type == "uint8" else coded)
-            if len(under_way) > 1:
-                yield fetched(under_way.pop(0), space)
-        yield fetched(under_way.pop(), space)
-
-    def _check(self, shape: tuple[int, ...]) -> None:
-        size, cfg, geometry = (shape[0], *shape[2:]), self._coder.cfg, self._coder.geometry
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises what a call with frames of this shape would."""
+        size, cfg, geometry = (shape[0], *shape[2:]), self.coder.cfg, self.coder.geometry
         if self._size not in (None, size):
             raise ValueError(f"this stream goes on with {self._size} (B, H, W, C), and not with {size}")
         if not self._encodes and shape[-1] != cfg.z_dim:
@@ -199,6 +212,11 @@ class Stream:
         if 0 in shape:
             raise ValueError(f"nothing is to be coded in shape {shape}")
         self._size = size
+
+
+def cut_frames(x: np.ndarray, step: int, *, first: bool = True) -> list[np.ndarray]:
+    """Frames [B, F, H, W, C] as a VAE takes them: `step` at a time, after the `first` one of a video."""
+    return [x[:, :1]] * first + [x[:, start : start + step] for start in range(first, x.shape[1], step)]
 
 
 def frame_space(mesh: Mesh | AbstractMesh, height: int, width: int) -> Space | None:

@@ -37,7 +37,7 @@ from jaxwan.pipelines.sources import (
     choose_size,
     load_images,
     open_videos,
-    read_videos,
+    take_videos,
     tell_stretched,
     video_fps,
 )
@@ -86,7 +86,8 @@ def make_job(
 ) -> Job:
     """Check and complete the arguments of a call; their meanings are WanPipeline's.
 
-    A source video is read last, once all else is right; with read=False, for a call that is not to be run, it is black.
+    The frames of a source video are counted last, once all else is right, and read when they are encoded; with
+    read=False, for a call that is not to be run, they are those that its packets promise.
 
     Raises ValueError (OSError for files, TypeError for an argument that there is not) in a sentence: what came, what is
     allowed, the nearest valid value.
@@ -130,9 +131,9 @@ def make_job(
     seeds = _seeds(seed, draws, notes)
     fps = _fps(video_fps(checkpoint, videos, notes) if fps is None else fps)
     latents = check_latents(checkpoint, latents, count * num_videos, size)
-    pixels = [None] * count
+    clips = [None] * count
     if videos:
-        pixels, size = read_videos(checkpoint, videos, num_frames, size, fit, notes, read)
+        clips, size = take_videos(checkpoint, videos, num_frames, size, fit, notes, read)
         # once more: a damaged video can be shorter than it says
         latents = check_latents(checkpoint, latents, count * num_videos, size)
     shared = dict(
@@ -143,7 +144,7 @@ def make_job(
         Request(
             prompt=prompts[i], negative_prompt=negatives[i], sampling=samplings[i], guidance_scale=guidance[i][0],
             guidance_scale_2=guidance[i][1], seed=seeds[i], index=index + k, image=images[i],
-            last_image=last_images[i], video=pixels[i],
+            last_image=last_images[i], video=clips[i],
             latents=None if latents is None else latents[i * num_videos + k],
             prompt_embeds=None if embeds is None else embeds[i],
             negative_prompt_embeds=None if negative_embeds is None else negative_embeds[i], **shared,

@@ -28,7 +28,7 @@ from jaxwan.flops import Share, device_flops, device_share, tick_traffic, transf
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.layers import abstract
 from jaxwan.models.vae import VAE
-from jaxwan.models.video_coder import frame_space
+from jaxwan.models.video_coder import Direction, frame_space
 from jaxwan.pipelines.arguments import whole
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
@@ -83,7 +83,6 @@ class DryRun:
     notes: tuple[str, ...] = ()  # what the call leaves open, or gives in vain
     vae_devices: int = 0  # of its own
     sampling: tuple[str, ...] = ()  # preset, sampler, shift, guidance and experts
-    host_bytes: int = 0  # of the frames of source videos, on the host
     weights: str = ""  # whether their headers were checked
 
     def to_json(self) -> str:
@@ -107,7 +106,6 @@ class DryRun:
             "",
             f"memory          {'weights':>13} {'denoising':>13} {'decoding':>13} {'needed':>13}",
             *self._memory(),
-            *[f"host            {_size(self.host_bytes):>13} of source frames, in this size"] * (self.host_bytes > 0),
             "",
             *self._buffers(),
             "",
@@ -134,7 +132,7 @@ class DryRun:
 
     def _sent(self) -> str:
         told = (
-            f"{_size(one['bytes'])} over {axis} in {one['collectives']} collective{'s' * (one['collectives'] > 1)}"
+            f"{bytes_text(one['bytes'])} over {axis} in {one['collectives']} collective{'s' * (one['collectives'] > 1)}"
             for axis, one in self.sent.items()
         )
         return f", which sends {', '.join(told)}" if self.sent else ""
@@ -150,7 +148,7 @@ class DryRun:
         for end in range(1, len(rows) + 1):
             if end == len(rows) or rows[end] != rows[start]:
                 name = f"device {start}" if end - start == 1 else f"devices {start}-{end - 1}"
-                lines.append(f"{name:<15} " + " ".join(f"{_size(size):>13}" for size in rows[start]))
+                lines.append(f"{name:<15} " + " ".join(f"{bytes_text(size):>13}" for size in rows[start]))
                 start = end
         return lines
 
@@ -162,17 +160,17 @@ class DryRun:
             lines.append(f"{name} needs, beside the weights:")
             for what, size in sorted(buffers.items(), key=lambda item: -item[1]):
                 if shown < 0.98 * sum(buffers.values()):
-                    lines.append(f"  {_size(size):>13}  {what}")
+                    lines.append(f"  {bytes_text(size):>13}  {what}")
                     shown += size
         return lines
 
     def _verdict(self) -> str:
-        most = _size(max(self.needed_bytes))
+        most = bytes_text(max(self.needed_bytes))
         if self.device_memory is None:
             return f"the fullest device needs {most} (say how much one has, such as 80GB, to compare)"
-        room = _size(int(self.device_memory * self.memory_fraction))
+        room = bytes_text(int(self.device_memory * self.memory_fraction))
         if self.memory_fraction < 1:
-            room += f", the {self.memory_fraction:.0%} of {_size(self.device_memory)} that JAX takes,"
+            room += f", the {self.memory_fraction:.0%} of {bytes_text(self.device_memory)} that JAX takes,"
         if self.fits:
             left = self.device_memory * self.memory_fraction - max(self.needed_bytes)
             close = "; that is close: what cuDNN and cuBLAS ask for comes on top" if left < _WORKSPACE else ""
@@ -278,15 +276,8 @@ def _report(
         parameter_bytes=parameters, activation_bytes=activations,
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
         fits=None if device_memory is None else max(needed) <= fraction * device_memory, notes=job.notes,
-        vae_devices=vae_devices, host_bytes=source_bytes(job), sampling=job.sampling,
+        vae_devices=vae_devices, sampling=job.sampling,
     )  # fmt: skip
-
-
-def source_bytes(job: Job) -> int:
-    """Of all source videos' frames as they are kept, and twice as float32 of the one that is being encoded."""
-    videos = {id(r.video): r.video for r in job.requests if r.video is not None}
-    frames = 3 * math.prod(job.size)
-    return frames * (sum(video.itemsize for video in videos.values()) + 8) if videos else 0
 
 
 def _would_fit(report: DryRun, checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> Iterator[str]:
@@ -503,28 +494,47 @@ def _decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: in
         devices = 1
     else:
         _, frames, height, width = space.strip((1, frames, height, width))
-    halos, largest = _decode_step_sizes(checkpoint.vae, height, width, dtype)
-    arrays = {"two arrays of the step's largest size": (dtype.itemsize + 4) * largest}
-    if devices > 1 or kept:
-        arrays = {"five arrays of the step's largest size": 5 * dtype.itemsize * largest}
+    split = devices > 1 or bool(kept)
     return {
-        "halos of the causal convolutions": halos,
-        **arrays,
+        **coding_bytes(checkpoint.vae, "decode", (height, width), dtype, split=split),
         "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
     } | kept
 
 
+HALOS = "halos of the causal convolutions"
+
+
+def coding_bytes(
+    cfg: VAEConfig, direction: Direction, size: tuple[int, int], dtype: DTypeLike, *, split: bool
+) -> dict[str, int]:
+    """Named buffers of a step on one device that codes so many latents down and across, of a split frame its strip;
+    `HALOS` are what stays from step to step."""
+    dtype = jnp.dtype(dtype)
+    halos, largest = _step_sizes(cfg, direction, *size, dtype)
+    if split:
+        return {HALOS: halos, "five arrays of the step's largest size": 5 * dtype.itemsize * largest}
+    return {HALOS: halos, "two arrays of the step's largest size": (dtype.itemsize + 4) * largest}
+
+
 @cache
-def _decode_step_sizes(cfg: VAEConfig, height: int, width: int, dtype: np.dtype) -> tuple[int, int]:
+def _step_sizes(cfg: VAEConfig, direction: Direction, height: int, width: int, dtype: np.dtype) -> tuple[int, int]:
     """Bytes of the halos that stay from step to step, and elements of the largest array in one."""
     graph, state = abstract(VAE, cfg, dtype)
-    latent = jax.ShapeDtypeStruct((1, 1, height, width, cfg.z_dim), jnp.float32)
+    encodes, scale = direction == "encode", cfg.scale_factor_spatial
+    first, later = (
+        jax.ShapeDtypeStruct(
+            (1, n, height * scale, width * scale, 3) if encodes else (1, 1, height, width, cfg.z_dim), jnp.float32
+        )
+        for n in (1, cfg.scale_factor_temporal)
+    )
 
-    def step(state, cache, latent):
-        return nnx.merge(graph, state).decode_chunk(cache, latent, formulation="direct")  # as on accelerators
+    def step(state, cache, given):
+        vae = nnx.merge(graph, state)
+        code = vae.encode_chunk if encodes else vae.decode_chunk
+        return code(cache, given, formulation="direct")  # as on accelerators
 
-    halos, _ = jax.eval_shape(lambda s, x: step(s, None, x), state, latent)
-    return tree_bytes(halos), largest_array(step, state, halos, latent)
+    halos, _ = jax.eval_shape(lambda s, x: step(s, None, x), state, first)
+    return tree_bytes(halos), largest_array(step, state, halos, later)
 
 
 def largest_array(function: Callable, *arguments: Any) -> int:
@@ -582,7 +592,8 @@ def parse_memory(value: str | int | None) -> int | None:
     return size
 
 
-def _size(size: int) -> str:
+def bytes_text(size: int) -> str:
+    """Bytes as a person reads them."""
     if not size:
         return "-"
     return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"

@@ -1,6 +1,7 @@
 """What requests bring, encoded: texts, images, a video and noise become the entries of the denoising loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,13 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxwan.config import ImageInput
-from jaxwan.models.tiles import Coder, Tiling, coder_for
+from jaxwan.models.tiles import Coder, TiledCoder, Tiling, coder_for
 from jaxwan.pipelines.axes import to_internal
 from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
 from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
 from jaxwan.pipelines.denoise import Entry, begin
 from jaxwan.pipelines.dit import RENOISINGS, Controls, Inputs
-from jaxwan.pipelines.media import clip_pixels, crop_image, resize_image, to_unit_range
+from jaxwan.pipelines.media import Clip, clip_pixels, crop_image, resize_image, to_unit_range
 from jaxwan.pipelines.parts import Parts
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import encode_prompts
@@ -120,8 +121,28 @@ class Encoders:
         shown = [crop_image(i, height, width) if fit == "crop" else i for i in (image, last) if i is not None]
         return np.concatenate(encode(np.stack([clip_pixels(i, processor) for i in shown])))
 
-    def _video(self, video: np.ndarray) -> Float[np.ndarray, "t h w z"]:
-        return self.coder.encode(2 * to_unit_range(video)[None] - 1)[0]
+    def _video(self, video: Clip) -> Float[np.ndarray, "t h w z"]:
+        return encode_clip(self.coder, video)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """A clip as the VAE takes it, in [-1, 1]: its first frame, and then `step` at a time, as often as it is gone
+    through."""
+
+    clip: Clip
+    step: int
+
+    def __iter__(self) -> Iterator[Float[np.ndarray, "1 f h w 3"]]:
+        for frames in self.clip.groups(self.step):
+            yield 2 * to_unit_range(frames)[None] - 1
+
+
+def encode_clip(coder: Coder, clip: Clip) -> Float[np.ndarray, "t h w z"]:
+    """Normalised latents of frames that are read while they are encoded: the host has those of two steps at most. A
+    tile goes through all frames before the next begins, so in tiles it has all of them, as bytes."""
+    clip = clip.held() if isinstance(coder, TiledCoder) else clip
+    return coder.encode_parts(_Groups(clip, coder.cfg.scale_factor_temporal))[0]
 
 
 def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "h w 3"]:
@@ -138,11 +159,12 @@ def image_channels(
     pixel frame only, has all four set.
     Source: diffusers pipeline_wan_i2v.py:prepare_latents.
     """
-    video = np.zeros((1, num_frames, *first.shape), np.float32)
-    video[0, 0] = first
+    step = coder.cfg.scale_factor_temporal
+    grey = np.broadcast_to(np.float32(0), (1, step, *first.shape))
+    video = [first[None, None], *[grey] * ((num_frames - 1) // step)]
     if last is not None:
-        video[0, -1] = last
-    latents = coder.encode(video)[0]
+        video[-1] = np.concatenate([grey[:, 1:], last[None, None]], axis=1)
+    latents = coder.encode_parts(video)[0]
     mask = np.zeros((*latents.shape[:3], CHANNEL_MASK), np.float32)
     mask[0] = 1
     if last is not None:

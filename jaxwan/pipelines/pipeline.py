@@ -20,7 +20,7 @@ from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float3
 from jaxwan.pipelines.decode import decode_videos
 from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
-from jaxwan.pipelines.encoders import Encoders, prepare
+from jaxwan.pipelines.encoders import Encoders, encode_clip, prepare
 from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place, tell_idle_stages
 from jaxwan.pipelines.media import BackgroundWriter, check_writable
 from jaxwan.pipelines.output import Output, Saving, as_pil, kept_type, numbered
@@ -29,8 +29,9 @@ from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
 from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.snapshot import identity, load_entry, save_entry
+from jaxwan.pipelines.sources import clips_of
 from jaxwan.pipelines.steps import StepState, checked_latents
-from jaxwan.pipelines.streams import DecodeStream, EncodeStream, coded_pixels
+from jaxwan.pipelines.streams import DecodeStream, EncodeStream, Room
 from jaxwan.pipelines.telling import warn
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
@@ -287,14 +288,22 @@ class WanPipeline:
                 warn(f"the prompt is longer than {MAX_TOKENS} tokens, its end is not read: {lost!r}")
         return encode_prompts(self.parts.encode_text, self.parts.tokenizer, texts)
 
-    def encode(self, frames: Any, *, tiling: Tiling | Mapping[str, int] | None = None) -> np.ndarray:
-        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3), uint8 or float in [0, 1]; tiling as in a call.
+    def encode(
+        self, frames: Any, *, num_frames: int | None = None, height: int | None = None, width: int | None = None,
+        fit: str | None = None, tiling: Tiling | Mapping[str, int] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Normalised latents (B, C, T, h, w) of frames (B, F, H, W, 3), uint8 or float in [0, 1]; or (1, C, T, h, w) of
+        one video as a call takes it, such as a file, which is read while it is encoded.
+
+        num_frames, height, width: what of each video, and in which size; by default all of it as it is. fit, tiling: as
+        in a call.
 
         Raises ValueError for another rank, sizes that do not fit the VAE or a tiling that does not, or values outside
-        the range.
+        the range; OSError as a call does.
         """
         coder = self._coder(Tiling.parse(tiling))
-        return to_public(np.concatenate([coder.encode(video[None]) for video in coded_pixels(frames)]))
+        clips = clips_of(self.parts.coder.geometry, frames, num_frames, height, width, fit)
+        return to_public(np.stack([encode_clip(coder, clip) for clip in clips]))
 
     def decode(
         self, latents: Any, *, tiling: Tiling | Mapping[str, int] | None = None, output_type: str | None = None,
@@ -319,20 +328,29 @@ class WanPipeline:
         checked = self._checked(latents)
         return self._frames(checked, progress, [tiling] * len(checked), kept)
 
-    def encode_stream(self) -> EncodeStream:
+    def encode_stream(self, *, device_memory: int | str | None = None) -> EncodeStream:
         """`encode` for videos that come in parts: call it with the next frames, which gives their latents.
 
             stream = pipe.encode_stream()
             parts = [stream(frames[:, :17]), stream(frames[:, 17:])]  # 1 + 4k frames, then 4k in every call
 
         However the frames are divided, the latents are those of `encode`. As many streams as memory has room for may be
-        under way, each with the state that one call leaves to its next.
-        """
-        return EncodeStream(self.parts.coder.encode_stream())
+        under way, each with the state that one call leaves to its next, until it is closed (`stream.close()`) or
+        dropped.
 
-    def decode_stream(self) -> DecodeStream:
+        device_memory: of a device, as `dry_run` takes it; None: what JAX took of a present accelerator's. Where it is
+        known, the first call of a stream raises MemoryError if its state has no room beside the weights and the states
+        of the pipeline's other streams; what else runs on the device is not counted.
+        """
+        return EncodeStream(self.parts.coder.encode_stream(), self._room, device_memory)
+
+    def decode_stream(self, *, device_memory: int | str | None = None) -> DecodeStream:
         """`decode` for latents that come in parts, as `encode_stream` is `encode` for frames."""
-        return DecodeStream(self.parts.coder.decode_stream(), self._checked)
+        return DecodeStream(self.parts.coder.decode_stream(), self._room, device_memory, self._checked)
+
+    @cached_property
+    def _room(self) -> Room:
+        return Room(self.parts)
 
     def _decoded(self, output: Output, progress: Progress, kept: str, save: Any) -> Output:
         """An Output of latents with the frames that are kept and the files that are written, and what that took."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxwan.models.tiles import Tiling
 from jaxwan.pipelines.arguments import Number
+from jaxwan.pipelines.media import Clip
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.schedulers.presets import DEFAULT_PRESET
 from jaxwan.schedulers.table import Table
@@ -30,7 +31,7 @@ class Request:
     index: int  # within its prompt: with the seed it makes the noise
     image: Any = None  # PIL image or float array
     last_image: Any = None
-    video: np.ndarray | None = None  # of video to video, (F, H, W, 3), uint8 or float
+    video: Clip | None = None  # of video to video
     strength: Number | None = None
     fit: str = "stretch"  # images to the size: one of media.FITS; the video has it
     latents: np.ndarray | None = None  # public axis order (C, T, h, w)

@@ -1,6 +1,6 @@
 """The images, videos and latents that a call brings, and the size and number of frames that follow from them.
 
-Checked from headers and shapes; `read_videos` alone decodes, and is called last.
+Checked from headers and shapes; `take_videos` alone decodes, to count, and is called last.
 """
 
 import difflib
@@ -11,9 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwan.config import ImageInput
+from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import Number, as_array, first_given, whole
 from jaxwan.pipelines.checkpoint import Checkpoint
-from jaxwan.pipelines.media import FITS, Video, fit_size, load_image, load_latents, open_video, resize_image
+from jaxwan.pipelines.media import (
+    FITS,
+    Clip,
+    Video,
+    checked_frames,
+    fit_size,
+    load_image,
+    load_latents,
+    open_video,
+    resize_image,
+)
 
 
 def load_images(checkpoint: Checkpoint, count: int, image: Any, last_image: Any, video: Any) -> tuple[list, list]:
@@ -90,11 +101,9 @@ def choose_size(
     checkpoint: Checkpoint, height, width, images: list, videos: list[Video], notes: list[str]
 ) -> tuple[int, int]:
     """Height and width: as given, else the image's or video's aspect ratio at the variant's area, else the default."""
-    if (height is None) != (width is None):
-        missing, given = ("width", f"height={height}") if width is None else ("height", f"width={width}")
-        raise ValueError(f"{given} without {missing}: give both, or neither")
-    if height is not None:
-        return whole("height", height, 1), whole("width", width, 1)
+    given = _given_size(height, width)
+    if given is not None:
+        return given
     defaults, image = checkpoint.defaults, first_given(*images)
     if videos:
         name, h, w = _name(videos[0]), videos[0].height, videos[0].width
@@ -105,6 +114,13 @@ def choose_size(
     fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride)
     notes.append(f"size {fitted[1]}x{fitted[0]}, from {name}'s {w}x{h}")
     return fitted
+
+
+def _given_size(height: Any, width: Any) -> tuple[int, int] | None:
+    if (height is None) != (width is None):
+        missing, given = ("width", f"height={height}") if width is None else ("height", f"width={width}")
+        raise ValueError(f"{given} without {missing}: give both, or neither")
+    return None if height is None else (whole("height", height, 1), whole("width", width, 1))
 
 
 def check_fit(given: Any, images: list, videos: list[Video]) -> str:
@@ -147,7 +163,7 @@ def choose_num_frames(checkpoint: Checkpoint, num_frames: int | None, videos: li
     if num_frames is None:
         return geometry.most_frames(min(own, shortest.num_frames))
     if num_frames > shortest.num_frames:
-        raise _too_short(checkpoint, num_frames, f"{_name(shortest)} has {shortest.num_frames}", shortest.num_frames)
+        raise _too_short(geometry, num_frames, f"{_name(shortest)} has {shortest.num_frames}", shortest.num_frames)
     return num_frames
 
 
@@ -165,33 +181,62 @@ def video_fps(checkpoint: Checkpoint, videos: list[Video], notes: list[str]) -> 
     return fps
 
 
-def read_videos(
+def take_videos(
     checkpoint: Checkpoint, videos: list[Video], num_frames: int | None, size: tuple[int, int, int], fit: str,
     notes: list[str], read: bool,
-) -> tuple[list[np.ndarray], tuple[int, int, int]]:  # fmt: skip
+) -> tuple[list[Clip], tuple[int, int, int]]:  # fmt: skip
     """(frames of each prompt's video, size of all), shorter than `size` where a video has fewer whole frames than its
-    packets promise."""
+    packets promise, which is proved if they are to be read. They are read when they are encoded, but for lists of
+    images, of which any may turn out to be none."""
     step, distinct = checkpoint.geometry.temporal, list(dict.fromkeys(videos))
     notes.extend(f"{_name(v)}: {v.colours} is read as sRGB, clipped at its white" for v in distinct if v.colours)
-    frames = {video: video.read(*size, fit) if read else video.blank(*size) for video in distinct}
-    shortest = min(distinct, key=lambda video: (len(frames[video]), video.num_frames))
-    name, found, total = _name(shortest), len(frames[shortest]), shortest.num_frames
+    whole = {video: video.count(size[0]) if read else size[0] for video in distinct}
+    shortest = min(distinct, key=lambda video: (whole[video], video.num_frames))
+    name, found, total = _name(shortest), whole[shortest], shortest.num_frames
     most = checkpoint.geometry.most_frames(found)
     if found < size[0]:
         if num_frames is not None:
-            raise _too_short(checkpoint, num_frames, f"{name} has {found} whole", found)
+            raise _too_short(checkpoint.geometry, num_frames, f"{name} has {found} whole", found)
         notes.append(f"{most} frames, the largest {step}k+1 in {name}'s {found} whole ones")
     elif num_frames is None and total <= checkpoint.defaults.num_frames:
         notes.append(f"{most} frames, the largest {step}k+1 in {name}'s {total}")
     elif num_frames is None:
         notes.append(f"the first {most} frames of {name}'s {total}, this model's own length: give num_frames for more")
-    frames = {video: pixels[:most] for video, pixels in frames.items()}
-    return [frames[video] for video in videos], (most, *size[1:])
+    clips = {video: Clip(video, most, *size[1:], fit) for video in distinct}
+    if read:
+        clips = {
+            video: clip.held() if isinstance(video.source, list | tuple) else clip for video, clip in clips.items()
+        }
+    return [clips[video] for video in videos], (most, *size[1:])
 
 
-def _too_short(checkpoint: Checkpoint, num_frames: int, has: str, found: int) -> ValueError:
-    most = checkpoint.geometry.most_frames(found)
-    return ValueError(f"num_frames={num_frames} but {has} frames: the largest is {most}")
+def clips_of(
+    geometry: Geometry, frames: Any, num_frames: int | None, height: int | None, width: int | None, fit: str | None
+) -> list[Clip]:
+    """Videos that are encoded alone: those of an array (B, F, H, W, 3), or one such as a call takes. What is left out
+    is the video's own, and has to fit the VAE; nothing is cut off unless `num_frames` says so."""
+    import PIL.Image
+
+    one = isinstance(frames, str | Path)
+    one = one or (isinstance(frames, list | tuple) and any(isinstance(frame, PIL.Image.Image) for frame in frames))
+    if one:
+        videos = [open_video(frames)]
+    else:
+        videos = [Video("frames", video, *video.shape[:3]) for video in checked_frames(frames)]
+    first, fit = videos[0], check_fit(fit, [], videos)
+    count = first.num_frames if num_frames is None else whole("num_frames", num_frames, 1)
+    height, width = first_given(_given_size(height, width), (first.height, first.width))
+    geometry.check_size(count, height, width)
+    for video in videos:
+        video.check_size(height, width)
+        if (found := min(video.num_frames, video.count(count))) < count:
+            raise _too_short(geometry, count, f"{_name(video)} has {found}", found)
+    return [Clip(video, count, height, width, fit) for video in videos]
+
+
+def _too_short(geometry: Geometry, num_frames: int, has: str, found: int) -> ValueError:
+    largest = geometry.most_frames(found)
+    return ValueError(f"num_frames={num_frames} but {has} frames: the largest is {largest}")
 
 
 def check_rope(checkpoint: Checkpoint, num_frames: int, height: int, width: int) -> None:

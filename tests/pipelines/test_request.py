@@ -476,7 +476,7 @@ def test_a_video_is_fitted_frame_by_frame(job):
     for fit, operation in (("crop", ImageOps.fit), ("pad", ImageOps.pad)):
         (request,) = job(video=CLIP, fit=fit, **SIZE).requests
         expected = [operation(Image.fromarray(frame), (96, 64), Image.Resampling.LANCZOS) for frame in CLIP[:9]]
-        np.testing.assert_array_equal(request.video, np.stack(expected))
+        np.testing.assert_array_equal(request.video.read(), np.stack(expected))
 
 
 def test_one_image_is_for_all_prompts_or_one_for_each(job):
@@ -508,11 +508,11 @@ def test_a_video_gives_frames_rate_and_size(job, tmp_path):
     (request,) = made.requests
     assert (request.size, request.fps) == ((9, 544, 720), 12.5)
     assert made.notes == ("size 720x544, from the video's 64x48", "9 frames, the largest 4k+1 in the video's 10")
-    assert len(request.video) == 9
+    assert request.video.shape == request.video.read().shape == (9, 544, 720, 3)
     short = job(T2V_21, video=str(tmp_path / "clip.mp4"), height=64, width=96, num_frames=5, fps=30, seed=1)
     (request,) = short.requests
     stretched = "video of 64x48 is stretched to 96x64: fit crop or pad would keep its shape"
-    assert (short.size[0], request.fps, len(request.video), short.notes) == (5, 30.0, 5, (stretched,))
+    assert (short.size[0], request.fps, request.video.shape[0], short.notes) == (5, 30.0, 5, (stretched,))
     of_images = job(T2V, video=[PHOTO] * 5, seed=1)
     assert (of_images.size[0], of_images.requests[0].fps) == (5, 16.0)  # no rate of its own: the table's
 
@@ -529,43 +529,81 @@ def test_a_long_video_gives_the_models_own_length_unless_told_otherwise(job, tmp
     note = "the first 81 frames of the video's 100, this model's own length: give num_frames for more"
     for video in (path, images, np.concatenate([CLIP] * 10)):
         made = job(T2V_21, video=video, seed=1, height=48, width=64)
-        assert (made.size[0], len(made.requests[0].video), made.notes) == (81, 81, (note,))
+        assert (made.size[0], made.requests[0].video.num_frames, made.notes) == (81, 81, (note,))
         more = job(T2V_21, video=video, seed=1, height=48, width=64, num_frames=97)
-        assert (more.size[0], len(more.requests[0].video), more.notes) == (97, 97, ())
+        assert (more.size[0], more.requests[0].video.num_frames, more.notes) == (97, 97, ())
     whole = job(T2V_21, video=images[:81], seed=1, height=48, width=64)
     assert whole.notes == ("81 frames, the largest 4k+1 in the video's 81",)
     assert job(TI2V, video=path, seed=1, height=64, width=96).size[0] == 97  # its own length is 121
 
 
 def test_no_more_of_a_file_is_decoded_than_is_taken(job, tmp_path, monkeypatch):
-    path, decoded = write_long(tmp_path / "long.mp4"), []
-    shown = videos._shown
-    monkeypatch.setattr(videos, "_shown", lambda *frame: (decoded.append(1), shown(*frame))[1])
-    job(T2V_21, video=path, height=64, width=96)
-    assert len(decoded) == 81
+    """Once to count frames, of which none is kept, and again when it is encoded."""
+    path, decoded, shown = write_long(tmp_path / "long.mp4"), [], []
+    frames, show = videos._frames, videos._shown
+    monkeypatch.setattr(videos, "_frames", lambda *given: (decoded.append(1) or f for f in frames(*given)))
+    monkeypatch.setattr(videos, "_shown", lambda *frame: (shown.append(1), show(*frame))[1])
+    made = job(T2V_21, video=path, height=64, width=96)
+    assert (len(decoded), len(shown)) == (1 + 81, 0)  # the first when it is opened
+    assert [len(group) for group in made.requests[0].video.groups(4)] == [1] + [4] * 20
+    assert (len(decoded), len(shown)) == (1 + 2 * 81, 81)
 
 
-def test_a_video_is_read_last_and_not_at_all_for_a_plan(job, checkpoints, tmp_path, monkeypatch):
+def test_a_video_is_decoded_last_and_not_at_all_for_a_plan(job, checkpoints, tmp_path, monkeypatch):
     path = write_long(tmp_path / "long.mp4")
-    monkeypatch.setattr(videos, "_shown", None)  # nothing can be decoded
+    monkeypatch.setattr(videos.Video, "count", None)  # not reached
     for wrong in ({"strength": 0}, {"num_inference_steps": 0}, {"guidance_scale_2": 3.0}, {"num_frames": 6}, {"fps": 0},
                   {"seed": -1}, {"height": 15, "width": 16}, {"latents": CLIP}, {"sampler": "a"}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             job(T2V_21, video=path, **wrong)
     plan = make_job(checkpoints[T2V_21], False, prompt="a cat", video=path, height=64, width=96)
-    assert plan.requests[0].video.shape == (81, 64, 96, 3) and plan.requests[0].video.base.nbytes == 1
+    assert plan.requests[0].video.shape == (81, 64, 96, 3)
     with pytest.raises(TypeError):
         job(T2V_21, video=path)
 
 
-def test_a_job_keeps_frames_in_its_own_size(job, tmp_path):
+def test_images_are_read_at_once_because_any_may_be_none(job, checkpoints):
+    images = [Image.fromarray(frame) for frame in CLIP[:5]]
+    given = dict(prompt="a", height=48, width=64, seed=1)
+    made = make_job(checkpoints[T2V_21], video=images, **given)
+    assert (made.requests[0].video.video.source == CLIP[:5]).all()
+    images[3] = images[3].convert("F")
+    with pytest.raises(ValueError, match="a frame of video has pixels of mode F, which are not read"):
+        make_job(checkpoints[T2V_21], video=images, **given)
+    assert make_job(checkpoints[T2V_21], False, video=images, **given).requests[0].video.video.source is images
+
+
+def test_an_array_is_not_copied(job):
+    """Neither bytes nor floats, of whatever kind."""
+    for clip in (CLIP, CLIP / 255, (CLIP / 255).astype(np.float32)):
+        (request,) = job(T2V_21, video=clip, height=48, width=64, seed=1).requests
+        assert np.shares_memory(request.video.video.source, clip)
+        groups = list(request.video.groups(4))
+        assert {group.dtype for group in groups} == {clip.dtype}
+        np.testing.assert_array_equal(np.concatenate(groups), clip[:9])
+
+
+def test_a_file_that_changes_after_it_was_checked_is_told(job, tmp_path):
+    path = write_long(tmp_path / "long.mp4")
+    (request,) = job(T2V_21, video=path, height=48, width=64, seed=1, num_frames=97).requests
+    save_video(CLIP, path, 16)
+    with pytest.raises(OSError) as caught:
+        request.video.read()
+    changed = f"video {path} had 97 frames when it was opened, and has 10 now: it was changed or damaged meanwhile"
+    assert str(caught.value) == changed
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"video {path} does not exist"):
+        request.video.read()
+
+
+def test_frames_are_read_in_the_jobs_own_size(job, tmp_path):
     save_video(CLIP, tmp_path / "clip.mp4", 8)
     frames, _ = load_video(tmp_path / "clip.mp4")
     expected = [np.asarray(Image.fromarray(f).resize((96, 32), Image.Resampling.LANCZOS)) for f in frames[:9]]
     for video in (tmp_path / "clip.mp4", frames, [Image.fromarray(frame) for frame in frames]):
         (request,) = job(T2V_21, video=video, height=32, width=96, seed=1).requests
-        assert request.video.dtype == np.uint8
-        np.testing.assert_array_equal(request.video, expected)
+        assert request.video.read().dtype == np.uint8
+        np.testing.assert_array_equal(request.video.read(), expected)
 
 
 LOUD, DARK = CLIP, CLIP // 4
@@ -586,7 +624,7 @@ def test_each_prompt_may_have_its_video(job, tmp_path, sources):
         write_clip(tmp_path / f"{i}.mkv", frames, "ffv1", "bgr0")
     made = job(T2V_21, prompt=["a", "b"], video=sources(tmp_path), height=48, width=64, seed=1, num_videos_per_prompt=2)
     for request, expected in zip(made.requests, (LOUD, LOUD, DARK, DARK), strict=True):
-        np.testing.assert_array_equal(request.video, expected[:9])
+        np.testing.assert_array_equal(request.video.read(), expected[:9])
     assert made.requests[0].video is made.requests[1].video  # and is encoded once
 
 
@@ -643,7 +681,7 @@ def test_a_damaged_video_gives_what_is_whole(job, tmp_path):
     with told:
         made = job(T2V_21, video=path, seed=1, height=48, width=64)
     assert made.notes == ("5 frames, the largest 4k+1 in the video's 8 whole ones",)
-    np.testing.assert_array_equal(made.requests[0].video, frames[[0, 1, 3, 4, 5]])
+    np.testing.assert_array_equal(made.requests[0].video.read(), frames[[0, 1, 3, 4, 5]])
     with told, pytest.raises(ValueError, match="num_frames=9 but the video has 8 whole frames: the largest is 5"):
         job(T2V_21, video=path, num_frames=9)
     latents = np.zeros((1, 16, 3, 6, 8), np.float32)  # for the 9 frames that the file promises
@@ -764,13 +802,13 @@ def test_tensors_of_torch_and_jax_are_arrays(job, tensor):
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, given)
     clip = np.stack([image] * 9)
-    np.testing.assert_array_equal(job(video=tensor(clip), **SIZE).requests[0].video, clip)
+    np.testing.assert_array_equal(job(video=tensor(clip), **SIZE).requests[0].video.read(), clip)
 
 
 def test_a_uint8_tensor_is_an_image_and_a_video(job):
     np.testing.assert_array_equal(job(I2V, image=torch.tensor(np.asarray(PHOTO)), **SIZE).requests[0].image, PHOTO)
     (ours,), (theirs,) = (job(video=clip, **SIZE).requests for clip in (CLIP, torch.tensor(CLIP)))
-    np.testing.assert_array_equal(ours.video, theirs.video)
+    np.testing.assert_array_equal(ours.video.read(), theirs.video.read())
 
 
 def test_values_of_each_prompt_may_be_a_tensor(checkpoints):

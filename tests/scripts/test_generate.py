@@ -291,7 +291,7 @@ def test_each_prompt_may_have_its_video(run, made, files):
     video = ["--video", files["CLIP"], "--video", files["WHITE"], "--num-frames", 5]
     assert run("--prompt", "a", "--prompt", "b", *video, "-o", "clip.mp4")[0] == 0
     a, b = made.jobs[0].requests
-    assert a.video.mean() < 5 and b.video.mean() > 250
+    assert a.video.read().mean() < 5 and b.video.read().mean() > 250
 
 
 # What the command says of itself

@@ -7,6 +7,7 @@ from jaxwan.pipelines.media.reading import (
     Image,
     ImageSource,
     check_pixels,
+    checked_frames,
     clip_pixels,
     crop_image,
     fit_size,
@@ -17,7 +18,7 @@ from jaxwan.pipelines.media.reading import (
     resize_image,
     to_unit_range,
 )
-from jaxwan.pipelines.media.videos import Video, VideoSource, load_video, open_video
+from jaxwan.pipelines.media.videos import Clip, Video, VideoSource, load_video, open_video
 from jaxwan.pipelines.media.writing import (
     Compression,
     can_encode,
@@ -35,6 +36,7 @@ from jaxwan.pipelines.media.writing import (
 __all__ = [
     "FITS",
     "BackgroundWriter",
+    "Clip",
     "Compression",
     "Image",
     "ImageSource",
@@ -44,6 +46,7 @@ __all__ = [
     "check_output",
     "check_pixels",
     "check_writable",
+    "checked_frames",
     "clip_pixels",
     "crop_image",
     "fit_size",

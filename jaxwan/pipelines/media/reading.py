@@ -39,7 +39,7 @@ def load_image(source: ImageSource, what: str = "image") -> Image:
     if isinstance(source, PIL.Image.Image):
         return upright_rgb(source, what)
     pixels = _checked(source, ("H", "W", 3), what)
-    return PIL.Image.fromarray(pixels) if pixels.dtype == np.uint8 else pixels
+    return PIL.Image.fromarray(pixels) if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
 def resize_image(
@@ -92,8 +92,9 @@ def _middle(image: Any, change: float) -> tuple[float, float, float, float]:
 
 
 def to_unit_range(frames: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """uint8 pixels as float32 in [0, 1]; float ones as they are."""
-    return frames.astype(np.float32) / 255.0 if frames.dtype == np.uint8 else frames
+    """uint8 pixels as float32 in [0, 1]; float ones as float32."""
+    pixels = frames.astype(np.float32, copy=False)
+    return pixels / 255.0 if frames.dtype == np.uint8 else pixels
 
 
 def fit_size(image_height: int, image_width: int, area: int, stride: int) -> tuple[int, int]:
@@ -204,16 +205,25 @@ def _reading(path: Path, what: str, kind: str, unknown: type[Exception], *errors
 
 
 def _checked(source: Any, axes: tuple, what: str) -> UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]:
-    """`source` as uint8 or float32 array, proved to have `axes` and, if float, values in [0, 1]."""
+    """`source` as uint8 or float array, proved to have `axes` and, if float, values in [0, 1]."""
     pixels = as_array(source, what)
     if pixels.ndim != len(axes) or pixels.shape[-1] != 3 or not pixels.size:
         first = pixels.ndim == len(axes) and pixels.shape[-3] == 3
         hint = ": the colours come last, as np.moveaxis(x, -3, -1) puts them" if first else ""
         raise ValueError(f"{what} has shape {pixels.shape}, must be ({', '.join(map(str, axes))}){hint}")
-    if pixels.dtype == np.uint8:
-        return pixels
-    check_pixels(pixels, what)
-    return pixels.astype(np.float32)
+    if pixels.dtype != np.uint8:
+        check_pixels(pixels, what)
+    return pixels
+
+
+def checked_frames(frames: Any) -> UInt8[np.ndarray, "b f h w 3"] | Float[np.ndarray, "b f h w 3"]:
+    """Videos (B, F, H, W, 3) as an array, proved to be uint8, or floats in [0, 1]."""
+    pixels = as_array(frames, "frames")
+    if pixels.ndim != 5 or pixels.shape[-1] != 3 or not pixels.size:
+        raise ValueError(f"frames have shape {pixels.shape}, expected (B, F, H, W, 3)")
+    if pixels.dtype != np.uint8:
+        check_pixels(pixels, "frames")
+    return pixels
 
 
 def check_pixels(pixels: np.ndarray, what: str) -> None:

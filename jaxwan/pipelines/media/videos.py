@@ -1,13 +1,14 @@
 """Videos in: files, lists of PIL images and arrays to frames, as a player shows them.
 
-A file is opened first, which tells its size, rate and length from its packets and first frame; `Video.read` decodes as
-many frames as are asked for, each brought to its size before the next. Colours and orientation are those of the ffmpeg
-command; that pixels need not be square and that HDR is brighter than white, ffmpeg leaves to the player.
+A file is opened first, which tells its size, rate and length from its packets and first frame. `Video.count` proves how
+many frames decode, and keeps none; a `Clip` gives them group by group, each frame brought to its size before the next.
+Colours and orientation are those of the ffmpeg command; that pixels need not be square and that HDR is brighter than
+white, ffmpeg leaves to the player.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import chain, islice
@@ -33,9 +34,9 @@ _REORDERED = 32  # packets that a frame may come later than those shown after it
 class Video:
     """A source video that is open and not yet read; `open_video` makes it.
 
-    what: its name in messages. source: a path, PIL images, or a uint8 or float32 array. num_frames: as many as its
-    packets promise; fewer where some are damaged. height, width: as shown. fps: of a file. header_fps: what its header
-    says where that is wrong. colours: what they are converted from, such as "HDR (HLG)".
+    what: its name in messages. source: a path, PIL images, or a uint8 or float array, which stays the caller's.
+    num_frames: as many as its packets promise; fewer where some are damaged. height, width: as shown. fps: of a file.
+    header_fps: what its header says where that is wrong. colours: what they are converted from, such as "HDR (HLG)".
     """
 
     what: str
@@ -49,38 +50,59 @@ class Video:
     orientation: tuple[bool, int, int] = (False, 1, 1)  # `_orientation` of its first frame
     ends_early: bool = False  # and was told so
 
+    def count(self, most: int) -> int:
+        """How many of its first `most` frames there are: a file is decoded for that, and no frame is kept.
+
+        What is damaged is left out, with a warning. Raises OSError for a file that became unreadable.
+        """
+        if not isinstance(self.source, Path):
+            return min(most, self.num_frames)
+        faults: list[Any] = []
+        with _opened(self.source, self.what) as (container, stream):
+            found = sum(1 for _ in islice(_frames(container, stream, faults), most))
+        self._tell(faults)
+        return found
+
     def read(
         self, count: int | None = None, height: int | None = None, width: int | None = None, fit: str = "stretch"
     ) -> Frames:
         """The first `count` frames (all by default), or as many as there are, brought to a size (as shown by default)
-        as `fit_image` does; later ones are not decoded.
+        as `fit_image` does; later ones are not decoded. Floats are float32.
 
         What is damaged is left out, with a warning. Raises OSError for a file that became unreadable, ValueError for a
         float array of another size.
         """
+        faults: list[Any] = []
+        frames = np.stack(list(islice(self.frames(height, width, fit, faults), count)))
+        self._tell(faults)
+        return frames if frames.dtype == np.uint8 else frames.astype(np.float32, copy=False)
+
+    def frames(
+        self, height: int | None = None, width: int | None = None, fit: str = "stretch", faults: list[Any] | None = None
+    ) -> Iterator[np.ndarray]:
+        """What `read` returns, one after the other and without warnings: `faults` is told of what is damaged. Of an
+        array of that size they are views."""
         height, width = height or self.height, width or self.width
         self.check_size(height, width)
-        if isinstance(self.source, np.ndarray) and self.source.dtype != np.uint8:
-            return self.source[:count]
-        faults: list[Any] = []
-        images, aspect = islice(self._images(faults), count), self.width / self.height
-        frames = np.stack([np.asarray(fit_image(image, height, width, fit, aspect)) for image in images])
-        if faults and not self.ends_early:
-            warn(f"{self.what} {self.source} is damaged: frames lost or faulty: {len(faults)}")
-        return frames
+        if self.is_array_of(height, width):
+            yield from self.source
+            return
+        aspect = self.width / self.height
+        for image in self._images([] if faults is None else faults):
+            yield np.asarray(fit_image(image, height, width, fit, aspect))
 
-    def blank(self, count: int, height: int, width: int) -> Frames:
-        """What `read` returns, but black, and without memory: for calls that are only planned or compiled."""
-        return np.broadcast_to(np.zeros((), np.uint8 if self._resizes else np.float32), (count, height, width, 3))
+    def is_array_of(self, height: int, width: int) -> bool:
+        """Whether its frames are there, in this size."""
+        return isinstance(self.source, np.ndarray) and (self.height, self.width) == (height, width)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError if it is a float array of another size."""
-        if not self._resizes:
+        if isinstance(self.source, np.ndarray) and self.source.dtype != np.uint8:
             _check_size((self.height, self.width), height, width, self.what)
 
-    @property
-    def _resizes(self) -> bool:
-        return not isinstance(self.source, np.ndarray) or self.source.dtype == np.uint8
+    def _tell(self, faults: list[Any]) -> None:
+        if faults and not self.ends_early:
+            warn(f"{self.what} {self.source} is damaged: frames lost or faulty: {len(faults)}")
 
     def _images(self, faults: list[Any]) -> Iterator[Any]:
         """PIL images in RGB, upright, with the pixels that the source has; `faults` is told of what is damaged."""
@@ -98,6 +120,51 @@ class Video:
                 upright_rgb(image, f"frame {i} of {self.what}", f"a frame of {self.what}")
                 for i, image in enumerate(self.source)
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """The frames of a video that a call takes, in its size. They are read when they are gone through, which can be done
+    again: a file is decoded from its beginning, an array is looked at as it is then."""
+
+    video: Video
+    num_frames: int
+    height: int
+    width: int
+    fit: str = "stretch"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of all frames, as one array."""
+        return self.num_frames, self.height, self.width, 3
+
+    def groups(self, step: int) -> Iterator[Frames]:
+        """The first frame, and then `step` at a time.
+
+        Raises OSError for a file that has fewer frames than it had, or cannot be read any more.
+        """
+        with closing(self.video.frames(self.height, self.width, self.fit)) as frames:
+            for start in (0, *range(1, self.num_frames, step)):
+                count = min(step, self.num_frames - start) if start else 1
+                group = list(islice(frames, count))
+                if len(group) < count:
+                    name = f"{self.video.what} {self.video.source}"
+                    found = f"{self.num_frames} frames when it was opened, and has {start + len(group)} now"
+                    raise OSError(f"{name} had {found}: it was changed or damaged meanwhile")
+                yield np.stack(group)
+
+    def read(self) -> Frames:
+        """All of them."""
+        frames = np.empty(self.shape, getattr(self.video.source, "dtype", np.uint8))
+        for i, group in enumerate(self.groups(1)):
+            frames[i : i + 1] = group
+        return frames
+
+    def held(self) -> "Clip":
+        """The same, of an array: bytes in its size, unless it is an array already."""
+        if self.video.is_array_of(self.height, self.width):
+            return self
+        return replace(self, video=Video(self.video.what, self.read(), *self.shape[:3]))
 
 
 def open_video(source: VideoSource, what: str = "video", *, most: int | None = None) -> Video:
