@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxwan.engine.handle import Handle, NotFinite, Video
-from jaxwan.engine.lanes import Task
+from jaxwan.engine.handle import Aborted, Handle, NotFinite, Video
+from jaxwan.engine.lanes import Lane, Task
 from jaxwan.models.tiles import coder_for
 from jaxwan.pipelines.axes import to_public
 from jaxwan.pipelines.decode import decoded_groups
-from jaxwan.pipelines.encoders import prepare
+from jaxwan.pipelines.encoders import Encoders, prepare
 from jaxwan.pipelines.media import BackgroundWriter
 from jaxwan.pipelines.progress import Progress
 
@@ -24,47 +24,82 @@ if TYPE_CHECKING:
     from jaxwan.engine.engine import Engine
 
 
-class EncodeTask(Task):
-    """Calls whose texts, images and videos are to be encoded, as many ahead as the rings have use for."""
+class Encoding(Task):
+    """Calls that wait for a part of their encoding, as many ahead as the rings have use for. A unit is a call's; in
+    between groups of frames the lane's other tasks have theirs."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "Engine", lane: Lane):
         super().__init__()
         self.waiting: list[Handle] = []
-        self._engine = engine
+        self._engine, self._lane = engine, lane
 
     def ready(self) -> bool:
         """Whether there is a call that its ring has a use for."""
         return self._next() is not None
 
     def unit(self) -> None:
-        """Encode one call."""
+        """Do this part of one call."""
         with self._engine.lock:
             handle = self._next()
             if handle is None:
                 return
             self.waiting.remove(handle)
         self._engine.begin(handle, "encoding")
-        progress = Progress(visible=False)
-        pipe = self._engine.pipe
         try:
-            entries = prepare(pipe.checkpoint, pipe.parts, handle.job.requests, progress)
-            for video, entry in zip(handle.videos, entries, strict=True):
-                if not np.isfinite(entry.inputs.text).all():
-                    raise NotFinite(f"{video.request.prompt!r:.80}: what the text became is not finite")
-                if not np.isfinite(entry.sampler.x).all():
-                    raise NotFinite(f"{video.request.prompt!r:.80}: the first latents are not finite")
+            self.work(handle)
         except Exception as error:  # whatever is wrong with one call is that call's alone
             self._engine.fail(handle, error)
-        else:
-            self._engine.encoded(handle, entries)
-        for name, seconds in progress.seconds.items():
-            handle.seconds[name] = handle.seconds.get(name, 0.0) + seconds
+
+    def work(self, handle: Handle) -> None:
+        """This part, and what follows it."""
+        raise NotImplementedError
+
+    def encoders(self, handle: Handle) -> Encoders:
+        """Those of a call, which pause for others, and end where the call is over."""
+
+        def pause() -> None:
+            if handle.over:
+                raise Aborted("the call was aborted")
+            self._lane.between(but=self)
+
+        pipe = self._engine.pipe
+        return Encoders(pipe.checkpoint, pipe.parts, handle.job.requests[0].tiling, pause)
 
     def _next(self) -> Handle | None:
         """Who comes first, of those whose programs are there and whose ring has a use for more."""
         self.waiting = [handle for handle in self.waiting if not handle.over]
         fit = (handle for handle in self.waiting if self._engine.wants(handle))
         return min(fit, key=lambda handle: (-handle.priority, handle.arrived), default=None)
+
+
+class CodeTask(Encoding):
+    """The VAE's part, where that has devices, and so a lane, of its own."""
+
+    def work(self, handle: Handle) -> None:
+        """Images and videos to latents; the mesh's lane does the rest."""
+        encoders, start = self.encoders(handle), time.perf_counter()
+        for request in handle.job.requests:
+            encoders.code(request)
+        handle.encoders = encoders
+        self._engine.spent([handle], "encode", time.perf_counter() - start)
+        self._engine.coded(handle)
+
+
+class EncodeTask(Encoding):
+    """All of it, or what is left after `CodeTask`."""
+
+    def work(self, handle: Handle) -> None:
+        """A call's arguments to entries of the ring."""
+        pipe, progress, encoders = self._engine.pipe, Progress(visible=False), handle.encoders or self.encoders(handle)
+        entries = prepare(pipe.checkpoint, pipe.parts, handle.job.requests, progress, encoders)
+        handle.encoders = None
+        for video, entry in zip(handle.videos, entries, strict=True):
+            for what, numbers in (("the text became", entry.inputs.text), ("it begins with", entry.sampler.x)):
+                if not np.isfinite(numbers).all():
+                    raise NotFinite(f"{video.request.prompt!r:.80}: what {what} is not finite")
+        for name, seconds in progress.seconds.items():
+            self._engine.spent([handle], name, seconds)
+        self._engine.encoded(handle, entries)
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxwan.engine.admission import Admission
-from jaxwan.engine.coding import DecodeTask, EncodeTask, public_latents
+from jaxwan.engine.coding import CodeTask, DecodeTask, EncodeTask, public_latents
 from jaxwan.engine.handle import Aborted, Call, Handle, QueueFull, State, Video
 from jaxwan.engine.lanes import Lane
 from jaxwan.engine.ring import Entered, RingTask
@@ -64,9 +64,11 @@ class Engine:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxwan engine, compile")
         self._mesh = Lane("mesh", self.lock)
         self._vae = Lane("VAE", self.lock) if pipe.vae_devices else self._mesh
-        self._encode, self._decode = EncodeTask(self), DecodeTask(self)
+        self._encode, self._decode = EncodeTask(self, self._mesh), DecodeTask(self)
+        self._code = CodeTask(self, self._vae)
         with self.lock:
             self._mesh.add(self._encode)
+            self._vae.add(self._code)
             self._vae.add(self._decode)
 
     # Calls
@@ -113,10 +115,12 @@ class Engine:
             if key not in self._ready:
                 self._ready[key] = False
                 self._compiler.submit(self._compile, key, job, decode)
-            if entries is None:
+            if entries is not None:
+                self.encoded(handle, entries)
+            elif self._vae is self._mesh:
                 self._encode.waiting.append(handle)
             else:
-                self.encoded(handle, entries)
+                self._code.waiting.append(handle)
             self.lock.notify_all()
         return handle
 
@@ -230,6 +234,12 @@ class Engine:
         with self.lock:
             before = [handle for handle in self._open.values() if handle.state in ("queued", "encoding")]
             return any(handle.ring is ring and handle.priority > above and self._ready[handle.key] for handle in before)
+
+    def coded(self, handle: Handle) -> None:
+        """The VAE's part of its encoding is done."""
+        with self.lock:
+            self._encode.waiting.append(handle)
+            self.lock.notify_all()
 
     def encoded(self, handle: Handle, entries: Sequence[Entry]) -> None:
         """Its videos wait for places in their ring."""

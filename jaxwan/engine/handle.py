@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxwan.pipelines.arguments import Number
 from jaxwan.pipelines.denoise import Entry
+from jaxwan.pipelines.encoders import Encoders
 from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.request import Job, Request
 
@@ -88,6 +89,7 @@ class Handle:
         self.videos = [Video(self, number, request) for number, request in enumerate(call.job.requests)]
         self.state: State = "queued"
         self.seconds: dict[str, float] = {}  # of device time, by phase, and `wait` until it was first worked on
+        self.encoders: Encoders | None = None  # where a part of its encoding is done
         self.frames: list[Any] = [None] * len(self.videos)
         self.future: Future[Output] = Future()
         self.future.set_running_or_notify_cancel()  # it is aborted by `abort`, and not by the future

@@ -22,9 +22,15 @@ from jaxwan.pipelines.prompt import encode_prompts
 from jaxwan.pipelines.request import Request
 from jaxwan.schedulers.table import MAX_STEPS, SamplerState, Table, add_noise
 
+Pause = Callable[[], object]
 
-def prepare(checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], progress: Progress) -> list[Entry]:
-    """The entry of each request; what several share, such as a text or an image, is encoded once."""
+
+def prepare(
+    checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], progress: Progress,
+    encoders: "Encoders | None" = None,
+) -> list[Entry]:  # fmt: skip
+    """The entry of each request; what several share, such as a text or an image, is encoded once. encoders: where they
+    have done a part of it already, or are to pause."""
     texts = list(dict.fromkeys(text for r in requests for rows, text in _branches(r) if rows is None))
     made: dict[str, np.ndarray] = {}
     with progress.phase("text", len(texts), "text") as update:
@@ -34,7 +40,7 @@ def prepare(checkpoint: Checkpoint, parts: Parts, requests: Sequence[Request], p
             rows = encode_prompts(parts.encode_text, parts.tokenizer, texts, length=length)
             made = dict(zip(texts, rows, strict=True))
             update(len(texts))
-    encoders, entries, seen = Encoders(checkpoint, parts, requests[0].tiling), [], set()
+    encoders, entries, seen = encoders or Encoders(checkpoint, parts, requests[0].tiling), [], set()
     with progress.phase("encode", len({i for r in requests for i in _sources(r)}), "input") as update:
         for request in requests:
             text = np.stack([made[text] if rows is None else rows for rows, text in _branches(request)])
@@ -56,11 +62,16 @@ def _sources(request: Request) -> set[int]:
 
 
 class Encoders:
-    """The models before the loop but for texts; whatever comes as the same object again is encoded once."""
+    """The models before the loop but for texts; whatever comes as the same object again is encoded once.
 
-    def __init__(self, checkpoint: Checkpoint, parts: Parts, tiling: Tiling | None = None):
+    pause: called before each group of frames that the VAE encodes.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, parts: Parts, tiling: Tiling | None = None, pause: Pause = lambda: None
+    ):  # fmt: skip
         self.checkpoint, self.parts = checkpoint, parts
-        self.coder = coder_for(parts.coder, tiling)
+        self.coder, self._pause = coder_for(parts.coder, tiling), pause
         self._made: dict[tuple, Any] = {}
 
     def entry(self, request: Request, text: Float[np.ndarray, "g l c"]) -> Entry:
@@ -69,6 +80,16 @@ class Encoders:
         images = self.images(request)
         noise = renoise_noise(request.table, request.seed, request.index, x.shape)
         return begin(x, Inputs(make_controls(request, images.get("has_first"), len(x)), text, **images, noise=noise))
+
+    def code(self, request: Request) -> None:
+        """Do the VAE's part of `entry`, which then does the rest."""
+        size = request.height, request.width, request.fit
+        if self.checkpoint.image_input is ImageInput.FIRST_FRAME:
+            self._once(self._first, request.image, *size)
+        elif self.checkpoint.image_input is not ImageInput.NONE:
+            self._once(self._channels, request.image, request.last_image, request.num_frames, *size)
+        if request.video is not None:
+            self._once(self._video, request.video)
 
     def images(self, request: Request) -> dict[str, np.ndarray]:
         """The fields of `Inputs` that the request's images make, for a model that takes any."""
@@ -111,7 +132,7 @@ class Encoders:
 
     def _channels(self, image: Any, last: Any, frames: int, *size: Any) -> Float[np.ndarray, "t h w y"]:
         last = None if last is None else _resized(last, *size)
-        return image_channels(self.coder, _resized(image, *size), last, frames)
+        return image_channels(self.coder, _resized(image, *size), last, frames, self._pause)
 
     def _clip_rows(self, image: Any, last: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "i e"]:
         """CLIP rows of the image, which it sees unresized, followed by the last image's; of a crop what is shown, and
@@ -122,7 +143,7 @@ class Encoders:
         return np.concatenate(encode(np.stack([clip_pixels(i, processor) for i in shown])))
 
     def _video(self, video: Clip) -> Float[np.ndarray, "t h w z"]:
-        return encode_clip(self.coder, video)
+        return encode_clip(self.coder, video, self._pause)
 
 
 @dataclass(frozen=True)
@@ -132,17 +153,19 @@ class _Groups:
 
     clip: Clip
     step: int
+    pause: Pause
 
     def __iter__(self) -> Iterator[Float[np.ndarray, "1 f h w 3"]]:
         for frames in self.clip.groups(self.step):
+            self.pause()
             yield 2 * to_unit_range(frames)[None] - 1
 
 
-def encode_clip(coder: Coder, clip: Clip) -> Float[np.ndarray, "t h w z"]:
+def encode_clip(coder: Coder, clip: Clip, pause: Pause = lambda: None) -> Float[np.ndarray, "t h w z"]:
     """Normalised latents of frames that are read while they are encoded: the host has those of two steps at most. A
     tile goes through all frames before the next begins, so in tiles it has all of them, as bytes."""
     clip = clip.held() if isinstance(coder, TiledCoder) else clip
-    return coder.encode_parts(_Groups(clip, coder.cfg.scale_factor_temporal))[0]
+    return coder.encode_parts(_Groups(clip, coder.cfg.scale_factor_temporal, pause))[0]
 
 
 def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray, "h w 3"]:
@@ -150,8 +173,21 @@ def _resized(image: Any, height: int, width: int, fit: str) -> Float[np.ndarray,
     return 2 * resize_image(image, height, width, fit=fit) - 1
 
 
+@dataclass(frozen=True)
+class _Paused:
+    """Parts of a video, with a pause before each."""
+
+    parts: Sequence[np.ndarray]
+    pause: Pause
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for part in self.parts:
+            self.pause()
+            yield part
+
+
 def image_channels(
-    coder: Coder, first: np.ndarray, last: np.ndarray | None, num_frames: int
+    coder: Coder, first: np.ndarray, last: np.ndarray | None, num_frames: int, pause: Pause
 ) -> Float[np.ndarray, "t h w y"]:
     """Mask and latents of a video that is known in its first (and last) frame and grey between; pixels in [-1, 1].
 
@@ -164,7 +200,7 @@ def image_channels(
     video = [first[None, None], *[grey] * ((num_frames - 1) // step)]
     if last is not None:
         video[-1] = np.concatenate([grey[:, 1:], last[None, None]], axis=1)
-    latents = coder.encode_parts(video)[0]
+    latents = coder.encode_parts(_Paused(video, pause))[0]
     mask = np.zeros((*latents.shape[:3], CHANNEL_MASK), np.float32)
     mask[0] = 1
     if last is not None:

@@ -4,9 +4,10 @@ import asyncio
 import threading
 import time
 
+import checkpoints
 import numpy as np
 import pytest
-from runs import PROMPTS
+from runs import IMAGE, PROMPTS
 
 from jaxwan import Aborted, Engine, NotFinite, QueueFull
 from jaxwan.engine import ring
@@ -194,3 +195,15 @@ def test_videos_of_other_sizes_take_turns(pipe):
         results = [handle.result(120) for handle in handles]
     for output, one in zip(results, (*expected, expected[0]), strict=True):
         assert_same(output, one)
+
+
+def test_images_are_encoded_and_videos_decoded_beside_the_ring_where_the_vae_has_devices(tmp_path, optimised):
+    """In the VAE's own thread; and without devices of its own between two segments, as the other tests have it."""
+    checkpoints.make_checkpoint(tmp_path, "i2v-A14B")
+    pipe = WanPipeline.from_pretrained(tmp_path, "pp=2", vae_devices=1, progress=False)
+    calls = [dict(prompt=PROMPTS[i], image=IMAGE, seed=i, num_inference_steps=3) | SIZE for i in range(2)]
+    expected = [pipe(**call) for call in calls]
+    with Engine(pipe, slots=1) as engine:
+        for handle, one in zip([engine.submit(**call) for call in calls], expected, strict=True):
+            assert_same(handle.result(60), one)
+            assert set(handle.seconds) >= {"wait", "encode", "text", "denoise", "decode"}
