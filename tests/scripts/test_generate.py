@@ -30,6 +30,7 @@ from jaxwan.pipelines import load
 from jaxwan.pipelines import output as outputs
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.media import load_video, save_video
+from jaxwan.pipelines.parts import job_settings
 from jaxwan.pipelines.pipeline import Output, WanPipeline
 from jaxwan.schedulers.presets import PRESETS
 from jaxwan.schedulers.table import SIGMA_SCHEDULES
@@ -99,7 +100,9 @@ def made(monkeypatch, parts):
         video = np.arange(count, dtype=np.float32)[:, None, None, None, None]
         frames = np.broadcast_to((video + ramp) / count, (count, num_frames, height, width, 3))
         seen.jobs.append(job)
-        seen.outputs.append(Output(frames, latents, job.requests[0].fps, self._settings(job), {}))
+        seen.outputs.append(
+            Output(frames, latents, job.requests[0].fps, job_settings(self.checkpoint, self.parts, job), {})
+        )
         return replace(seen.outputs[-1], frames=latents)
 
     def decode(self, video, save=None):
