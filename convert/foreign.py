@@ -31,7 +31,7 @@ def describe_tensors(dtypes: Mapping[str, str]) -> str | None:
     end of a sentence that begins with where they are. None where nothing is recognised."""
     keys, few = list(dtypes), sorted(set(dtypes.values()) - {"F32", "BF16", "F16", "F64", "I64"})
     if any(_LORA.search(key) for key in keys):
-        return "holds a LoRA, which is not read (yet): merge it first, in Diffusers by pipe.fuse_lora()"
+        return "holds a LoRA: give it as --lora FILE (loras in Python), beside the model that it is for"
     if words := _first(_QUANTISED, keys):
         return f"holds weights that are {words}, which are not read (yet): {PLAIN}"
     if few:

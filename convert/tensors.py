@@ -30,6 +30,7 @@ _KINDS = {
 DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 MOST_HEADER = 100_000_000  # bytes of a header; the safetensors library refuses longer ones too
 MOST_AXES, MOST_NUMBERS = 32, 2**48  # of a shape
+_METADATA = "__metadata__"  # in a safetensors header, no tensor
 _ONE_READ = 2**30  # bytes; macOS refuses 2 GiB, and Linux reads less than it is asked for
 
 
@@ -161,6 +162,7 @@ def read_safetensors(path: Path, reader: Reader) -> dict[str, Extent]:
     """
     try:
         start, header = _read_header(path, reader)
+        header.pop(_METADATA, None)
         entries = sorted((_entry(name, found) for name, found in header.items()), key=lambda entry: entry.span)
         _check_spans(entries, reader.size(path) - start)
     except (ValueError, RecursionError) as error:
@@ -168,6 +170,15 @@ def read_safetensors(path: Path, reader: Reader) -> dict[str, Extent]:
     if not {entry.dtype for entry in entries} <= DTYPES.keys():
         raise CheckpointError(f"{path} {describe_tensors({entry.name: entry.dtype for entry in entries})}")
     return {e.name: Extent(path, start + e.span[0], DTYPES[e.dtype], e.shape) for e in entries}
+
+
+def read_metadata(path: Path, reader: Reader) -> dict[str, str]:
+    """The texts that a safetensors header holds beside its tensors; none of a file of another format."""
+    try:
+        found = _read_header(path, reader)[1].get(_METADATA)
+    except (ValueError, RecursionError):
+        return {}
+    return {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
 
 
 class _Entry(NamedTuple):
@@ -191,7 +202,6 @@ def _read_header(path: Path, reader: Reader) -> tuple[int, dict[str, Any]]:
     header = json.loads(text, object_pairs_hook=_without_repeats)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    header.pop("__metadata__", None)
     return 8 + length, header
 
 

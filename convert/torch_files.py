@@ -28,7 +28,9 @@ _FEW = reprlib.Repr()
 _FEW.maxlevel, _FEW.maxstring, _FEW.maxother = 2, 100, 80
 _MOST_ENTRIES = 1_000_000
 # state dicts inside of what training saves, in the order in which they are preferred
-_STATE_DICTS = ("generator_ema", "generator", "ema", "state_dict", "model_state_dict", "model", "module")
+_STATE_DICTS = (
+    "generator_ema", "generator", "ema", "state_dict", "model_state_dict", "model", "module", "generator_lora",
+)  # fmt: skip
 _MOST_NESTED = 4  # state dicts in each other
 _BRINGS = {
     "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16",

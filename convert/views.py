@@ -47,9 +47,14 @@ def as_known(tensors: Tensors, reader: Reader, *, what: str) -> dict[str, Stored
 
 def _without_prefix(names: Tensors) -> Callable[[str], str]:
     """A name without what wrapped the model where it was saved: what most names begin with, and wrappers anywhere."""
-    bare = [_INFIX.sub("", name) for name in names]
+    bare = list(map(unwrapped, names))
     prefix = next((p for p in _PREFIXES if sum(name.startswith(p) for name in bare) > len(bare) / 2), "")
-    return lambda name: _INFIX.sub("", name).removeprefix(prefix)
+    return lambda name: unwrapped(name).removeprefix(prefix)
+
+
+def unwrapped(name: str) -> str:
+    """A name without the wrappers that training and compiling leave in it."""
+    return _INFIX.sub("", name)
 
 
 def _renamed(tensors: Tensors, rename: Callable[[str], str], what: str) -> dict[str, Stored]:

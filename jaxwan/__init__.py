@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxwan.convert.lora import Lora
     from jaxwan.engine.engine import Engine
     from jaxwan.engine.handle import Aborted, Handle, NotFinite, QueueFull
     from jaxwan.models.tiles import Tiling
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
 
 _HOME = {
+    "convert.lora": ("Lora",),
     "engine.engine": ("Engine",),
     "engine.handle": ("Aborted", "Handle", "NotFinite", "QueueFull"),
     "models.tiles": ("Tiling",),
@@ -44,7 +46,7 @@ _HOME = {
 }
 
 __all__ = [
-    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Aborted", "Checkpoint", "DryRun", "Engine", "Handle", "Job",
+    "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Aborted", "Checkpoint", "DryRun", "Engine", "Handle", "Job", "Lora",
     "NotFinite", "Output", "QueueFull", "StepState", "Tiling", "WanPipeline", "check_save", "check_writable", "dry_run",
     "end_on_signals", "load_image", "load_video", "make_job", "open_checkpoint", "read_settings", "save_video",
     "seed_label",

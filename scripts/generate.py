@@ -225,10 +225,19 @@ def like(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"{args.like} was made with a file for {name!r:.40}: say where it is, --component {name:.40}=…"
         )
+    if (loras := made.get("loras")) and not args.lora:
+        told = " ".join(f"--lora {flag_of(lora):.100}" for lora in loras if isinstance(lora, dict))
+        raise ValueError(f"{args.like} was made with LoRAs: say where they are, {told:.400}")
     named = args.model is not None or args.component
     if not named and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
         raise ValueError(f"{args.like} was made with the model {made.get('model')!r:.200}: say where it is, --model …")
     return made
+
+
+def flag_of(lora: dict[str, Any]) -> str:
+    """What --lora says of a LoRA in settings, but for its folder."""
+    expert = f"{lora['expert']}=" if lora.get("expert") else ""
+    return f"{expert}{lora.get('file')}:{lora.get('strength', 1.0)}"
 
 
 def dtypes(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +252,8 @@ def open_model(args: argparse.Namespace, made: dict[str, Any]) -> "jaxwan.Checkp
     if model is None and not args.component:
         log.info("no --model: the tiny bundled one, which knows coloured shapes that move over a background")
         model = jaxwan.BUNDLED_MODEL
-    checkpoint = jaxwan.open_checkpoint(model, args.variant, components(args))
+    loras = [jaxwan.Lora.parse(text) for text in args.lora]
+    checkpoint = jaxwan.open_checkpoint(model, args.variant, components(args), loras)
     if args.variant is None and made.get("model") == checkpoint.name:
         return jaxwan.open_checkpoint(checkpoint, made.get("variant"))
     return checkpoint
@@ -479,6 +489,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="read a part from a file in any layout (docs/checkpoints.md): transformer, transformer_2, "
                             "vae, text_encoder, image_encoder, or tokenizer (a folder); repeatable, over --model or "
                             "alone")  # fmt: skip
+    where.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
+                       help="merge a LoRA while loading, FILE:0.8 less strongly; into the expert that is said, or "
+                            "that its name says (high_noise, _LOW), else all; repeatable")  # fmt: skip
     where.add_argument("--variant", metavar="NAME",
                        help="of the weights files: fp16 reads diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
     where.add_argument("--mesh", default="pp=1",

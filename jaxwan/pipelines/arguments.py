@@ -22,7 +22,7 @@ _WITHOUT_MEANING = {
     "image_embeds": ((None,), "give the image itself, as image"),
 }
 
-_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "warmup", "progress")
+_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "loras", "warmup", "progress")
 
 # What an argument is called in Diffusers, Wan's own scripts and other programs
 _ELSEWHERE = {
@@ -54,7 +54,8 @@ _AT_HOME = {
                     "say the devices when loading, from_pretrained(…, mesh='pp=4')"),
     "enable_vae_tiling": "give a tiling to each call, pipe(…, tiling=jaxwan.Tiling())",
     "enable_vae_slicing": "the VAE decodes one video at a time, a few frames at a time, as it is",
-    **dict.fromkeys(("load_lora_weights", "set_adapters", "fuse_lora"), "LoRA files are not read yet"),
+    **dict.fromkeys(("load_lora_weights", "set_adapters", "fuse_lora"),
+                    "name the files when loading, from_pretrained(…, loras=[jaxwan.Lora('style.safetensors', 0.8)])"),
     "set_progress_bar_config": "from_pretrained(…, progress=False) is silent",
     "save_pretrained": "a pipeline is not written again",
 }  # fmt: skip

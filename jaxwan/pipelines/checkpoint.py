@@ -20,10 +20,19 @@ from jaxwan.config import (
     recognise,
 )
 from jaxwan.convert.files import TensorFiles, is_weights, list_files
+from jaxwan.convert.lora import Lora, with_loras
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind, local_path
-from jaxwan.pipelines.components import check_components, configs_of, files_at, noise_of, original_components
+from jaxwan.pipelines.components import (
+    EXPERTS,
+    check_components,
+    configs_of,
+    files_at,
+    noise_of,
+    original_components,
+)
 from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
+from jaxwan.pipelines.loras import check_loras
 from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
 
@@ -52,6 +61,7 @@ class Checkpoint:
 
     `variant` is the published model it is, or is built like. `parts`: where those components lie that are not in the
     folder, which in a checkpoint of such parts alone is the transformer's own file, or their folder.
+    `loras`: added to the DiTs' tensors while they are read.
     """
 
     folder: Path
@@ -67,6 +77,7 @@ class Checkpoint:
     hub_id: str | None = None  # where the weights are still to be fetched from
     weights_variant: str | None = None  # in the names of weights files: "fp16"
     parts: tuple[tuple[str, Path], ...] = ()
+    loras: tuple[Lora, ...] = ()  # each with the expert it is for; None: all
 
     @property
     def name(self) -> str:
@@ -84,8 +95,12 @@ class Checkpoint:
         return dict(self.parts).get(component, self.folder / component)
 
     def files(self, component: str) -> TensorFiles:
-        """The tensors of a component. Raises OSError where there are none."""
-        return files_at(self.place(component), self.weights_variant)
+        """The tensors of a component, with its LoRAs. Raises OSError where there are none."""
+        noise = EXPERTS.get(component)
+        own = [lora for lora in self.loras if noise is not None and lora.expert in (None, noise)]
+        if self.variant.experts > 1:  # of a file for both, the LoRA of this one
+            own = [replace(lora, expert=noise) for lora in own]
+        return with_loras(files_at(self.place(component), self.weights_variant), own)
 
     @property
     def image_input(self) -> ImageInput:
@@ -111,17 +126,33 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: "str | Path | Checkpoint | None", variant: str | None = None, components: Mapping[str, Any] | None = None
-) -> Checkpoint:
+    model: "str | Path | Checkpoint | None", variant: str | None = None, components: Mapping[str, Any] | None = None,
+    loras: Sequence[Lora | str | Path] = (),
+) -> Checkpoint:  # fmt: skip
     """The configurations of a folder or hub id (of which no weights are fetched); a Checkpoint is itself.
 
     variant: of the weights files, as Diffusers names them: "fp16" reads diffusion_pytorch_model.fp16.safetensors, and
     plain files in components that have none of it. components: files in any layout (docs/checkpoints.md) to read parts
     from, by name ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"; "tokenizer": a folder),
     instead of the model's own, whose configurations they must fit; with model None they are all that there is, and
-    their configurations follow from their tensors. A folder may also be one of the original repositories.
-    Raises OSError where there is no checkpoint, ValueError for what is not implemented.
+    their configurations follow from their tensors. A folder may also be one of the original repositories. loras: files
+    that are added to the DiTs, `Lora(path, strength, expert)`, beside those that a Checkpoint has; what they hold is
+    proved to fit from their headers.
+    Raises OSError where there is no checkpoint, ValueError for what is not implemented or does not fit.
     """
+    checkpoint = _open(model, variant, components)
+    if not loras:
+        return checkpoint
+    if isinstance(loras, list | tuple):
+        loras = [*checkpoint.loras, *loras]
+    pair = checkpoint.variant.experts == 2
+    checked = check_loras(loras, checkpoint.transformer, checkpoint.experts, pair=pair, name=checkpoint.name)
+    return replace(checkpoint, loras=checked)
+
+
+def _open(
+    model: "str | Path | Checkpoint | None", variant: str | None, components: Mapping[str, Any] | None
+) -> Checkpoint:
     if not (variant is None or (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant))):
         raise ValueError(f"variant={variant!r:.40} is no variant's name, such as 'fp16'")
     paths = check_components(components)

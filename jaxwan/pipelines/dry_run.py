@@ -9,7 +9,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from jaxwan.config import ImageInput, TransformerConfig, VAEConfig
+from jaxwan.convert.lora import Lora
 from jaxwan.flops import Share, device_flops, device_share, tick_traffic, transformer_flops, vae_decode_flops
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.models.layers import abstract
@@ -189,6 +190,7 @@ def dry_run(
     vae_devices: int | None = None,
     variant: str | None = None,
     components: Mapping[str, Any] | None = None,
+    loras: Sequence[Lora | str | Path] = (),
     device_memory: int | str | None = None,
     **call: Any,
 ) -> DryRun:
@@ -197,7 +199,8 @@ def dry_run(
     Of weights the headers are read, where the folder has any, so that what cannot be loaded is refused here too; of a
     source video what its header says.
 
-    components: as of `open_checkpoint`. call: arguments of a WanPipeline call; prompt and images may be left out.
+    components, loras: as of `open_checkpoint`. call: arguments of a WanPipeline call; prompt and images may be left
+    out.
     dtype None: bfloat16 when device_memory names an accelerator's, else what the devices here would use.
     device_memory: of one device, "80GB" or bytes, of which JAX takes 75 % (XLA_CLIENT_MEM_FRACTION;
     scripts/generate.py says 0.92); None: what JAX took of the present
@@ -209,7 +212,7 @@ def dry_run(
     own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
     spec, memory = MeshSpec.parse(mesh, ulysses), parse_memory(device_memory)
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
-    checkpoint = open_checkpoint(model, variant, components)
+    checkpoint = open_checkpoint(model, variant, components, loras)
     check_mesh(spec, checkpoint)
     job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
     check_use(spec, checkpoint, job)

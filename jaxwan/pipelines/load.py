@@ -233,7 +233,9 @@ def check_weights(checkpoint: Checkpoint) -> str:
     if checkpoint.text_encoder is not None and checkpoint.tokenizer is None and checkpoint.hub_id is None:
         load_tokenizer(checkpoint.place("tokenizer"))  # raises: where there are weights, it is to be there too
     num_bytes = sum(files[name].num_bytes(key) for name, keys in found.items() for key in keys)
-    return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read"
+    count = len(checkpoint.loras)
+    merged = f", with {count} LoRA{'s' * (count > 1)}" if count else ""
+    return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read{merged}"
 
 
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:

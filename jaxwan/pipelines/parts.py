@@ -19,6 +19,7 @@ from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import Denoiser
 from jaxwan.pipelines.dit import Weights, placed_weights, shapes_at
 from jaxwan.pipelines.encoder_ring import EncoderRing, make_encoder_ring, placed
+from jaxwan.pipelines.loras import described
 from jaxwan.pipelines.prompt import Tokenizer
 from jaxwan.pipelines.request import Job
 from jaxwan.sharding.mesh import devices_behind
@@ -66,6 +67,8 @@ def job_settings(checkpoint: Checkpoint, parts: Parts, job: Job) -> tuple[dict[s
         made_by["variant"] = checkpoint.weights_variant
     if checkpoint.parts:
         made_by["components"] = [name for name, _ in checkpoint.parts]  # from files of their own
+    if checkpoint.loras:
+        made_by["loras"] = described(checkpoint.loras)
     return tuple(made_by | settings for settings in job.settings())
 
 

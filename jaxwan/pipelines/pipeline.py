@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxwan.convert.lora import Lora
 from jaxwan.models.tiles import Coder, Tiling, coder_for
 from jaxwan.pipelines.arguments import Number, as_array, local_path, no_attribute, refuse_unknown, whole
 from jaxwan.pipelines.axes import to_internal, to_public
@@ -60,6 +61,7 @@ class WanPipeline:
         vae_devices: int | None = None,
         variant: str | None = None,
         components: Mapping[str, str | Path] | None = None,
+        loras: Sequence[Lora | str | Path] = (),
         warmup: Mapping[str, Any] | Job | None = None,
         progress: bool = True,
         **unknown: Any,
@@ -72,7 +74,8 @@ class WanPipeline:
         devices trade tokens for heads, where that is not to be as many as can; 1 is ring attention alone. dtype is the
         DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators (with
         Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", and
-        components: files for parts, {"vae": FILE}, both as `open_checkpoint` takes them.
+        components: files for parts, {"vae": FILE}, both as `open_checkpoint` takes them. loras: files that are merged
+        into the DiTs while they are read, [Lora("style.safetensors", strength=0.8)] (docs/checkpoints.md).
 
         vae_devices: how many devices of its own, behind the mesh's, the VAE has; None: it is on all of the mesh's. It
         splits every frame over its devices, which changes results by rounding alone. With its own it can work beside
@@ -88,13 +91,13 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
-        known = "model mesh dtype vae_dtype ulysses vae_devices variant components warmup progress"
+        known = "model mesh dtype vae_dtype ulysses vae_devices variant components loras warmup progress"
         refuse_unknown(unknown, tuple(known.split()))
         own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
         ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
         spec, dtype = MeshSpec.parse(mesh, ulysses), parse_dtype("dtype", dtype)
         vae_dtype = parse_dtype("vae_dtype", vae_dtype)
-        checkpoint = open_checkpoint(model, variant, components)
+        checkpoint = open_checkpoint(model, variant, components, loras)
         if not isinstance(warmup, Mapping | Job | None):
             raise ValueError(f"warmup={warmup!r:.40} is no call's arguments, such as dict(num_frames=81)")
         job = warmup

@@ -20,6 +20,7 @@ from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import Entry
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import entry_shapes
+from jaxwan.pipelines.loras import described
 from jaxwan.pipelines.media.writing import replacing
 from jaxwan.pipelines.prompt import MAX_TOKENS
 from jaxwan.schedulers.table import MAX_STEPS, SamplerState, Table
@@ -70,7 +71,8 @@ def identity(checkpoint: Checkpoint, dtype: Any) -> dict[str, Any]:
     """What must be the same where a video goes on: the DiT's configuration, its tensors but for their values, dtype."""
     files = {name: checkpoint.files(name) for name in checkpoint.experts}
     tensors = {name: sorted(found.kinds().items()) for name, found in files.items()}
-    digest = hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
+    changed = tensors | {"loras": described(checkpoint.loras)} if checkpoint.loras else tensors
+    digest = hashlib.sha256(json.dumps(changed).encode()).hexdigest()
     about = asdict(checkpoint.transformer) | {"experts": len(tensors), "dtype": str(dtype), "tensors": digest}
     return json.loads(json.dumps(about))  # as a file gives it back: lists for tuples
 
@@ -92,7 +94,9 @@ def _about(path: Path, metadata: dict[str, str] | None, model: dict[str, Any]) -
         raise ValueError(f"{path} is of format {version!r:.20}, and jaxwan {__version__} reads {FORMAT}")
     for name, own in model.items():
         if theirs.get(name) != own and name == "tensors":
-            raise ValueError(f"{path} was made by another model: names, shapes or dtypes of its tensors differ")
+            raise ValueError(
+                f"{path} was made by another model: names, shapes or dtypes of its tensors differ, or LoRAs"
+            )
         if theirs.get(name) != own:
             raise ValueError(f"{path} was made by a model of {name}={theirs.get(name)!r:.40}, this one has {own!r}")
     return about

@@ -164,7 +164,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text or "")
     except ValueError:
         settings = None
-    kinds = {"jaxwan": str, "call": dict, "inputs": list, "components": list}
+    kinds = {"jaxwan": str, "call": dict, "inputs": list, "components": list, "loras": list}
     given = settings if isinstance(settings, dict) else {}
     right = all(isinstance(given[name], kinds[name]) for name in kinds.keys() & given.keys())
     if not right or not {"jaxwan", "call"} <= given.keys():
