@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, Family, make_checkpoint
-from originals import original_image_encoder, original_text_encoder, original_transformer, original_vae, scaled_fp8
+from checkpoints import make_checkpoint
+from comfyui import FILE, make_twins
+from originals import original_image_encoder, original_text_encoder, original_transformer
 from published import PUBLISHED, write_configs
 from runs import IMAGE, PROMPTS
 from safetensors.torch import load_file, save_file
@@ -22,38 +23,12 @@ from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.components import noise_of
 from jaxwan.pipelines.load import check_weights
 
-FILE = "diffusion_pytorch_model.safetensors"
-# heads of Wan's own width, because a file alone does not tell it
-FAMILY = Family(1, 128, 2, experts=2, in_channels=36, boundary_ratio=0.9, image="channels")
-
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory):
-    """An image-to-video checkpoint with two experts in the Diffusers layout, and beside it files of the same meaning:
-    the experts' in scaled fp8 of both kinds, the text encoder's too, and a VAE under original names."""
-    folder, files = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("files")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "i2v-128", FAMILY)
-        make_checkpoint(folder, "i2v-128")
-    for name, noise in (("transformer", "high"), ("transformer_2", "low")):
-        tensors = load_file(folder / name / FILE)
-        names = {key: name for name in tensors for key in original_transformer({name: tensors[name]})}
-        stored, meaning = scaled_fp8(original_transformer(tensors), "model.diffusion_model.", newer=noise == "low")
-        save_file(stored, files / f"wan2.2_i2v_{noise}_noise_14B_fp8_scaled.safetensors")
-        save_file({names[key]: value for key, value in meaning.items()}, folder / name / FILE, {"format": "pt"})
-    tensors = load_file(folder / "text_encoder/model.safetensors")
-    stored, meaning = scaled_fp8({key: value.float() for key, value in tensors.items()})
-    save_file(stored | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, files / "umt5.safetensors")
-    save_file(meaning, folder / "text_encoder/model.safetensors", {"format": "pt"})
-    torch.save(original_vae(load_file(folder / "vae" / FILE), 1), files / "vae.pth")
-    parts = {
-        "transformer": files / "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
-        "transformer_2": files / "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors",
-        "vae": files / "vae.pth",
-        "text_encoder": files / "umt5.safetensors",
-        "tokenizer": folder / "tokenizer",
-    }
-    return folder, parts
+    """A folder in the Diffusers layout, and files of the same meaning by component."""
+    folder = tmp_path_factory.mktemp("twin")
+    return folder, make_twins(folder, tmp_path_factory.mktemp("files"))
 
 
 def latents(model, **arguments):
@@ -160,7 +135,7 @@ def test_parts_that_lack_others_or_are_others_are_refused_with_what_to_do(twin, 
     ("tensors", "words"),
     [
         ({"vace_blocks.0.x": 1, "head.modulation": 1}, "holds tensors of VACE, which is not implemented"),
-        ({"blocks.0.self_attn.q.lora_A.weight": 1}, "holds a LoRA, which is not read"),
+        ({"blocks.0.self_attn.q.lora_A.weight": 1}, "holds a LoRA: give it as --lora FILE"),
         ({"taesd.x": 1}, "holds no transformer of a Wan model"),
         ({"head.modulation": 1}, "lacks 'patch_embedding.weight', which tells its size"),
     ],

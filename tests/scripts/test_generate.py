@@ -19,10 +19,15 @@ from typing import NamedTuple
 import checkpoints
 import numpy as np
 import pytest
+import torch
+from comfyui import EXPERTS, FILE, make_twins
+from loras import lora_tensors, write_lora
 from oracle import relative_error
+from originals import original_transformer
 from PIL import Image
 from published import edit, write_configs
 from runs import IMAGE, NEGATIVES, PROMPTS, run_diffusers, unit_noise
+from safetensors.torch import load_file, save_file
 
 import jaxwan
 from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT, Tiling
@@ -218,6 +223,67 @@ def test_a_checkpoint_that_diffusers_saved_gives_diffusers_frames_on_four_stages
     with np.load(tmp_path / "ours.npz") as ours:  # the bound of a whole loop in float32
         assert relative_error(ours["latents"], expected.latents) <= 1e-4
         assert relative_error(ours["frames"], expected.frames) <= 1e-4
+
+
+def test_the_popular_job_makes_the_video_of_its_twin_with_merged_weights(run, tmp_path):
+    """Image to video from two fp8 files of ComfyUI with a pair of LoRAs for four steps, on two stages."""
+    twin, files = tmp_path / "twin", tmp_path / "files"
+    files.mkdir()
+    parts = make_twins(twin, files)
+    loras = []
+    for i, (name, noise) in enumerate(EXPERTS.items()):
+        path = files / f"wan2.2_i2v_A14B_{noise}_noise_lora_rank4_lightx2v_4step.safetensors"
+        merge_by_hand(twin / name / FILE, path, seed=i, strength=(0.5, 1.0)[i])
+        loras += ["--lora", f"{path}:0.5" if noise == "high" else path]
+    IMAGE.save("image.png")
+    flags = ["--prompt", PROMPTS[0], "--image", "image.png", "--preset", "lightx2v-4step", "--mesh", "pp=2",
+             "--seed", 3, "--height", 32, "--width", 48, "--num-frames", 5]  # fmt: skip
+    popular = [text for name, path in parts.items() for text in ("--component", f"{name}={path}")]
+    made = {}
+    for name, own in {"ours": popular + loras, "twin": ["--model", twin], "plain": popular}.items():
+        status, _, err = run(*own, *flags, "--save-npz", f"{name}.npz", "-o", f"{name}.mp4")
+        assert status == 0, err
+        assert "4 steps, shift 5, no guidance, the low-noise expert from step 3" in err
+        with np.load(f"{name}.npz") as arrays:
+            made[name] = arrays["latents"]
+    np.testing.assert_array_equal(made["ours"], made["twin"])
+    assert relative_error(made["plain"], made["twin"]) > 0.1
+    frames, fps = load_video("ours.mp4")
+    assert frames.shape == (5, 32, 48, 3) and fps == 16 and frames.std() > 10
+    np.testing.assert_array_equal(frames, load_video("twin.mp4")[0])
+    settings = jaxwan.read_settings("ours.mp4")
+    assert settings["loras"] == [
+        {"file": f"wan2.2_i2v_A14B_{noise}_noise_lora_rank4_lightx2v_4step.safetensors", "strength": strength,
+         "expert": noise} for noise, strength in (("high", 0.5), ("low", 1.0))
+    ]  # fmt: skip
+    assert settings["call"]["preset"] == "lightx2v-4step" and "loras" not in jaxwan.read_settings("twin.mp4")
+
+
+def merge_by_hand(weights, lora, *, seed, strength):
+    """Write a LoRA in LightX2V's style, and add it to a DiT in the Diffusers layout.
+
+    Its numbers are multiples of 1/8 and few, so that what is added is exact, and only the sum is rounded.
+    """
+    tensors, generator = load_file(weights), torch.Generator().manual_seed(seed)
+
+    def numbers(*shape):
+        return torch.randint(-4, 5, shape, generator=generator) / 8
+
+    factors, differences = {}, {}
+    for key, tensor in tensors.items():
+        module, _, kind = key.rpartition(".")
+        if kind == "weight" and tensor.ndim == 2 and key.startswith("blocks"):
+            factors[module] = numbers(4, tensor.shape[1]), numbers(tensor.shape[0], 4)
+        else:
+            (name,) = original_transformer({key: tensor})
+            ending = {"weight": "diff", "bias": "diff_b"}.get(kind, "diff_m")
+            name = f"diffusion_model.{name.rpartition('.')[0]}.{ending}"
+            differences[name] = numbers(*tensor.shape) / 4
+            tensors[key] = tensor + strength * differences[name]
+    for module, (down, up) in factors.items():
+        tensors[f"{module}.weight"] += strength * 2 / 4 * (up @ down)
+    write_lora(lora, lora_tensors(factors, "lightx2v", alpha=2) | differences)
+    save_file(tensors, weights, {"format": "pt"})
 
 
 def test_each_video_of_a_batch_is_a_file(run, made):
@@ -874,6 +940,31 @@ def test_parts_from_files_of_their_own_are_flags_and_asked_for_again(run, tmp_pa
         (["--component", f"image_encoder={vae}"], "has no image_encoder; its parts are vae, text_encoder, transformer"),
     ):
         status, _, err = run("--model", folder, "--dry-run", *flags)
+        assert status == 1 and words in err
+
+
+def test_loras_are_flags_and_asked_for_again(run, made, tmp_path):
+    module = "blocks.0.attn1.to_q"
+    width = read_checkpoint(BUNDLED_MODEL).transformer.dim
+    style, other = (
+        write_lora(tmp_path / name, lora_tensors({module: (torch.ones(1, width), torch.ones(width, 1))}, "comfyui"))
+        for name in ("style.safetensors", "c:low_noise.safetensors")
+    )
+    status, _, err = run("--prompt", "a", "--lora", f"{style}:-0.5", "--lora", f"low={other}", "-o", "clip.gif")
+    assert status == 0, err
+    assert "style.safetensors says no expert by its name (high or low): it goes to both" in err
+    assert jaxwan.read_settings("clip.gif")["loras"] == [
+        {"file": "style.safetensors", "strength": -0.5, "expert": None},
+        {"file": "c:low_noise.safetensors", "strength": 1.0, "expert": "low"},
+    ]
+    status, _, err = run("--like", "clip.gif", "-o", "again.gif")
+    assert status == 1
+    told = "say where they are, --lora style.safetensors:-0.5 --lora low=c:low_noise.safetensors:1.0"
+    assert f"clip.gif was made with LoRAs: {told}" in err
+    assert run("--like", "clip.gif", "--lora", f"{style}:-0.5", "-o", "again.gif")[0] == 0
+    assert run("--lora", other, "--dry-run")[0] == 0
+    for lora, words in (("none.pt:1", "there is no file none.pt"), (f"{other}:2:3", "there is no file")):
+        status, _, err = run("--lora", lora, "--dry-run")
         assert status == 1 and words in err
 
 
