@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxwan.convert.foreign import describe_file
+from jaxwan.convert.gguf_files import MAGIC, read_gguf
 from jaxwan.convert.rules import CheckpointError, Shape, some
 from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_safetensors
 from jaxwan.convert.torch_files import read_torch
@@ -87,6 +88,8 @@ def read_tensors(path: Path, reader: Reader) -> dict[str, Stored]:
     """The tensors of a file by name, in the order in which they lie in it, whatever its format; its headers alone are
     read. Raises CheckpointError as the format's own function does."""
     start = reader.read(Extent(path, 0, DTYPES["U8"], (min(4, reader.size(path)),))).tobytes()
+    if start == MAGIC:
+        return read_gguf(path, reader)
     return dict(read_torch(path, reader) if start == b"PK\3\4" else read_safetensors(path, reader))
 
 
@@ -181,8 +184,6 @@ def _other_weights(names: Collection[str]) -> str:
         return f"has no {wanted} (or shards of it)"
     if shards := [name for stem in _STEMS for name in others if re.fullmatch(rf"{stem}{_SHARD}\.safetensors", name)]:
         return f"holds {some(shards)} and no .safetensors.index.json, which says what is in the shards"
-    if any(name.endswith(".gguf") for name in others):
-        return f"holds {some(others)}: GGUF is quantised and not read (yet); take safetensors of 16 or 32 bits"
     if any(name.endswith(".safetensors") for name in others):
         lora = any("lora" in name.lower() for name in others)
         if lora:

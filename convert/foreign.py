@@ -55,8 +55,6 @@ def describe_file(path: Path, otherwise: str = "is truncated or no safetensors f
             "is a bare pickle, as PyTorch wrote it before 1.6, which is not read: if you trust it, write it anew by "
             "torch.save(torch.load(FILE, weights_only=True), NEW)"
         )
-    if start.startswith(b"GGUF"):
-        return f"is a GGUF file, which is not read (yet): {PLAIN}"
     return otherwise
 
 

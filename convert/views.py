@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxwan.convert.gguf_files import text_encoder_names
 from jaxwan.convert.rules import CheckpointError, Shape
 from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored
 
@@ -38,6 +39,8 @@ def as_known(tensors: Tensors, reader: Reader, *, what: str) -> dict[str, Stored
     """
     tensors = _renamed(tensors, _without_prefix(tensors), what)
     tensors.pop(_TOKENIZER, None)
+    names = text_encoder_names(tensors)
+    tensors = _renamed(tensors, lambda name: names.get(name, name), what)
     tensors = _decoded(tensors, reader, what)
     return _image_encoder(tensors)
 

@@ -16,7 +16,9 @@ import jaxwan
 ROOT = Path(__file__).parents[1]
 ARRAYS = {"jax", "numpy", "jaxtyping"}
 # heavy or optional: imported by the function that needs them, so that importing jaxwan stays quick
-IN_FUNCTIONS = set("transformers tokenizers huggingface_hub safetensors av PIL pillow_heif ftfy tqdm".split())
+IN_FUNCTIONS = set(
+    "transformers tokenizers huggingface_hub safetensors av PIL pillow_heif ftfy tqdm gguf sentencepiece".split()
+)
 # part of jaxwan -> (other parts it may import, other packages it may import), beside the standard library and itself
 ALLOWED = {
     "geometry": (set(), set()),
@@ -26,7 +28,7 @@ ALLOWED = {
     "sharding": ({"kernels"}, ARRAYS),
     "schedulers": (set(), ARRAYS),
     "models": ({"kernels", "sharding", "geometry", "config"}, ARRAYS | {"flax"}),
-    "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors"}),
+    "convert": ({"models", "config", "sharding"}, ARRAYS | {"flax", "safetensors", "gguf"}),
     "pipelines": (
         {"models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
         ARRAYS | {"flax"} | IN_FUNCTIONS,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from comfyui import FILE, make_twins
-from originals import original_image_encoder, original_text_encoder, original_transformer
+from gguf_writing import write_gguf
+from originals import llama_text_encoder, original_image_encoder, original_text_encoder, original_transformer
 from published import PUBLISHED, write_configs
 from runs import IMAGE, PROMPTS
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,25 @@ def test_two_fp8_files_with_a_vae_and_a_text_encoder_make_the_latents_of_their_t
         assert getattr(ours, name) == getattr(expected, name), name
     assert ours.vae == expected.vae and ours.name == "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors"
     np.testing.assert_array_equal(latents(None, components=parts), latents(folder))
+
+
+def test_gguf_files_in_16_bits_make_the_latents_of_their_twin(twin, tmp_path):
+    """Matrices in float16, all else in float32, as converters write them; the text encoder under llama.cpp's names."""
+    folder, parts = twin
+    rounded = shutil.copytree(folder, tmp_path / "rounded")
+    paths = {}
+    for name, file, rename in (
+        ("transformer", FILE, original_transformer), ("transformer_2", FILE, original_transformer),
+        ("text_encoder", "model.safetensors", llama_text_encoder),
+    ):  # fmt: skip
+        tensors = {
+            key: value.half() if value.ndim == 2 else value.float()
+            for key, value in load_file(folder / name / file).items()
+        }
+        save_file({key: value.float() for key, value in tensors.items()}, rounded / name / file, {"format": "pt"})
+        paths[name] = tmp_path / f"{name.replace('transformer_2', 'LowNoise')}-F16.gguf"
+        write_gguf(paths[name], {key: value.numpy() for key, value in rename(tensors).items()})
+    np.testing.assert_array_equal(latents(None, components=parts | paths), latents(rounded))
 
 
 def test_parts_over_a_model_are_read_instead_of_its_own(twin, tmp_path):

@@ -55,6 +55,18 @@ _UMT5 = (
     (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
     (r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
 )  # fmt: skip
+_LLAMA = (
+    (r"\.layer\.0\.layer_norm\.", ".layer.0.attn_norm."),
+    (r"\.layer\.1\.layer_norm\.", ".layer.1.ffn_norm."),
+    (r"^shared\.", "token_embd."),
+    (r"^encoder\.final_layer_norm\.", "enc.output_norm."),
+    (r"^encoder\.block\.(\d+)\.layer\.[01]\.", r"enc.blk.\1."),
+    (r"(blk\.\d+)\.SelfAttention\.relative_attention_bias\.", r"\1.attn_rel_b."),
+    (r"(blk\.\d+)\.SelfAttention\.", r"\1.attn_"),
+    (r"\.DenseReluDense\.wi_0\.", ".ffn_gate."),
+    (r"\.DenseReluDense\.wi_1\.", ".ffn_up."),
+    (r"\.DenseReluDense\.wo\.", ".ffn_down."),
+)
 _CLIP = (
     (r"^(vision_model\.)?embeddings\.class_embedding$", "visual.cls_embedding"),
     (r"^(vision_model\.)?embeddings\.position_embedding\.weight$", "visual.pos_embedding"),
@@ -89,6 +101,11 @@ def original_transformer(tensors: Tensors) -> dict[str, torch.Tensor]:
 def original_text_encoder(tensors: Tensors) -> dict[str, torch.Tensor]:
     """Of the embedding one copy."""
     return _renamed({k: v for k, v in tensors.items() if "embed_tokens" not in k}, _UMT5)
+
+
+def llama_text_encoder(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Under the names that llama.cpp gives a T5 encoder, which end up in GGUF files."""
+    return _renamed({k: v for k, v in tensors.items() if "embed_tokens" not in k}, _LLAMA)
 
 
 def original_image_encoder(tensors: Tensors) -> dict[str, torch.Tensor]:
