@@ -14,12 +14,13 @@ from jaxwan.convert.gguf_files import MAGIC, read_gguf
 from jaxwan.convert.rules import CheckpointError, Shape, some
 from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_safetensors
 from jaxwan.convert.torch_files import read_torch
-from jaxwan.convert.views import as_known
+from jaxwan.convert.views import TOKENIZER, as_known
 
 _READABLE = ("F32", "BF16", "F16")
 _STEMS = ("diffusion_pytorch_model", "model")  # Diffusers' components, and those of transformers
 _SHARD = r"-\d{5}-of-\d{5}"
 _VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})(?:\.([\w-]+?)(?:{_SHARD})?|{_SHARD}\.([\w-]+))\.safetensors")
+_MOST_TOKENIZER = 2**26  # bytes; UMT5's has 4.5 million
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".safetensors")
 
 
@@ -40,16 +41,33 @@ class TensorFiles:
         return Reader()
 
     @cached_property
-    def tensors(self) -> dict[str, Stored]:
-        """Key -> its tensor, under names that rules know, in the order in which they lie on disk; reads the headers,
-        whose claims it checks (so no file is truncated)."""
+    def _own(self) -> dict[str, Stored]:
+        """Key -> its tensor, as the files name it; reads the headers, whose claims it checks (so no file is
+        truncated)."""
         found: dict[str, Stored] = {}
         for path in self.paths:
             for key, tensor in read_tensors(path, self._reader).items():
                 if key in found:
                     raise CheckpointError(f"{path} holds {key} a second time")
                 found[key] = tensor
-        return as_known(found, self._reader, what=str(self.paths[0]))
+        return found
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """Key -> its tensor, under names that rules know, in the order in which they lie on disk."""
+        return as_known(self._own, self._reader, what=str(self.paths[0]))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a SentencePiece model lies beside the tensors, as in ComfyUI's text encoders."""
+        return TOKENIZER in self._own
+
+    def read_tokenizer(self) -> bytes:
+        """The SentencePiece model. Raises CheckpointError where it cannot be one."""
+        stored = self._own[TOKENIZER]
+        if stored.dtype != DTYPES["U8"] or not 0 < stored.num_bytes <= _MOST_TOKENIZER:
+            raise CheckpointError(f"{self.paths[0]}: {TOKENIZER} {stored.shape} is no SentencePiece model")
+        return stored.read(self._reader).tobytes()
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:

@@ -21,7 +21,7 @@ Tensors = Mapping[str, Stored]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.")
 _INFIX = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
-_TOKENIZER = "spiece_model"  # no weights: SentencePiece's file, in ComfyUI's text encoders
+TOKENIZER = "spiece_model"  # no weights: SentencePiece's file, in ComfyUI's text encoders
 _FP8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older name; its newer one and LightX2V's
 _FOR_ACTIVATIONS = ("scale_input", "input_scale")  # of products in fp8, which are not computed here
@@ -38,7 +38,7 @@ def as_known(tensors: Tensors, reader: Reader, *, what: str) -> dict[str, Stored
     quantisation that are not decoded.
     """
     tensors = _renamed(tensors, _without_prefix(tensors), what)
-    tensors.pop(_TOKENIZER, None)
+    tensors.pop(TOKENIZER, None)
     names = text_encoder_names(tensors)
     tensors = _renamed(tensors, lambda name: names.get(name, name), what)
     tensors = _decoded(tensors, reader, what)

@@ -33,7 +33,7 @@ from jaxwan.pipelines.components import (
 )
 from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
 from jaxwan.pipelines.loras import check_loras
-from jaxwan.pipelines.prompt import Tokenizer, load_tokenizer
+from jaxwan.pipelines.prompt import Tokenizer, load_sentencepiece, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
@@ -86,9 +86,14 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Its tokenizer, read once; None in a folder of configurations alone. Raises as `load_tokenizer` does."""
-        folder = self.place("tokenizer")
-        return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+        """Its tokenizer, read once: a tokenizer.json, else what the text encoder's file brings; None in a folder of
+        configurations alone. Raises as `load_tokenizer` and `load_sentencepiece` do."""
+        folder, encoder = self.place("tokenizer"), self.place("text_encoder")
+        if (folder / "tokenizer.json").is_file():
+            return load_tokenizer(folder)
+        if self.text_encoder is not None and encoder.is_file() and (files := files_at(encoder)).has_tokenizer:
+            return load_sentencepiece(files.read_tokenizer(), self.text_encoder.vocab_size, str(encoder))
+        return None
 
     def place(self, component: str) -> Path:
         """The file or folder that a component is read from."""
@@ -198,7 +203,7 @@ def _assemble(paths: Mapping[str, Path], folder: Path | None = None) -> Checkpoi
         ("image_encoder", variant.image_input is ImageInput.CHANNELS_AND_CLIP),
         ("tokenizer", text_encoder is not None),
     ):
-        if needed and name not in paths:
+        if needed and name not in paths and not (name == "tokenizer" and files_at(paths["text_encoder"]).has_tokenizer):
             raise ValueError(f"components lack a {name}, which {variant.name} needs: {_add(name)}")
     if len(experts) > variant.experts:
         raise ValueError(f"components: {variant.name}, which {paths['transformer']} is, has no transformer_2")

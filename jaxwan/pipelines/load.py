@@ -24,7 +24,7 @@ from jaxwan.pipelines.dit import Weights, layers_per_stage, load_weights
 from jaxwan.pipelines.media import load_image_processor
 from jaxwan.pipelines.parts import Parts, abstract_components, abstract_parts
 from jaxwan.pipelines.progress import Progress
-from jaxwan.pipelines.prompt import load_tokenizer
+from jaxwan.pipelines.prompt import SentencePiece, load_tokenizer
 from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.telling import warn
 from jaxwan.pipelines.warmup import compiling, job_programs
@@ -51,6 +51,11 @@ def load_parts(
     tokenizer = checkpoint.tokenizer
     if tokenizer is None and checkpoint.text_encoder is not None:
         tokenizer = load_tokenizer(checkpoint.place("tokenizer"))  # raises
+    if isinstance(tokenizer, SentencePiece):
+        log.info(
+            "the tokenizer is the one within %s, SentencePiece's: it spells characters that it does not know as bytes, "
+            "where a tokenizer.json may differ", checkpoint.place("text_encoder").name,
+        )  # fmt: skip
     clip = checkpoint.image_encoder is not None
     processor = load_image_processor(_image_processor(checkpoint)) if clip else None
     first = devices.devices.flat[0]

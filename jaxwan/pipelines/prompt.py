@@ -19,10 +19,31 @@ MAX_TOKENS = 512  # the length every Wan model was trained with; image-to-video 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A checkpoint's tokenizer: `backend` is a tokenizers.Tokenizer that neither cuts nor pads."""
+    """A checkpoint's tokenizer: `backend` is a tokenizers.Tokenizer that neither cuts nor pads.
+
+    closing: the ids that end every text.
+    """
 
     backend: Any
     pad_id: int
+    closing: tuple[int, ...]
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a cleaned text, without the closing ones."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def text(self, ids: list[int]) -> str:
+        """What ids spell."""
+        return self.backend.decode(ids)
+
+
+@dataclass(frozen=True)
+class SentencePiece(Tokenizer):
+    """SentencePiece's own, from the file that ComfyUI's text encoders carry: `backend` is its processor."""
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a cleaned text, without the closing one."""
+        return self.backend.encode(text)
 
 
 def clean_prompt(text: str) -> str:
@@ -62,7 +83,36 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     pad_id = backend.token_to_id(pad)
     if pad_id is None:
         raise ValueError(f"{path} does not know {pad!r}, the pad_token of its folder")
-    return Tokenizer(backend, pad_id)
+    closing = backend.encode("").ids
+    if backend.encode("a").ids != backend.encode("a", add_special_tokens=False).ids + closing:
+        raise ValueError(f"{path} puts tokens before a text, which Wan's does not")
+    return Tokenizer(backend, pad_id, tuple(closing))
+
+
+def load_sentencepiece(model: bytes, vocabulary: int, what: str) -> SentencePiece:
+    """The tokenizer of a serialised SentencePiece model, as T5 uses it: a text ends with its end-of-sentence token.
+
+    It spells unknown characters as bytes where a tokenizer.json may have one unknown token. vocabulary: rows of the
+    text encoder's table. Raises ValueError, in a sentence that begins with `what`, for what is no such model, and
+    where the package sentencepiece is not installed.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ValueError(
+            f"{what} brings a tokenizer of its own, which the package sentencepiece reads: `pip install sentencepiece`"
+            ", or give another as --component tokenizer=FOLDER (with a tokenizer.json)"
+        ) from error
+    backend = SentencePieceProcessor()
+    try:
+        backend.LoadFromSerializedProto(model)
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a message that quotes the model
+        raise ValueError(f"{what} brings no tokenizer that SentencePiece can read ({error!s:.200})") from error
+    pad, closing, size = backend.pad_id(), backend.eos_id(), backend.get_piece_size()
+    if pad < 0 or closing < 0 or size > vocabulary:
+        told = "no token for padding or for the end of a text" if size <= vocabulary else f"{size} tokens"
+        raise ValueError(f"{what} brings a tokenizer that has {told}, and a table of {vocabulary} rows")
+    return SentencePiece(backend, pad, (closing,))
 
 
 def check_unicode(text: str, what: str = "the prompt") -> None:
@@ -86,7 +136,7 @@ def tell_unknown_words(prompts: Sequence[str | None], defaults: Defaults) -> Non
 def lost_text(tokenizer: Tokenizer, text: str, length: int = MAX_TOKENS) -> str:
     """The end of a text that `tokenize` leaves out, shortened; empty where the text fits."""
     body, room = _encoded(tokenizer, clean_prompt(text), length)
-    lost = tokenizer.backend.decode(body.ids[room:])
+    lost = tokenizer.text(body[room:])
     return lost if len(lost) <= 100 else f"{lost[:60]} … {lost[-30:]}"
 
 
@@ -98,8 +148,7 @@ def tokenize(
     A longer text loses its end (`lost_text`) but keeps the closing token. Raises ValueError like `check_unicode`.
     """
     body, room = _encoded(tokenizer, text, length)
-    body.truncate(room)
-    ids = tokenizer.backend.post_process(body).ids
+    ids = [*body[:room], *tokenizer.closing]
     padded = np.full(length, tokenizer.pad_id, np.int32)
     padded[: len(ids)] = ids
     return padded, np.arange(length) < len(ids)
@@ -124,11 +173,10 @@ def encode_prompts(
     return rows[[places[text] for text in texts]]
 
 
-def _encoded(tokenizer: Tokenizer, text: str, length: int) -> tuple[Any, int]:
-    """The tokens of a cleaned text before its closing one, and how many of them have room in `length`."""
+def _encoded(tokenizer: Tokenizer, text: str, length: int) -> tuple[list[int], int]:
+    """The ids of a cleaned text before its closing one, and how many of them have room in `length`."""
     check_unicode(text)
-    room = length - tokenizer.backend.num_special_tokens_to_add(is_pair=False)
-    return tokenizer.backend.encode(text, add_special_tokens=False), room
+    return tokenizer.ids(text), length - len(tokenizer.closing)
 
 
 def abstract_prompt(length: int = MAX_TOKENS) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

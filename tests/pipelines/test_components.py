@@ -15,7 +15,8 @@ from originals import llama_text_encoder, original_image_encoder, original_text_
 from published import PUBLISHED, write_configs
 from runs import IMAGE, PROMPTS
 from safetensors.torch import load_file, save_file
-from tokenizer_files import write_tokenizer
+from sentencepiece import SentencePieceProcessor
+from tokenizer_files import train_sentencepiece, write_tokenizer
 
 from jaxwan import WanPipeline, dry_run, open_checkpoint
 from jaxwan.config import ConfigError
@@ -23,6 +24,7 @@ from jaxwan.convert.rules import CheckpointError
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.components import noise_of
 from jaxwan.pipelines.load import check_weights
+from jaxwan.pipelines.prompt import SentencePiece, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,24 @@ def test_gguf_files_in_16_bits_make_the_latents_of_their_twin(twin, tmp_path):
         paths[name] = tmp_path / f"{name.replace('transformer_2', 'LowNoise')}-F16.gguf"
         write_gguf(paths[name], {key: value.numpy() for key, value in rename(tensors).items()})
     np.testing.assert_array_equal(latents(None, components=parts | paths), latents(rounded))
+
+
+def test_a_tokenizer_within_a_text_encoder_is_used_where_no_other_is_given(twin, tmp_path, caplog):
+    _, parts = twin
+    model = train_sentencepiece(100)
+    encoder = load_file(parts["text_encoder"]) | {"spiece_model": torch.tensor(list(model), dtype=torch.uint8)}
+    save_file(encoder, tmp_path / "umt5.safetensors")
+    parts = without(parts, "tokenizer") | {"text_encoder": tmp_path / "umt5.safetensors"}
+    with caplog.at_level("INFO"):
+        pipe = WanPipeline.from_pretrained(components=parts, mesh="pp=2", progress=False)
+    assert "the tokenizer is the one within umt5.safetensors, SentencePiece's" in caplog.text
+    assert isinstance(pipe.parts.tokenizer, SentencePiece)
+    own = SentencePieceProcessor(model_proto=model, add_eos=True).encode("the red cat")
+    assert tokenize(pipe.parts.tokenizer, "the red cat", len(own))[0].tolist() == own
+    for wrong in (torch.zeros(0, dtype=torch.uint8), torch.zeros(9)):
+        save_file(encoder | {"spiece_model": wrong}, tmp_path / "umt5.safetensors")
+        with pytest.raises(CheckpointError, match="is no SentencePiece model"):
+            _ = open_checkpoint(None, components=parts).tokenizer
 
 
 def test_parts_over_a_model_are_read_instead_of_its_own(twin, tmp_path):
@@ -126,6 +146,13 @@ def test_parts_of_every_published_model_make_its_checkpoint(tmp_path, monkeypatc
 # What is refused
 
 
+def bare_encoder(parts):
+    """The text encoder without a tokenizer of its own."""
+    path = parts["text_encoder"].with_name("bare.safetensors")
+    save_file({k: v for k, v in load_file(parts["text_encoder"]).items() if k != "spiece_model"}, path)
+    return path
+
+
 def without(parts, *names):
     return {name: path for name, path in parts.items() if name not in names}
 
@@ -135,7 +162,10 @@ def without(parts, *names):
     [
         (lambda p: without(p, "transformer"), "lack a transformer: add --component transformer=FILE"),
         (lambda p: without(p, "vae"), "lack a vae: add --component vae=FILE"),
-        (lambda p: without(p, "tokenizer"), "lack a tokenizer, .* add --component tokenizer=FOLDER"),
+        (
+            lambda p: without(p, "tokenizer") | {"text_encoder": bare_encoder(p)},
+            "lack a tokenizer, .* add --component tokenizer=FOLDER",
+        ),
         (lambda p: without(p, "transformer_2"), "lack a transformer_2, which Wan2.2-I2V-A14B needs: add --component"),
         (lambda p: p | {"transformer": p["transformer_2"]}, "high-noise expert, and .* is the other by its name"),
         (lambda p: p | {"vae": p["text_encoder"]}, "umt5.safetensors holds a text_encoder and not a vae"),

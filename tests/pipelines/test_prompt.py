@@ -1,6 +1,8 @@
 """Prompt cleaning, tokens and context rows against diffusers and transformers."""
 
+import contextlib
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,16 @@ import numpy as np
 import pytest
 import tokenizers
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
-from tokenizer_files import write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tokenizer_files import train_sentencepiece, write_tokenizer
 from transformers import AutoTokenizer
 
 from jaxwan.pipelines.prompt import (
     clean_prompt,
     encode_prompts,
+    load_sentencepiece,
     load_tokenizer,
     lost_text,
     tokenize,
@@ -147,11 +153,68 @@ def test_a_malformed_tokenizer_file_is_refused_by_name(folder, tmp_path, name, c
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_begins_a_text_is_refused(folder, tmp_path):
+    first = [{"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}
+    template = {"type": "TemplateProcessing", "single": first, "pair": first, "special_tokens": special}
+    rewritten(folder, tmp_path, "tokenizer.json", post_processor=template)
+    with pytest.raises(ValueError, match="tokenizer.json puts tokens before a text"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_folder_that_names_no_pad_token_is_refused(folder, tmp_path):
     rewritten(folder, tmp_path, "tokenizer_config.json", pad_token=None)
     (tmp_path / "special_tokens_map.json").unlink()
     with pytest.raises(ValueError, match="names no pad_token"):
         load_tokenizer(tmp_path)
+
+
+# SentencePiece's own
+
+
+@pytest.fixture(scope="module")
+def serialised():
+    return train_sentencepiece(400, byte_fallback=True)
+
+
+@pytest.mark.parametrize("text", [*NASTY[:-1], "a cat runs on the moon", "of </s> the <pad> <0x41> ☃"])
+def test_sentencepiece_gives_its_own_ids_and_the_closing_one(serialised, text):
+    text = clean_prompt(text)
+    ids, mask = tokenize(load_sentencepiece(serialised, 400, "x"), text)
+    theirs = SentencePieceProcessor(model_proto=serialised, add_eos=True).encode(text)
+    assert theirs[-1] == 1 and len(theirs) < 512
+    assert ids.tolist() == theirs + [0] * (512 - len(theirs)) and ids.dtype == np.int32
+    assert mask.sum() == len(theirs) and mask[: len(theirs)].all()
+
+
+def test_sentencepiece_spells_unknown_characters_as_bytes(serialised):
+    tokenizer = load_sentencepiece(serialised, 400, "x")
+    ids = tokenizer.ids("a ☃")
+    assert [tokenizer.backend.id_to_piece(i) for i in ids[-3:]] == ["<0xE2>", "<0x98>", "<0x83>"]
+    assert lost_text(tokenizer, "a cat on a ☃", len(tokenizer.ids("a cat on a")) + 1) == "☃"
+
+
+def test_what_is_no_sentencepiece_model_is_refused_in_a_sentence(serialised, monkeypatch):
+    for model, size, words in (
+        (b"junk", 400, "x brings no tokenizer that SentencePiece can read"),
+        (serialised[:-9], 400, "x brings no tokenizer that SentencePiece can read"),
+        (serialised, 300, "x brings a tokenizer that has 3.. tokens, and a table of 300 rows"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_sentencepiece(model, size, "x")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="`pip install sentencepiece`, or give another as --component tokenizer=FOLD"):
+        load_sentencepiece(serialised, 400, "x")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_damaged_sentencepiece_model_is_read_or_refused(serialised, data):
+    model = bytearray(serialised)
+    for _ in range(data.draw(st.integers(1, 3))):
+        model[data.draw(st.integers(0, len(model) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        tokenize(load_sentencepiece(bytes(model), 400, "x"), "a red cat ☃")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A small tokenizer folder in the form of the published ones: tokenizer.json of the T5 kind and its two configs."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -21,6 +22,18 @@ _CHARACTERS = [
     "é",
     "ü",
 ]
+
+
+def train_sentencepiece(size: int, **settings) -> bytes:
+    """A serialised SentencePiece model of so many pieces, with T5's special ids."""
+    from sentencepiece import SentencePieceTrainer
+
+    model, text = BytesIO(), " ".join([*_WORDS, *_CHARACTERS]).replace("▁", "")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([text, text[::-1]] * 4), model_writer=model, vocab_size=size, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=9, hard_vocab_limit=False, **settings,
+    )  # fmt: skip
+    return model.getvalue()
 
 
 def write_tokenizer(folder: Path) -> int:
