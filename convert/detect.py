@@ -5,7 +5,14 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxwan.config import ConfigError, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from jaxwan.config import (
+    CHANNEL_MASK,
+    ConfigError,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from jaxwan.convert import diffusers, original
 from jaxwan.convert.rules import CheckpointError, Rule, Shape
 
@@ -104,6 +111,13 @@ def _transformer(shapes: Shapes, original: bool) -> TransformerConfig:
     dim, in_channels, *patch = shapes["patch_embedding.weight"]
     if dim % _HEAD:
         raise ConfigError(f"its width {dim} is no multiple of {_HEAD}, the width of Wan's heads")
+    out_channels = shapes[names("head.head.weight", "proj_out.weight")][0] // math.prod(patch)
+    with_image = 2 * out_channels + CHANNEL_MASK
+    if in_channels not in (out_channels, with_image):
+        raise ConfigError(
+            f"its transformer takes {in_channels} channels and gives {out_channels}, as those with controls do "
+            f"(Wan-Fun-Control), which are not implemented: Wan's take {out_channels} or {with_image}"
+        )
     image = shapes.get(names("img_emb.proj.0.weight", f"{embedder}image_embedder.norm1.weight"))
     rows = shapes.get(names("img_emb.emb_pos", f"{embedder}image_embedder.pos_embed"))
     return TransformerConfig(
@@ -111,7 +125,7 @@ def _transformer(shapes: Shapes, original: bool) -> TransformerConfig:
         num_attention_heads=dim // _HEAD,
         attention_head_dim=_HEAD,
         in_channels=in_channels,
-        out_channels=shapes[names("head.head.weight", "proj_out.weight")][0] // math.prod(patch),
+        out_channels=out_channels,
         text_dim=shapes[names("text_embedding.0.weight", f"{embedder}text_embedder.linear_1.weight")][1],
         freq_dim=shapes[names("time_embedding.0.weight", f"{embedder}time_embedder.linear_1.weight")][1],
         ffn_dim=shapes[names("blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj.weight")][0],

@@ -6,16 +6,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.gguf_files import MAGIC, read_gguf
 from jaxwan.convert.rules import CheckpointError, Shape, some
-from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_safetensors
+from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_metadata, read_safetensors
 from jaxwan.convert.torch_files import read_torch
-from jaxwan.convert.views import TOKENIZER, as_known
+from jaxwan.convert.views import TOKENIZER, as_known, check_metadata
 
+_QUANTISED = {DTYPES[name] for name in ("F8_E4M3", "F8_E5M2", "I8", "U8")}
 _READABLE = ("F32", "BF16", "F16")
 _STEMS = ("diffusion_pytorch_model", "model")  # Diffusers' components, and those of transformers
 _SHARD = r"-\d{5}-of-\d{5}"
@@ -46,7 +48,10 @@ class TensorFiles:
         truncated)."""
         found: dict[str, Stored] = {}
         for path in self.paths:
-            for key, tensor in read_tensors(path, self._reader).items():
+            tensors = read_tensors(path, self._reader)
+            if any(isinstance(tensor, Extent) and tensor.dtype in _QUANTISED for tensor in tensors.values()):
+                check_metadata(metadata_of(path, self._reader), what=str(path))
+            for key, tensor in tensors.items():
                 if key in found:
                     raise CheckpointError(f"{path} holds {key} a second time")
                 found[key] = tensor
@@ -109,6 +114,12 @@ def read_tensors(path: Path, reader: Reader) -> dict[str, Stored]:
     if start == MAGIC:
         return read_gguf(path, reader)
     return dict(read_torch(path, reader) if start == b"PK\3\4" else read_safetensors(path, reader))
+
+
+def metadata_of(path: Path, reader: Reader) -> dict[str, Any]:
+    """What a file whose tensors could be read says beside them, if it is a safetensors file."""
+    start = reader.read(Extent(path, 0, DTYPES["U8"], (4,))).tobytes()
+    return {} if start in (MAGIC, b"PK\3\4") else read_metadata(path, reader)
 
 
 # Which files

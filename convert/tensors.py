@@ -161,8 +161,7 @@ def read_safetensors(path: Path, reader: Reader) -> dict[str, Extent]:
     Source: the format's description at https://github.com/huggingface/safetensors.
     """
     try:
-        start, header = _read_header(path, reader)
-        header.pop(_METADATA, None)
+        start, header, _ = _read_header(path, reader)
         entries = sorted((_entry(name, found) for name, found in header.items()), key=lambda entry: entry.span)
         _check_spans(entries, reader.size(path) - start)
     except (ValueError, RecursionError) as error:
@@ -175,10 +174,10 @@ def read_safetensors(path: Path, reader: Reader) -> dict[str, Extent]:
 def read_metadata(path: Path, reader: Reader) -> dict[str, str]:
     """The texts that a safetensors header holds beside its tensors; none of a file of another format."""
     try:
-        found = _read_header(path, reader)[1].get(_METADATA)
+        _, _, found = _read_header(path, reader)
     except (ValueError, RecursionError):
         return {}
-    return {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
 class _Entry(NamedTuple):
@@ -190,8 +189,8 @@ class _Entry(NamedTuple):
     span: tuple[int, int]
 
 
-def _read_header(path: Path, reader: Reader) -> tuple[int, dict[str, Any]]:
-    """Where the header ends, and what it says of each tensor, whatever that is. Raises ValueError."""
+def _read_header(path: Path, reader: Reader) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Where the header ends, what it says of each tensor, whatever that is, and its metadata. Raises ValueError."""
     size = reader.size(path)
     if size < 8:
         raise ValueError(f"it has {size} bytes")
@@ -202,7 +201,8 @@ def _read_header(path: Path, reader: Reader) -> tuple[int, dict[str, Any]]:
     header = json.loads(text, object_pairs_hook=_without_repeats)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    return 8 + length, header
+    metadata = header.pop(_METADATA, None)
+    return 8 + length, header, metadata if isinstance(metadata, dict) else {}
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,8 +25,11 @@ TOKENIZER = "spiece_model"  # no weights: SentencePiece's file, in ComfyUI's tex
 _FP8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older name; its newer one and LightX2V's
 _FOR_ACTIVATIONS = ("scale_input", "input_scale")  # of products in fp8, which are not computed here
+_SCALE = re.compile(r"(^|[._])scale(_inv|_weight|_\d+)?$")
+_NO_SCALES = ("log_scale", "logit_scale")  # of weights: CLIP's
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _FLOATS = (DTYPES["F32"], DTYPES["BF16"], DTYPES["F16"])
+_METADATA = "_quantization_metadata"
 _MOST_NOTE = 10_000  # bytes of a comfy_quant note
 PLAIN = "take the file in bfloat16, float16 or fp8_scaled"
 
@@ -121,18 +124,22 @@ def _decoded(tensors: Tensors, reader: Reader, what: str) -> dict[str, Stored]:
     if not any(tensor.dtype in _FP8 for tensor in tensors.values()) and not _notes(tensors):
         return dict(tensors)
     _check_notes(tensors, reader, what)
-    done = {"scaled_fp8"}  # which says of all what the dtypes say
+    # one says of all what the dtypes say, the others are of products in fp8
+    done = {"scaled_fp8"} | {name for name in tensors if name.rpartition(".")[2] in _FOR_ACTIVATIONS}
     decoded: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         if tensor.dtype in _FP8:
             layer = name.removesuffix(".weight")
             scales = [s for s in (f"{layer}.{end}" for end in _SCALES) if s in tensors] if layer != name else []
-            done |= {*scales, *(f"{layer}.{end}" for end in (*_FOR_ACTIVATIONS, "comfy_quant"))}
+            done |= {*scales, f"{layer}.comfy_quant"}
             decoded[name] = Decoded(tensor, _scale_of(name, tensor, [tensors[s] for s in scales], what))
         else:
             decoded[name] = tensor
-    # in 16 bits, beside others in 8: their scales say nothing
-    return {name: tensor for name, tensor in decoded.items() if name not in done}
+    decoded = {name: tensor for name, tensor in decoded.items() if name not in done}
+    for name in decoded:
+        if _SCALE.search(name) and name not in _NO_SCALES:
+            raise CheckpointError(f"{what} holds {name}, a scale of weights in a form that is not read: {PLAIN}")
+    return decoded
 
 
 def _scale_of(name: str, tensor: Stored, scales: list[Stored], what: str) -> Stored | None:
@@ -162,9 +169,27 @@ def _check_notes(tensors: Tensors, reader: Reader, what: str) -> None:
             kind, rotated = said["format"], said.get("convrot", False)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{what}: {name} does not say how it is quantised ({error!r:.80})") from error
-        if kind not in _FORMATS or rotated:
-            told = f"{kind!r:.40}{' with convrot' if rotated else ''}"
-            raise CheckpointError(f"{what} holds weights quantised as {told}, which is not read: {PLAIN}")
+        _check_format(kind, rotated, what)
+
+
+def _check_format(kind: Any, rotated: Any, what: str) -> None:
+    if kind not in _FORMATS or rotated:
+        told = f"{kind!r:.40}{' with convrot' if rotated else ''}"
+        raise CheckpointError(f"{what} holds weights quantised as {told}, which is not read: {PLAIN}")
+
+
+def check_metadata(metadata: Mapping[str, Any], *, what: str) -> None:
+    """Raises CheckpointError where a header's metadata say, as ComfyUI writes it there instead of notes beside tensors,
+    that weights are quantised in a format that is not decoded."""
+    if _METADATA not in metadata:
+        return
+    try:
+        layers = json.loads(metadata[_METADATA])["layers"]
+        formats = [(said["format"], said.get("convrot", False)) for said in layers.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{what}: its {_METADATA} do not say how it is quantised ({error!r:.80})") from error
+    for kind, rotated in formats:
+        _check_format(kind, rotated, what)
 
 
 # The original image encoder

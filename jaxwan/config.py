@@ -18,6 +18,7 @@ class ConfigError(ValueError):
     """A configuration file asks for something that is not implemented, or is malformed."""
 
 
+CHANNEL_MASK = 4  # mask channels beside the image latents of a 36-channel model
 GIT_LFS_POINTER = b"version https://git-lfs"  # begins what git leaves in place of a large file that was not fetched
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxwan.config import (
+    CHANNEL_MASK,
     ConfigError,
     Defaults,
     ImageEncoderConfig,
@@ -52,7 +53,6 @@ _KINDS = {
 _LISTS = ("timesteps", "vocabulary")
 BUNDLED_MODEL = Path(__file__).parents[1] / "tiny/model"  # its card is the README.md in it
 _BUNDLED_NAME = "jaxwan-tiny"
-CHANNEL_MASK = 4  # mask channels beside the image latents of a 36-channel model
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from jaxwan.config import ConfigError
 from jaxwan.convert.detect import Config, config_of, kind_of
 from jaxwan.convert.files import TensorFiles, list_files
-from jaxwan.convert.foreign import describe_tensors
+from jaxwan.convert.foreign import describe_name, describe_tensors
 from jaxwan.pipelines.arguments import local_path
 
 EXPERTS = {"transformer": "high", "transformer_2": "low"}  # and the noise that each is for
@@ -25,8 +25,8 @@ _ORIGINAL = {
 def check_components(components: Mapping[str, Any] | None) -> dict[str, Path]:
     """Component -> the file or folder that it is read from.
 
-    Raises ValueError for a name of no component, and for an expert that a file is not by its name; FileNotFoundError
-    for what is not there.
+    Raises ValueError for a name of no component, for an expert that a file is not by its name, and for other networks
+    that names tell; FileNotFoundError for what is not there.
     """
     if not isinstance(components, Mapping | None):
         raise ValueError(f"components={components!r:.60} are no names with a file each, such as {{'vae': FILE}}")
@@ -39,6 +39,8 @@ def check_components(components: Mapping[str, Any] | None) -> dict[str, Path]:
         paths[name] = local_path(path, name, "give a file or a folder")
         if not paths[name].exists():
             raise FileNotFoundError(f"{name}: there is no file or folder {path}")
+        if told := describe_name(paths[name]):
+            raise ValueError(f"{name}: {path} {told}")
     for name, noise in EXPERTS.items():
         told = noise_of(paths[name]) if name in paths else None
         if told not in (None, noise):

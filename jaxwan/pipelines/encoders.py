@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxwan.config import ImageInput
+from jaxwan.config import CHANNEL_MASK, ImageInput
 from jaxwan.models.tiles import Coder, TiledCoder, Tiling, coder_for
 from jaxwan.pipelines.axes import to_internal
-from jaxwan.pipelines.checkpoint import CHANNEL_MASK, Checkpoint
+from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.condition import initial_noise, make_controls, renoise_noise
 from jaxwan.pipelines.denoise import Entry, begin
 from jaxwan.pipelines.dit import RENOISINGS, Controls, Inputs

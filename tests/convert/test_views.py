@@ -16,8 +16,8 @@ ROWS = RNG.random(6, np.float32)
 ONE = np.float32(0.3)
 
 
-def files(tmp_path, tensors):
-    save_file(tensors, tmp_path / "x.safetensors")
+def files(tmp_path, tensors, **metadata):
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
     return TensorFiles((tmp_path / "x.safetensors",))
 
 
@@ -69,12 +69,44 @@ def test_the_other_fp8_is_decoded_too_code_by_code(tmp_path):
         ({"a.comfy_quant": note(scale=1)}, "a.comfy_quant does not say how it is quantised"),
         ({"a.comfy_quant": np.frombuffer(b"[" * 9000, np.uint8)}, "a.comfy_quant does not say how it is quantised"),
         ({"a.comfy_quant": np.zeros(99_999, np.uint8)}, "does not say how it is quantised"),
+        (
+            {"a.pre_quant_scale": np.ones(5, np.float32)},
+            "holds a.pre_quant_scale, a scale of weights in a form that is not",
+        ),
+        ({"b.scale_weight": np.array(ONE), "b.weight": ROWS}, "holds b.scale_weight, a scale of weights in a form"),
         ({"net.a.weight": ROWS, "net.b": ROWS, "net.c": ROWS}, "holds a.weight twice"),
     ],
 )
 def test_what_is_not_decoded_is_refused_by_name(tmp_path, beside, words):
     with pytest.raises(CheckpointError, match=f"x.safetensors.*{words}"):
         _ = files(tmp_path, {"a.weight": NUMBERS, **beside}).tensors
+
+
+def layers(**said):
+    return json.dumps({"format_version": "1.0", "layers": {"a": said}})
+
+
+def test_formats_may_stand_in_the_header_instead_of_beside_tensors(tmp_path):
+    tensors = {"a.weight": NUMBERS, "a.weight_scale": np.array(ONE)}
+    found = files(tmp_path, tensors, format="pt", _quantization_metadata=layers(format="float8_e4m3fn"))
+    np.testing.assert_array_equal(found.read("a.weight"), NUMBERS.astype(np.float32) * ONE)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (layers(format="nvfp4"), "quantised as 'nvfp4', which is not read: take the file in bfloat16"),
+        (layers(format="mxfp8"), "quantised as 'mxfp8', which"),
+        (layers(format="int8_tensorwise", convrot=True), "quantised as 'int8_tensorwise' with convrot, which"),
+        (layers(form="nvfp4"), "its _quantization_metadata do not say how it is quantised"),
+        ("[" * 9000, "its _quantization_metadata do not say how it is quantised"),
+        ("[]", "its _quantization_metadata do not say how it is quantised"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.uint8, np.int8])
+def test_other_formats_in_the_header_are_refused_by_name(tmp_path, said, words, dtype):
+    with pytest.raises(CheckpointError, match=f"x.safetensors.*{words}"):
+        _ = files(tmp_path, {"a.weight": NUMBERS.view(dtype)}, _quantization_metadata=said).tensors
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.", "net."])
