@@ -22,17 +22,22 @@ from jaxwan.config import (
 )
 from jaxwan.convert.files import TensorFiles, is_weights, list_files
 from jaxwan.convert.lora import Lora, with_loras
+from jaxwan.convert.rules import some
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind, local_path
+from jaxwan.pipelines.comfyui import find_parts
 from jaxwan.pipelines.components import (
     EXPERTS,
     check_components,
+    check_original,
     configs_of,
+    fetched,
     files_at,
     noise_of,
     original_components,
+    original_files,
 )
-from jaxwan.pipelines.hub import fetch_file, fetch_files, fetch_weights
+from jaxwan.pipelines.hub import NotInRepository, fetch_file, fetch_files, fetch_weights, list_paths
 from jaxwan.pipelines.loras import check_loras
 from jaxwan.pipelines.prompt import Tokenizer, load_sentencepiece, load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults, read_scheduler
@@ -140,9 +145,11 @@ def open_checkpoint(
     plain files in components that have none of it. components: files in any layout (docs/checkpoints.md) to read parts
     from, by name ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"; "tokenizer": a folder),
     instead of the model's own, whose configurations they must fit; with model None they are all that there is, and
-    their configurations follow from their tensors. A folder may also be one of the original repositories. loras: files
-    that are added to the DiTs, `Lora(path, strength, expert)`, beside those that a Checkpoint has; what they hold is
-    proved to fit from their headers.
+    their configurations follow from their tensors. A folder may also be one of the original repositories, or hold
+    ComfyUI's files; a file is a DiT's, beside which the other parts lie. Of an original repository on the hub the
+    weights are fetched at once, since they tell its configurations. loras: files that are added to the DiTs,
+    `Lora(path, strength, expert)`, beside those that a Checkpoint has; what they hold is proved to fit from their
+    headers.
     Raises OSError where there is no checkpoint, ValueError for what is not implemented or does not fit.
     """
     checkpoint = _open(model, variant, components)
@@ -166,10 +173,14 @@ def _open(
     if isinstance(model, Checkpoint):
         return _with_parts(model if variant is None else replace(model, weights_variant=variant), paths)
     folder = find_checkpoint(model)
-    if not (folder / "model_index.json").is_file() and (own := original_components(folder)):
-        return replace(_assemble(own | paths, folder), weights_variant=variant)
-    checkpoint = replace(read_checkpoint(folder), weights_variant=variant)
-    return _with_parts(checkpoint if _local(model).is_dir() else replace(checkpoint, hub_id=str(model)), paths)
+    hub_id = None if fetched(str(model), _local(model)).exists() else str(model)
+    if not (folder / "model_index.json").is_file():
+        if own := original_components(folder):
+            return replace(_assemble(own | paths, folder), weights_variant=variant, hub_id=hub_id)
+        if folder.is_file() or not (folder.parent / "model_index.json").is_file():
+            if found := find_parts(folder, paths):
+                return _assemble(found, None if folder.is_file() else folder, whole=True)
+    return _with_parts(replace(read_checkpoint(folder), weights_variant=variant, hub_id=hub_id), paths)
 
 
 def _with_parts(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> Checkpoint:
@@ -184,32 +195,33 @@ def _with_parts(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> Checkpoint
 _BOUNDARIES = {"Wan2.2-T2V-A14B": 0.875, "Wan2.2-I2V-A14B": 0.9}  # which no file of weights holds
 
 
-def _assemble(paths: Mapping[str, Path], folder: Path | None = None) -> Checkpoint:
-    """The checkpoint that parts make, of an original repository's folder or named one by one; of what no tensor tells
-    it is as published. Raises ValueError for parts that lack others, or are not implemented."""
-    for name in ("transformer", "vae"):
-        if name not in paths:
-            raise ValueError(f"components lack a {name}: {_add(name)}")
+def _assemble(paths: Mapping[str, Path], folder: Path | None = None, *, whole: bool = False) -> Checkpoint:
+    """The checkpoint that parts make, of a folder or named one by one; of what no tensor tells it is as published.
+    whole: whether a text encoder is one of them. Raises ValueError for parts that lack others, or are not
+    implemented."""
+    if not paths.keys() & EXPERTS.keys():
+        raise ValueError(f"components lack a transformer: {_add(['transformer'])}")
     configs: dict[str, Any] = configs_of(paths)
-    transformer, experts = (
-        configs["transformer"],
-        tuple(name for name in ("transformer", "transformer_2") if name in paths),
-    )
-    vae, text_encoder = configs["vae"], configs.get("text_encoder")
-    variant = recognise(transformer, len(experts), expand_timesteps=vae.z_dim == transformer.in_channels == 48)
-    alone = len(experts) == 1 and (variant.experts == 2 or noise_of(paths["transformer"]) is not None)
-    for name, needed in (
-        ("transformer_2", alone),
-        ("image_encoder", variant.image_input is ImageInput.CHANNELS_AND_CLIP),
-        ("tokenizer", text_encoder is not None),
-    ):
-        if needed and name not in paths and not (name == "tokenizer" and files_at(paths["text_encoder"]).has_tokenizer):
-            raise ValueError(f"components lack a {name}, which {variant.name} needs: {_add(name)}")
+    experts = tuple(name for name in EXPERTS if name in paths)
+    transformer, vae, text_encoder = configs[experts[0]], configs.get("vae"), configs.get("text_encoder")
+    variant = recognise(transformer, len(experts), expand_timesteps=transformer.in_channels == 48)
+    alone = len(experts) == 1 and (variant.experts == 2 or noise_of(paths[experts[0]]) is not None)
+    tokenizer = text_encoder is not None and "tokenizer" not in paths
+    needed = {
+        "transformer": alone,
+        "transformer_2": alone,
+        "vae": True,
+        "text_encoder": whole,
+        "image_encoder": variant.image_input is ImageInput.CHANNELS_AND_CLIP,
+        "tokenizer": tokenizer and not files_at(paths["text_encoder"]).has_tokenizer,
+    }
+    if lacking := [name for name, is_needed in needed.items() if is_needed and name not in paths]:
+        raise ValueError(f"components lack a {', a '.join(lacking)}, which {variant.name} needs: {_add(lacking)}")
     if len(experts) > variant.experts:
         raise ValueError(f"components: {variant.name}, which {paths['transformer']} is, has no transformer_2")
     shift = 5.0 if variant.image_input is ImageInput.FIRST_FRAME else 3.0
     checkpoint = Checkpoint(
-        folder=folder or paths["transformer"],
+        folder=folder or paths[experts[0]],
         transformer=transformer,
         experts=experts,
         vae=vae,
@@ -225,9 +237,11 @@ def _assemble(paths: Mapping[str, Path], folder: Path | None = None) -> Checkpoi
     return checkpoint
 
 
-def _add(name: str) -> str:
-    kind = "FOLDER (with a tokenizer.json)" if name == "tokenizer" else "FILE"
-    return f"add --component {name}={kind} (components={{{name!r}: …}} in Python)"
+def _add(names: Sequence[str]) -> str:
+    kinds = {name: "FOLDER" if name == "tokenizer" else "FILE" for name in names}
+    flags = " ".join(f"--component {name}={kind}" for name, kind in kinds.items())
+    of_folder = " (with a tokenizer.json)" if "tokenizer" in kinds else ""
+    return f"add {flags}{of_folder} (components={{{', '.join(f'{name!r}: …' for name in names)}}} in Python)"
 
 
 def ensure_weights(checkpoint: Checkpoint) -> None:
@@ -236,11 +250,13 @@ def ensure_weights(checkpoint: Checkpoint) -> None:
         return
     others = ["image_processor/preprocessor_config.json"] * (checkpoint.image_encoder is not None)
     own = [name for name in checkpoint.components if name not in dict(checkpoint.parts)]
+    if not own:
+        return
     fetch_weights(checkpoint.hub_id, checkpoint.folder, own, checkpoint.weights_variant, others)
 
 
 def find_checkpoint(model: str | Path | None) -> Path:
-    """The folder of a path or a hub id, whose configurations are fetched.
+    """The folder (or file) of a path or a hub id, whose configurations are fetched.
 
     Raises ValueError for an empty text, FileNotFoundError when there is no such folder and the text is no hub id,
     OSError when the hub cannot be had.
@@ -250,13 +266,9 @@ def find_checkpoint(model: str | Path | None) -> Path:
     if model == "":
         raise ValueError("model is an empty text: give a folder or a hub id, owner/name")
     text, path = str(model), _local(model)
-    if path.is_dir():
+    path = fetched(text, path)
+    if path.is_dir() or path.is_file():
         return path
-    if path.is_file():
-        raise NotADirectoryError(
-            f"{text} is a file, and a checkpoint has several parts: give each as --component NAME=FILE (components in "
-            "Python), such as transformer, vae, text_encoder and tokenizer"
-        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"there is no folder {text} (and a hub id has the form owner/name)")
     return _fetch_configs(text)
@@ -267,12 +279,31 @@ def _local(model: str | Path) -> Path:
 
 
 def _fetch_configs(repo: str) -> Path:
-    index = fetch_file(repo, "model_index.json")
+    try:
+        index = fetch_file(repo, "model_index.json")
+    except NotInRepository as error:
+        return _fetch_original(repo, error)
     parts = [name for name in _CLASSES if _present(read_json(index), name)]
     names = ["scheduler/scheduler_config.json", *(f"{name}/config.json" for name in parts)]
     names += [f"tokenizer/{name}" for name in _TOKENIZER] * ("text_encoder" in parts)  # tells what of a prompt is cut
     fetch_files(repo, index.parent, names, optional=["generation_config.json"])  # which Diffusers does not know
     return index.parent
+
+
+def _fetch_original(repo: str, error: NotInRepository) -> Path:
+    """The folder of an original repository. Raises `error`, with what there is instead, for any other."""
+    listed = list_paths(repo)
+    names = original_files(listed)
+    if not names:
+        single = [name for name in listed if is_weights(name)]
+        parts = f": {some(single, 3)} are parts, to be named as --component NAME={repo}:PATH" if single else ""
+        raise OSError(f"{error}, and is no original repository of Wan's{parts}") from error
+    configs = [name for name in listed if re.fullmatch(r"(high_noise_model/)?config\.json", name)]
+    for name in configs:
+        check_original(repo, read_json(fetch_file(repo, name)))
+    folder = fetch_file(repo, next(name for name in names if "/" not in name)).parent
+    fetch_files(repo, folder, names)
+    return folder
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -343,14 +374,12 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _other_layout(folder: Path) -> str:
-    if (folder / "high_noise_model").is_dir() or any(folder.glob("*.pth")):
-        return " (this is the original Wan layout, which is not read yet: take the -Diffusers folder)"
     if (folder / "_CHECKPOINT_METADATA").exists() or (folder / "_METADATA").exists():
         return " (this is an Orbax folder, which is not read yet)"
     if (folder.parent / "model_index.json").is_file():
         return f" (this is a part of one: give {folder.parent})"
     single = next(filter(is_weights, list_files(folder)), None)
-    return f" ({single} and single files like it are not read yet: take a -Diffusers folder)" if single else ""
+    return f" ({single} and what lies beside it hold no DiT: name files as --component NAME=FILE)" if single else ""
 
 
 def _component(folder: Path, name: str, cls: type) -> Any:

@@ -1,7 +1,7 @@
 """Parts of a checkpoint that are named one by one: files in any layout, and what they are by their content."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ from jaxwan.convert.detect import Config, config_of, kind_of
 from jaxwan.convert.files import TensorFiles, list_files
 from jaxwan.convert.foreign import describe_name, describe_tensors
 from jaxwan.pipelines.arguments import local_path
+from jaxwan.pipelines.hub import fetch_file
 
 EXPERTS = {"transformer": "high", "transformer_2": "low"}  # and the noise that each is for
 WEIGHTS = (*EXPERTS, "vae", "text_encoder", "image_encoder")
 COMPONENTS = (*WEIGHTS, "tokenizer")
 _NOISE = re.compile(r"(?<![a-z])(high|low)(?:[_-]?noise)?(?![a-z])")
+_NOISES = ("high_noise_model", "low_noise_model")  # an original repository's folders of its experts
+_MODEL_TYPES = ("t2v", "i2v", "ti2v", "flf2v")
 _ORIGINAL = {
     "vae": r"Wan2\.[12]_VAE\.(pth|safetensors)",
     "text_encoder": r"models_t5_.*\.(pth|safetensors)",
@@ -36,9 +39,11 @@ def check_components(components: Mapping[str, Any] | None) -> dict[str, Path]:
             raise ValueError(f"components: {name!r:.40} is none of {', '.join(COMPONENTS)}")
         if not isinstance(path, str | Path):
             raise ValueError(f"components: {name}={path!r:.40} is no file")
-        paths[name] = local_path(path, name, "give a file or a folder")
+        paths[name] = fetched(path, local_path(path, name, "give a file or a folder"))
         if not paths[name].exists():
-            raise FileNotFoundError(f"{name}: there is no file or folder {path}")
+            raise FileNotFoundError(
+                f"{name}: there is no file or folder {path} (and a file on the hub is owner/name:path)"
+            )
         if told := describe_name(paths[name]):
             raise ValueError(f"{name}: {path} {told}")
     for name, noise in EXPERTS.items():
@@ -51,6 +56,14 @@ def check_components(components: Mapping[str, Any] | None) -> dict[str, Path]:
     if "tokenizer" in paths and not (paths["tokenizer"] / "tokenizer.json").is_file():
         raise FileNotFoundError(f"tokenizer: {paths['tokenizer']} is no folder with a tokenizer.json")
     return paths
+
+
+def fetched(given: str | Path, path: Path) -> Path:
+    """A path, or the file of the hub that the text names if there is none: owner/name:path. Raises OSError."""
+    named = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*):(\w[\w./-]*)", str(given))
+    if path.exists() or named is None or ".." in named[2].split("/"):
+        return path
+    return fetch_file(*named.groups())
 
 
 def noise_of(path: Path) -> str | None:
@@ -66,12 +79,31 @@ def original_components(folder: Path) -> dict[str, Path]:
         matching = [file for file in list_files(folder) if re.fullmatch(pattern, file)]
         if matching:
             found[name] = folder / matching[0]
-    if "vae" not in found:
+    both = {name: folder / inner for name, inner in zip(EXPERTS, _NOISES, strict=True)}
+    experts = {name: path for name, path in both.items() if path.is_dir()}
+    if "vae" not in found and not experts:
         return {}
-    both = {"transformer": folder / "high_noise_model", "transformer_2": folder / "low_noise_model"}
-    found |= {name: path for name, path in both.items() if path.is_dir()} or {"transformer": folder}
+    found |= experts or {"transformer": folder}
     tokenizer = folder / "google/umt5-xxl"
     return found | ({"tokenizer": tokenizer} if (tokenizer / "tokenizer.json").is_file() else {})
+
+
+def original_files(names: Collection[str]) -> list[str]:
+    """Of the files of a repository on the hub those that are read if it is one of the original ones; else none."""
+    root = [name for name in names if "/" not in name]
+    if not any(re.fullmatch(_ORIGINAL["vae"], name) for name in root):
+        return []
+    read = [name for name in root for pattern in _ORIGINAL.values() if re.fullmatch(pattern, name)]
+    inner = "|".join(_NOISES)
+    experts = rf"(({inner})/)?diffusion_pytorch_model[\w.-]*\.safetensors(\.index\.json)?"
+    return [*read, *(n for n in names if re.fullmatch(experts, n) or n.startswith("google/umt5-xxl/"))]
+
+
+def check_original(repo: str, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an original repository's config.json whose model is not implemented."""
+    kind = config.get("model_type", "t2v")
+    if kind not in _MODEL_TYPES:
+        raise ConfigError(f"{repo} holds a model of type {kind!r:.40}, and implemented are {', '.join(_MODEL_TYPES)}")
 
 
 def files_at(path: Path, variant: str | None = None) -> TensorFiles:
@@ -97,6 +129,6 @@ def configs_of(paths: Mapping[str, Path]) -> dict[str, Config]:
             configs[name] = config_of(kind, files.shapes)
         except ConfigError as error:
             raise ConfigError(f"{paths[name]}: {error}") from error
-    if configs.get("transformer_2", configs.get("transformer")) != configs.get("transformer"):
+    if paths.keys() >= EXPERTS.keys() and configs["transformer"] != configs["transformer_2"]:
         raise ConfigError(f"{paths['transformer']} and {paths['transformer_2']} are of models that differ in size")
     return configs

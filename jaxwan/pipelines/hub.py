@@ -13,8 +13,13 @@ from jaxwan.convert.files import check_variant, list_files, read_index, weight_f
 from jaxwan.convert.rules import some
 
 
+class NotInRepository(OSError):
+    """A repository was asked for a file that it does not have."""
+
+
 def fetch_file(repo: str, name: str) -> Path:
-    """A file of the newest revision, in the folder that the cache has for that. Raises OSError."""
+    """A file of the newest revision, in the folder that the cache has for that. Raises OSError, NotInRepository where
+    the hub says that it has none of this name."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -24,7 +29,7 @@ def fetch_file(repo: str, name: str) -> Path:
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
-            raise OSError(f"it has no {name} (Wan's repositories in the Diffusers layout end in -Diffusers)") from error
+            raise NotInRepository(f"it has no {name}") from error
 
 
 def fetch_files(repo: str, folder: Path, names: Sequence[str], *, optional: Sequence[str] = ()) -> None:
@@ -81,14 +86,19 @@ def _choose(repo: str, folder: Path, names: Mapping[str, Sequence[str]], variant
     return chosen
 
 
-def _list_files(repo: str, revision: str) -> dict[str, list[str]]:
-    """Folder -> the files in it, of a revision of a repository. Raises OSError."""
+def list_paths(repo: str, revision: str = "main") -> list[str]:
+    """The paths of all files of a revision of a repository. Raises OSError."""
     from huggingface_hub import list_repo_files
 
     try:
-        paths = [path.rpartition("/") for path in list_repo_files(repo, revision=revision)]
+        return list(list_repo_files(repo, revision=revision))
     except Exception as error:  # those of the HTTP library, which is another one in other releases of the hub's
         raise OSError(_reason(error)) from error
+
+
+def _list_files(repo: str, revision: str) -> dict[str, list[str]]:
+    """Folder -> the files in it, of a revision of a repository. Raises OSError."""
+    paths = [path.rpartition("/") for path in list_paths(repo, revision)]
     return {folder: [name for other, _, name in paths if other == folder] for folder, _, _ in paths}
 
 
@@ -98,6 +108,8 @@ def _asking(lacking: str) -> Iterator[None]:
 
     try:
         yield
+    except NotInRepository as error:
+        raise NotInRepository(f"{lacking}, and the hub did not give it: {error}") from error
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         raise OSError(f"{lacking}, and the hub did not give it: {_reason(error)}") from error
 

@@ -12,6 +12,7 @@ from published import PUBLISHED, edit, write_configs
 
 from jaxwan.config import VARIANTS, ConfigError, ImageInput
 from jaxwan.pipelines.checkpoint import ensure_weights, find_checkpoint, open_checkpoint, read_checkpoint
+from jaxwan.pipelines.components import check_components
 from jaxwan.pipelines.prompt import load_tokenizer
 from jaxwan.schedulers.config import SamplerDefaults
 
@@ -291,19 +292,15 @@ def test_a_pointer_of_git_lfs_is_no_configuration(tmp_path):
 
 
 def test_other_layouts_are_told_apart(tmp_path):
-    for name in ("empty", "original", "older", "orbax", "comfy", "whole/vae"):
+    for name in ("empty", "orbax", "comfy", "whole/vae"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "original/high_noise_model").mkdir()
-    (tmp_path / "older/Wan2.1_VAE.pth").touch()
     (tmp_path / "orbax/_CHECKPOINT_METADATA").touch()
     (tmp_path / "comfy/wan2.1_t2v_1.3B_bf16.safetensors").touch()
     (tmp_path / "whole/model_index.json").touch()
     for name, message in {
         "empty": "is no Diffusers checkpoint: it has no model_index.json$",
-        "original": "this is the original Wan layout, which is not read yet",
-        "older": "this is the original Wan layout, which is not read yet",
         "orbax": "this is an Orbax folder, which is not read yet",
-        "comfy": "wan2.1_t2v_1.3B_bf16.safetensors and single files like it are not read yet: take a -Diffusers",
+        "comfy": "wan2.1_t2v_1.3B_bf16.safetensors and what lies beside it hold no DiT: name files as --component N",
         "whole/vae": "this is a part of one: give .*whole.$",
     }.items():
         with pytest.raises(FileNotFoundError, match=message):
@@ -320,12 +317,6 @@ def test_a_path_without_a_folder_is_refused_without_asking_the_hub(monkeypatch, 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_checkpoint(text)
-
-
-def test_a_file_is_no_checkpoint(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(NotADirectoryError, match="is a file, and a checkpoint has several parts: give each"):
-        find_checkpoint(tmp_path / "model.safetensors")
 
 
 def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
@@ -470,9 +461,64 @@ def test_a_repository_without_safetensors_says_what_it_has(hub):
 def test_a_repository_in_another_layout_is_refused(hub):
     (hub.source / "model_index.json").unlink()
     with pytest.raises(
-        OSError, match=r"it has no model_index.json .Wan's repositories in the Diffusers layout end in -D"
-    ):
+        OSError,
+        match="has no model_index.json, and is no original .* are parts, to be named as --component NAME=owner/name:P",
+    ) as error:
         open_checkpoint("owner/name")
+    assert "\n" not in str(error.value) and hub.asked == []
+    hub.reason = "no network"
+    with pytest.raises(OSError, match="owner/name is no local folder, and the hub did not give it: no network"):
+        open_checkpoint("owner/name")
+
+
+ORIGINAL = (
+    "high_noise_model/config.json", "high_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors",
+    "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
+    "low_noise_model/diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth",
+    "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/tokenizer_config.json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def original(hub, monkeypatch):
+    """The hub with an original repository, of whose files no content is looked at."""
+    shutil.rmtree(hub.source)
+    for name in (*ORIGINAL, "README.md", "assets/x.safetensors", "nothing.bin"):
+        (hub.source / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.source / name).write_text("{}")
+    checkpoint = read_checkpoint(write_configs(hub.source.parent / "twin", "Wan2.2-T2V-A14B"))
+    names = ("transformer", "transformer_2", "vae", "text_encoder")
+    configs = {name: getattr(checkpoint, name.removesuffix("_2")) for name in names}
+    monkeypatch.setattr("jaxwan.pipelines.checkpoint.configs_of", lambda paths: configs)
+    return hub
+
+
+def test_of_an_original_repository_the_files_that_are_read_are_fetched(original):
+    checkpoint = open_checkpoint("owner/name")
+    assert sorted(original.asked) == sorted(ORIGINAL)
+    assert (checkpoint.name, checkpoint.folder) == ("owner/name", original.folder)
+    assert checkpoint.place("transformer_2") == original.folder / "low_noise_model"
+    assert checkpoint.variant.name == "Wan2.2-T2V-A14B"
+    ensure_weights(checkpoint)
+    assert sorted(original.asked) == sorted(ORIGINAL)
+
+
+def test_an_original_repository_of_another_model_is_refused_before_its_weights(original):
+    (original.source / "high_noise_model/config.json").write_text('{"model_type": "s2v"}')
+    with pytest.raises(ConfigError, match="owner/name holds a model of type 's2v', and implemented are t2v, i2v"):
+        open_checkpoint("owner/name")
+    assert original.asked == ["high_noise_model/config.json"]
+
+
+def test_a_single_file_of_a_repository_is_fetched(hub):
+    (hub.source / "split_files/vae").mkdir(parents=True)
+    (hub.source / "split_files/vae/wan_2.1_vae.safetensors").touch()
+    paths = check_components({"vae": "owner/name:split_files/vae/wan_2.1_vae.safetensors"})
+    assert paths == {"vae": hub.folder / "split_files/vae/wan_2.1_vae.safetensors"}
+    assert hub.asked == ["split_files/vae/wan_2.1_vae.safetensors"]
+    for wrong in ("owner/name:no.safetensors", "owner/name:../x.safetensors", "owner/name:/etc/x.safetensors"):
+        with pytest.raises(OSError, match="it has no no.safetensors|vae: there is no file or folder owner/name"):
+            check_components({"vae": wrong})
 
 
 @pytest.mark.parametrize(

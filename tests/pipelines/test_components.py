@@ -143,6 +143,94 @@ def test_parts_of_every_published_model_make_its_checkpoint(tmp_path, monkeypatc
     assert replace(ours, folder=expected.folder, parts=()) == expected
 
 
+# Parts that lie beside each other
+
+
+@pytest.fixture
+def lay(twin, tmp_path):
+    """Parts as links into a folder: each into the inner folder that `where` says of its kind."""
+
+    def into(**where):
+        for name, path in twin[1].items():
+            kind = "transformer" if name == "transformer_2" else name
+            target = tmp_path / "root" / where.get(kind, "") / ("tokenizer" if name == "tokenizer" else path.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+        return tmp_path / "root"
+
+    return into
+
+
+TREE = {"transformer": "diffusion_models/wan", "vae": "vae", "text_encoder": "text_encoders", "tokenizer": ""}
+PLACES = {
+    "flat": {}, "tree": TREE, "ComfyUI": {name: f"models/{inner}" for name, inner in TREE.items()},
+    "Comfy-Org": {name: f"split_files/{inner}" for name, inner in TREE.items()},
+}  # fmt: skip
+NAMES = ("transformer", "transformer_2", "vae", "text_encoder")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_parts_are_found_beside_each_other(twin, lay, place):
+    folder, expected = lay(**PLACES[place]), open_checkpoint(None, components=twin[1])
+    high, low = (next(folder.rglob(f"*_{noise}_noise_*")) for noise in ("high", "low"))
+    for model in (folder, high, low):
+        ours = open_checkpoint(model)
+        assert {name: ours.place(name).resolve() for name in NAMES} == {n: twin[1][n].resolve() for n in NAMES}
+        assert ours.tokenizer is not None and ours.place("tokenizer").name == "tokenizer"
+        assert replace(ours, folder=expected.folder, parts=expected.parts) == expected
+        assert ours.name == (folder.name if model == folder else high.name)
+
+
+def test_other_files_beside_the_parts_do_no_harm(twin, lay, tmp_path):
+    folder = lay(**PLACES["ComfyUI"])
+    models = folder / "models"
+    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(3)}, models / "diffusion_models/a_lora.safetensors")
+    (models / "vae/ae.safetensors").write_bytes(b"none")
+    save_file(
+        {"decoder.1.weight": torch.ones(3), "encoder.0.weight": torch.ones(3)}, models / "vae/taew2_1.safetensors"
+    )
+    only_first = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    t5 = {name: tensor for name, tensor in load_file(twin[1]["text_encoder"]).items() if name != only_first}
+    save_file(t5, models / "text_encoders/t5xxl.safetensors")
+    (models / "clip").mkdir()
+    assert open_checkpoint(folder).place("text_encoder").name == "umt5.safetensors"
+
+
+def test_of_several_that_fit_the_caller_is_asked(twin, lay):
+    folder = lay()
+    shutil.copy(twin[1]["text_encoder"], folder / "umt5_fp16.safetensors")
+    with pytest.raises(
+        ValueError, match="2 files that could be the text_encoder, umt5.safetensors, umt5_fp16.saf.*: say"
+    ):
+        open_checkpoint(folder)
+    given = {"text_encoder": folder / "umt5_fp16.safetensors"}
+    assert open_checkpoint(folder, components=given).place("text_encoder") == given["text_encoder"]
+    high, low = twin[1]["transformer"], twin[1]["transformer_2"]
+    shutil.copy(low, folder / low.name.replace("fp8_scaled", "fp16"))
+    with pytest.raises(ValueError, match="3 files that could be the transformer, .*high_noise.*low_noise.*: say which"):
+        open_checkpoint(folder, components=given)
+    ours = open_checkpoint(folder / high.name, components=given)  # the low one whose name is its own otherwise
+    assert ours.place("transformer_2") == folder / low.name
+    (folder / low.name).rename(folder / "a_low.safetensors")
+    with pytest.raises(ValueError, match="2 files that could be the transformer_2, a_low.safetensors, wan2.2_i2v_low"):
+        open_checkpoint(folder / high.name, components=given)
+
+
+def test_a_file_without_its_other_parts_says_which_flags_to_add(twin, tmp_path):
+    path = shutil.copy(twin[1]["transformer"], tmp_path)
+    with pytest.raises(ValueError, match=re.escape(
+        "components lack a transformer_2, a vae, a text_encoder, which Wan2.2-I2V-A14B needs: add --component "
+        "transformer_2=FILE --component vae=FILE --component text_encoder=FILE (components={'transformer_2': …, 'vae'"
+    )):  # fmt: skip
+        open_checkpoint(path)
+    with pytest.raises(ConfigError, match="vae.pth holds a vae and not a transformer"):
+        open_checkpoint(shutil.copy(twin[1]["vae"], tmp_path))
+    (tmp_path / "folder").mkdir()
+    save_file({"vace_blocks.0.x": torch.ones(1)}, tmp_path / "folder/wan_vace.safetensors")
+    with pytest.raises(ConfigError, match="wan_vace.safetensors holds tensors of VACE, which is not implemented"):
+        open_checkpoint(tmp_path / "folder")
+
+
 # What is refused
 
 
@@ -160,11 +248,11 @@ def without(parts, *names):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: without(p, "transformer"), "lack a transformer: add --component transformer=FILE"),
-        (lambda p: without(p, "vae"), "lack a vae: add --component vae=FILE"),
+        (lambda p: without(p, "transformer"), "lack a transformer, which .* needs: add --component transformer=FILE"),
+        (lambda p: without(p, "vae"), "lack a vae, which Wan2.2-I2V-A14B needs: add --component vae=FILE"),
         (
             lambda p: without(p, "tokenizer") | {"text_encoder": bare_encoder(p)},
-            "lack a tokenizer, .* add --component tokenizer=FOLDER",
+            "lack a tokenizer, which .* add --component tokenizer=FOLDER",
         ),
         (lambda p: without(p, "transformer_2"), "lack a transformer_2, which Wan2.2-I2V-A14B needs: add --component"),
         (lambda p: p | {"transformer": p["transformer_2"]}, "high-noise expert, and .* is the other by its name"),
@@ -202,11 +290,6 @@ def test_a_part_of_another_size_is_refused_before_anything_is_read(twin, tmp_pat
         check_weights(open_checkpoint(tmp_path, components={"transformer": twin[1]["transformer"]}))
     with pytest.raises(ValueError, match="has no image_encoder; its parts are vae, text_encoder, transformer"):
         open_checkpoint(tmp_path, components={"image_encoder": twin[1]["vae"]})
-
-
-def test_a_file_instead_of_a_checkpoint_says_how_to_give_it(twin):
-    with pytest.raises(NotADirectoryError, match=re.escape("give each as --component NAME=FILE")):
-        open_checkpoint(twin[1]["transformer"])
 
 
 @pytest.mark.parametrize(
