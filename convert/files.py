@@ -13,8 +13,8 @@ import numpy as np
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.gguf_files import MAGIC, read_gguf
 from jaxwan.convert.rules import CheckpointError, Shape, some
-from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored, read_metadata, read_safetensors
-from jaxwan.convert.torch_files import read_torch
+from jaxwan.convert.tensors import DTYPES, MOST_HEADER, Extent, Reader, Stored, read_metadata, read_safetensors
+from jaxwan.convert.torch_files import read_torch, saved_under
 from jaxwan.convert.views import TOKENIZER, as_known, check_metadata
 
 _QUANTISED = {DTYPES[name] for name in ("F8_E4M3", "F8_E5M2", "I8", "U8")}
@@ -116,6 +116,13 @@ def read_tensors(path: Path, reader: Reader) -> dict[str, Stored]:
     return dict(read_torch(path, reader) if start == b"PK\3\4" else read_safetensors(path, reader))
 
 
+def saved_by_training(path: Path) -> tuple[str, ...]:
+    """The names of the dictionaries around the tensors of a file of PyTorch's; () for other files."""
+    reader = Reader()
+    start = reader.read(Extent(path, 0, DTYPES["U8"], (min(4, reader.size(path)),))).tobytes()
+    return saved_under(path, reader) if start == b"PK\3\4" else ()
+
+
 def metadata_of(path: Path, reader: Reader) -> dict[str, Any]:
     """What a file whose tensors could be read says beside them, if it is a safetensors file."""
     start = reader.read(Extent(path, 0, DTYPES["U8"], (4,))).tobytes()
@@ -182,11 +189,15 @@ def list_files(folder: Path) -> list[str]:
 def read_index(index: Path) -> list[str]:
     """The file names in an index of shards. Raises CheckpointError for anything else."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError("its shards lie in other folders")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} {describe_file(index, 'is no index of shards')} ({error!r})") from error
+        if (size := index.stat().st_size) > MOST_HEADER:
+            raise ValueError(f"it has {size} bytes")
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise ValueError("its shards lie in other folders, or are no safetensors files")
+        if not names:
+            raise ValueError("it names none")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} {describe_file(index, 'is no index of shards')} ({error!r:.200})") from error
     return names
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.rules import CheckpointError, Shape
 from jaxwan.convert.tensors import DTYPES, MOST_AXES, MOST_HEADER, MOST_NUMBERS, Extent, Reader, Strided
+from jaxwan.convert.views import unwrapped
 
 _Tensor = Extent | Strided
 _FEW = reprlib.Repr()
@@ -53,6 +54,15 @@ def read_torch(path: Path, reader: Reader) -> dict[str, _Tensor]:
     Raises CheckpointError for a file that is none, for one whose claims do not fit each other, and for a pickle that
     would do anything else than describe tensors, which is named.
     """
+    return _read(path, reader)[0]
+
+
+def saved_under(path: Path, reader: Reader) -> tuple[str, ...]:
+    """The names of the dictionaries that a file's state dict is in: ("generator_ema",). Raises as `read_torch`."""
+    return _read(path, reader)[1]
+
+
+def _read(path: Path, reader: Reader) -> tuple[dict[str, _Tensor], tuple[str, ...]]:
     if reader.size(path) >= 2 and reader.read(Extent(path, 0, DTYPES["U8"], (2,))).tobytes() != b"PK":
         raise CheckpointError(f"{path} {describe_file(path)}")
     try:
@@ -68,10 +78,10 @@ def read_torch(path: Path, reader: Reader) -> dict[str, _Tensor]:
             raise ValueError(f"its data.pkl has {entries[names[0]].num_bytes} bytes")
         storages = {name.removeprefix(f"{folder}data/"): entry for name, entry in entries.items()}
         value = _Machine(storages).run(reader.read(entries[names[0]]).tobytes())
-        found = _state_dict(value)
+        found, under = _state_dict(value)
     except (ValueError, struct.error, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read as a file of PyTorch's: {error}") from error
-    return dict(sorted(found.items(), key=lambda item: _first_byte(item[1])))
+    return dict(sorted(found.items(), key=lambda item: _first_byte(item[1]))), under
 
 
 def _first_byte(tensor: _Tensor) -> int:
@@ -398,24 +408,31 @@ def _is_count(value: Any) -> bool:
 # The state dict
 
 
-def _state_dict(value: Any) -> dict[str, _Tensor]:
-    """The tensors of a state dict, by name, or of the one that is preferred among those inside of it."""
+def _state_dict(value: Any) -> tuple[dict[str, _Tensor], tuple[str, ...]]:
+    """The tensors of a state dict, by name, or of the one that is preferred among those inside of it; and the names of
+    the dictionaries that it is in."""
+    under: tuple[str, ...] = ()
     for _ in range(_MOST_NESTED):
         if not isinstance(value, dict):
             break
         if tensors := dict(_tensors(value)):
-            return tensors
+            return tensors, under
         inner = {name: value[name] for name in _STATE_DICTS if isinstance(value.get(name), dict)}
         if not inner:
             break
-        value = next(iter(inner.values()))
-        other = inner.get("generator", {})
-        if value is inner.get("generator_ema") and not other.keys() <= value.keys():
-            value = other  # averages of a part alone
+        chosen = next(iter(inner))
+        if chosen == "generator_ema" and not _bare(inner.get("generator", {})) <= _bare(inner[chosen]):
+            chosen = "generator"  # averages of a part alone
+        value, under = inner[chosen], (*under, chosen)
     raise ValueError(
         f"it holds no dictionary of tensors, at its top or under {', '.join(_STATE_DICTS)}"
         + (f", but {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) and value else "")
     )
+
+
+def _bare(names: Mapping[Any, Any]) -> set[str]:
+    """Names without wrappers, which those of averages have not where those of the model have."""
+    return {unwrapped(name) for name in names if isinstance(name, str)}
 
 
 def _tensors(value: Mapping[Any, Any]) -> Iterator[tuple[str, _Tensor]]:

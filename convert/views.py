@@ -103,11 +103,12 @@ class Decoded:
         codes = self.numbers.read(reader)
         values = np.arange(256, dtype=np.uint8).view(self.dtype_on_disk).astype(np.float32)  # of all 256 codes
         scale = np.float32(1) if self.scale is None else self.scale.read(reader).astype(np.float32)
-        if np.size(scale) == 1:
-            return (values * scale.reshape(()))[codes.view(np.uint8)]
-        decoded = values[codes.view(np.uint8)]
-        decoded *= scale.reshape(-1, *[1] * (decoded.ndim - 1))
-        return decoded
+        with np.errstate(over="ignore", invalid="ignore"):  # of codes that mean infinity or none
+            if np.size(scale) == 1:
+                return np.asarray((values * scale.reshape(()))[codes.view(np.uint8)])  # a scalar stays an array
+            decoded = np.asarray(values[codes.view(np.uint8)])
+            decoded *= scale.reshape(-1, *[1] * (decoded.ndim - 1))
+            return decoded
 
     @property
     def dtype_on_disk(self) -> np.dtype:

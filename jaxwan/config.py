@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError for anything else in it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if path.read_bytes().startswith(GIT_LFS_POINTER):  # tokenizers are large enough to be kept so
             raise ConfigError(f"{path} is a git-lfs pointer and not the file: fetch it with `git lfs pull`") from error
         raise ConfigError(f"{path} is no JSON file ({error})") from error

@@ -96,6 +96,8 @@ def make_job(
     notes: list[str] = []
     warned: list[str] = []
     preset, row = _preset(checkpoint, preset, notes)
+    if checkpoint.causal:
+        notes.append(f"{checkpoint.name} was trained causally, to see no later frames: here each sees all, at once")
     defaults = _defaults(checkpoint, row)
     rows = _text_rows(checkpoint, max_sequence_length)
     prompts, negatives, embeds, negative_embeds = _texts(

@@ -33,6 +33,7 @@ from jaxwan.pipelines.components import (
     configs_of,
     fetched,
     files_at,
+    is_causal,
     noise_of,
     original_components,
     original_files,
@@ -99,6 +100,11 @@ class Checkpoint:
         if self.text_encoder is not None and encoder.is_file() and (files := files_at(encoder)).has_tokenizer:
             return load_sentencepiece(files.read_tokenizer(), self.text_encoder.vocab_size, str(encoder))
         return None
+
+    @cached_property
+    def causal(self) -> bool:
+        """Whether a DiT was trained to see no later frames, as far as names tell; it sees all here."""
+        return any(is_causal(path) for path in (Path(self.name), *map(self.place, self.experts)))
 
     def place(self, component: str) -> Path:
         """The file or folder that a component is read from."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxwan.config import ConfigError
 from jaxwan.convert.detect import Config, config_of, kind_of
-from jaxwan.convert.files import TensorFiles, list_files
+from jaxwan.convert.files import TensorFiles, list_files, saved_by_training
 from jaxwan.convert.foreign import describe_name, describe_tensors
 from jaxwan.pipelines.arguments import local_path
 from jaxwan.pipelines.hub import fetch_file
@@ -70,6 +70,17 @@ def noise_of(path: Path) -> str | None:
     """ "high" or "low", the expert that a file or folder is by its own name, as no tensor tells; None if by neither."""
     found = set(_NOISE.findall(path.name.lower()))
     return found.pop() if len(found) == 1 else None
+
+
+_CAUSAL = re.compile(r"self[_-]?forcing|caus(al|vid)|long[_-]?live|stream[_-]?diffusion|krea[_-]?realtime")
+
+
+def is_causal(path: Path) -> bool:
+    """Whether a DiT was trained to see no later frames, as its name says (Self-Forcing, CausVid, StreamDiffusionV2,
+    LongLive, Krea Realtime), or the dictionaries that their training saves it in; none of its tensors does."""
+    if _CAUSAL.search(path.name.lower()):
+        return True
+    return path.is_file() and any(name.startswith("generator") for name in saved_by_training(path))
 
 
 def original_components(folder: Path) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.rules import CheckpointError
 from jaxwan.convert.tensors import Extent, Reader, Strided
-from jaxwan.convert.torch_files import read_torch
+from jaxwan.convert.torch_files import read_torch, saved_under
 
 torch.manual_seed(0)
 BASE = torch.randn(4, 6)
@@ -103,6 +103,12 @@ X, Y = {"x": torch.ones(1)}, {"x": torch.zeros(1), "y": torch.zeros(1)}
         ({"generator": X, "critic": Y}, X),
         ({"generator": X, "generator_ema": Y}, Y),
         ({"generator": Y, "generator_ema": X}, Y),  # averages of a part alone
+        (
+            {"generator": {"model._fsdp_wrapped_module.x": X["x"]}, "generator_ema": {"model.x": Y["x"]}},
+            {"model.x": Y["x"]},
+        ),
+        ({"generator_lora": X, "step": 3}, X),
+        ({"generator_lora": Y, "generator": X}, X),
         (X | {"step": 7}, X),
         (torch.nn.Linear(2, 3).state_dict(), None),  # with attributes of the dictionary
     ],
@@ -113,6 +119,15 @@ def test_the_state_dict_is_found_inside_of_what_training_saves(tmp_path, value, 
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         same(tensor.read(Reader()), expected[key])
+
+
+def test_the_dictionaries_around_a_state_dict_are_told(tmp_path):
+    for value, expected in (
+        (X, ()), ({"generator": X}, ("generator",)), ({"model": {"state_dict": X}}, ("model", "state_dict")),
+        ({"generator": X, "generator_ema": Y}, ("generator_ema",)),
+        ({"generator": Y, "generator_ema": X}, ("generator",)),
+    ):  # fmt: skip
+        assert saved_under(saved(tmp_path / "x.pt", value), Reader()) == expected
 
 
 # What is refused

@@ -57,6 +57,11 @@ def test_the_other_fp8_is_decoded_too_code_by_code(tmp_path):
     np.testing.assert_array_equal(found.read("a.weight"), codes.astype(np.float32))
 
 
+def test_a_single_number_stays_an_array(tmp_path):
+    read = files(tmp_path, {"a.weight": NUMBERS[0, 0].reshape(()), "a.scale_weight": np.array(ONE)}).read("a.weight")
+    assert isinstance(read, np.ndarray) and read.shape == () and read == np.float32(NUMBERS[0, 0]) * ONE
+
+
 @pytest.mark.parametrize(
     ("beside", "words"),
     [

@@ -143,6 +143,42 @@ def test_parts_of_every_published_model_make_its_checkpoint(tmp_path, monkeypatc
     assert replace(ours, folder=expected.folder, parts=()) == expected
 
 
+# Causal ones
+
+
+@pytest.fixture(scope="module")
+def causal(twin, tmp_path_factory):
+    """What the training of a causal model saves: averages and the model itself, in wrappers, beside other things."""
+    folder = tmp_path_factory.mktemp("training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "t2v-128", Family(1, 128, 2))
+        make_checkpoint(folder, "t2v-128")
+    ema = original_transformer(load_file(folder / "transformer" / FILE))
+    wrapped = {f"model._fsdp_wrapped_module.{name.replace('.ffn', '._orig_mod.ffn')}": 0 * t for name, t in ema.items()}
+    saved = {"generator": wrapped, "critic": {"x": torch.ones(3)}, "step": 600}
+    torch.save(saved | {"generator_ema": {f"model.{name}": t for name, t in ema.items()}}, folder / "model.pt")
+    torch.save({"generator_lora": {"base_model.model.blocks.0.self_attn.q.lora_A.default.weight": torch.ones(2, 2)}},
+               folder / "lora.pt")  # fmt: skip
+    save_file({f"net.{name}": tensor for name, tensor in ema.items()}, folder / "Self-Forcing-1.3B.safetensors")
+    return folder
+
+
+def test_a_causal_checkpoint_is_read_as_its_averages_and_said_to_be_one(causal):
+    for name in ("model.pt", "Self-Forcing-1.3B.safetensors"):
+        ours = open_checkpoint(causal, components={"transformer": causal / name})
+        files, twin = ours.files("transformer"), load_file(causal / "transformer" / FILE)
+        np.testing.assert_array_equal(files.read("head.head.weight"), twin["proj_out.weight"].numpy())
+        assert check_weights(ours).startswith("checked by their headers")
+        report = dry_run(ours, height=32, width=48, num_frames=5)
+        assert any("trained causally, to see no later frames: here each sees all" in note for note in report.notes)
+    assert not any("causal" in note for note in dry_run(causal, height=32, width=48, num_frames=5).notes)
+
+
+def test_a_lora_of_training_is_told_to_be_one(causal):
+    with pytest.raises(CheckpointError, match="lora.pt holds a LoRA"):
+        check_weights(open_checkpoint(causal, components={"transformer": causal / "lora.pt"}))
+
+
 # Parts that lie beside each other
 
 
