@@ -482,13 +482,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--latents", metavar="FILE.npy", help="unit noise to start from, (B, C, T, h, w)")
 
     where = parser.add_argument_group("where and with what")
-    where.add_argument(
-        "--model", help="folder in the Diffusers or original layout, or Hugging Face id; default: the tiny bundled one"
-    )
+    where.add_argument("--model",
+                       help="folder in the Diffusers or original layout or of ComfyUI's files, a DiT's file with the "
+                            "other parts beside it, or Hugging Face id; default: the tiny bundled one")  # fmt: skip
     where.add_argument("--component", action="append", default=[], metavar="NAME=FILE",
                        help="read a part from a file in any layout (docs/checkpoints.md): transformer, transformer_2, "
-                            "vae, text_encoder, image_encoder, or tokenizer (a folder); repeatable, over --model or "
-                            "alone")  # fmt: skip
+                            "vae, text_encoder, image_encoder, or tokenizer (a folder); on the hub: "
+                            "owner/name:PATH; repeatable, over --model or alone")  # fmt: skip
     where.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
                        help="merge a LoRA while loading, FILE:0.8 less strongly; into the expert that is said, or "
                             "that its name says (high_noise, _LOW), else all; repeatable")  # fmt: skip
