@@ -179,13 +179,14 @@ def _open(
     if isinstance(model, Checkpoint):
         return _with_parts(model if variant is None else replace(model, weights_variant=variant), paths)
     folder = find_checkpoint(model)
-    hub_id = None if fetched(str(model), _local(model)).exists() else str(model)
+    hub_id = None if folder.is_file() or _local(model).exists() else str(model)
     if not (folder / "model_index.json").is_file():
         if own := original_components(folder):
             return replace(_assemble(own | paths, folder), weights_variant=variant, hub_id=hub_id)
         if folder.is_file() or not (folder.parent / "model_index.json").is_file():
             if found := find_parts(folder, paths):
-                return _assemble(found, None if folder.is_file() else folder, whole=True)
+                whole = _assemble(found, None if folder.is_file() else folder, whole=True)
+                return replace(whole, weights_variant=variant)
     return _with_parts(replace(read_checkpoint(folder), weights_variant=variant, hub_id=hub_id), paths)
 
 

@@ -41,7 +41,9 @@ def find_parts(model: Path, given: Mapping[str, Path]) -> dict[str, Path]:
     if model.is_file():
         wanted = next((name for name, noise in EXPERTS.items() if noise == noise_of(model)), "transformer")
         configs_of({wanted: model})  # raises for what is none
-        parts = {wanted: model} | parts
+        if wanted in parts:
+            raise ValueError(f"{model} and {parts[wanted]} are both given as the {wanted}: leave one out")
+        parts[wanted] = model
     found, others = _read_parts(_candidates(folder, beside=model.parent if model.is_file() else folder))
     parts |= _experts([part for part in found if part.component == "transformer"], parts, folder)
     dit = next((config for name, config in configs_of(_only(parts, EXPERTS)).items()), None)

@@ -215,6 +215,8 @@ def test_parts_are_found_beside_each_other(twin, lay, place):
         assert ours.tokenizer is not None and ours.place("tokenizer").name == "tokenizer"
         assert replace(ours, folder=expected.folder, parts=expected.parts) == expected
         assert ours.name == (folder.name if model == folder else high.name)
+    with pytest.raises(FileNotFoundError, match="has no weights of variant='fp16'"):
+        check_weights(open_checkpoint(folder, "fp16"))
 
 
 def test_other_files_beside_the_parts_do_no_harm(twin, lay, tmp_path):
@@ -259,6 +261,8 @@ def test_a_file_without_its_other_parts_says_which_flags_to_add(twin, tmp_path):
         "transformer_2=FILE --component vae=FILE --component text_encoder=FILE (components={'transformer_2': …, 'vae'"
     )):  # fmt: skip
         open_checkpoint(path)
+    with pytest.raises(ValueError, match="are both given as the transformer: leave one out"):
+        open_checkpoint(path, components=twin[1])
     with pytest.raises(ConfigError, match="vae.pth holds a vae and not a transformer"):
         open_checkpoint(shutil.copy(twin[1]["vae"], tmp_path))
     (tmp_path / "folder").mkdir()
