@@ -58,7 +58,7 @@ def test_the_other_fp8_is_decoded_too_code_by_code(tmp_path):
 
 
 def test_a_single_number_stays_an_array(tmp_path):
-    read = files(tmp_path, {"a.weight": NUMBERS[0, 0].reshape(()), "a.scale_weight": np.array(ONE)}).read("a.weight")
+    read = files(tmp_path, {"a.weight": np.array(NUMBERS[0, 0]), "a.scale_weight": np.array(ONE)}).read("a.weight")
     assert isinstance(read, np.ndarray) and read.shape == () and read == np.float32(NUMBERS[0, 0]) * ONE
 
 

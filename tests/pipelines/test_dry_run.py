@@ -534,7 +534,7 @@ def spoil(folder, how):
         ("absent", "transformer has no diffusion_pytorch_model.safetensors"),
         ("truncated", "is truncated or no safetensors file"),
         ("variant", "give --variant fp16"),
-        ("int8", r"holds weights in I8, probably quantised, which are not read .yet.: take"),
+        ("int8", r"holds weights in I8, probably quantised, which are not read: take"),
         ("shape", "transformer does not fit its configuration: 1 of another shape"),
     ],
 )

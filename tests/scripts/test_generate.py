@@ -813,7 +813,7 @@ BAD = [
     (["--latents", "NOISE"], "of shape (1, 16, 2, 4, 4), expected floats of shape (1, 16, 5, 8, 12)"),
     (["--model", "no-such-folder", "--prompt", "a"], "there is no folder no-such-folder"),
     (["--model", ".", "--prompt", "a"], ". is no Diffusers checkpoint: it has no model_index.json"),
-    (["--model", "CLIP", "--prompt", "a"], "clip.mp4 is a file, and a checkpoint has several parts"),
+    (["--model", "CLIP", "--prompt", "a"], "clip.mp4 is truncated or no safetensors file"),
     (["--output", "clip.avi"], "output clip.avi must end in .mp4 or .webm or .gif for 17 frame(s)"),
     (["--output", "clip.png"], "must end in .mp4 or .webm or .gif for 17 frame(s)"),
     (["--output", "CLIP/clip.mp4"], "cannot be written"),
