@@ -1032,6 +1032,42 @@ def test_a_gif_of_frames_that_stand_still_lasts_as_long(tmp_path):
     assert delays == [[1000], [500, 500], [20]]
 
 
+def test_a_gif_is_the_one_that_pil_makes_of_all_frames_at_once(tmp_path):
+    """Of moving shapes, of noise in as many colours as there can be, and with frames that stand still."""
+    shapes = np.zeros((12, 40, 56, 3), np.uint8)
+    for i, frame in enumerate(shapes):
+        frame[10:20, 2 * i : 2 * i + 9], frame[25:30, 30 - i : 40 - i] = (200, 30, 10 * i), (9, 99, 255 - 20 * i)
+    clips = shapes, noise(6, 40, 56, 3), np.repeat(shapes[:5], 3, 0), np.concatenate([noise(2, 40, 56, 3), shapes[:4]])
+    for frames in clips:
+        save_gif(frames, tmp_path / "ours.gif", 10, {"comment": "é" * 300})
+        images = [Image.fromarray(frame).quantize(dither=Image.Dither.NONE) for frame in frames]
+        told = dict(duration=[100] * len(images), loop=0, comment=("é" * 300).encode())
+        images[0].save(tmp_path / "whole.gif", save_all=True, append_images=images[1:], **told)
+        assert (tmp_path / "ours.gif").read_bytes() == (tmp_path / "whole.gif").read_bytes()
+
+
+def test_a_gif_keeps_three_frames_however_many_there_are(tmp_path):
+    """Of those that are given one by one."""
+    most = 0
+
+    class Frames:
+        def __len__(self):
+            return 30
+
+        def __iter__(self):
+            nonlocal most
+            for i in range(30):
+                frame = np.full((16, 16, 3), 8 * i, np.uint8)
+                yield frame
+                del frame
+                most = max(most, sum(isinstance(thing, Image.Image) for thing in gc.get_objects()) - before)
+
+    gc.collect()
+    before = sum(isinstance(thing, Image.Image) for thing in gc.get_objects())
+    save_gif(Frames(), tmp_path / "a.gif", 10)
+    assert 0 < most <= 6  # PIL images, with those of the pair that is written
+
+
 def test_an_output_is_checked_beforehand_without_leaving_anything(tmp_path):
     assert check_output(tmp_path / "new" / "deep" / "clip.mp4", 81) == tmp_path / "new" / "deep" / "clip.mp4"
     check_output(str(tmp_path / "frame.png"), 1)

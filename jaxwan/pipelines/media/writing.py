@@ -1,9 +1,10 @@
 """Images and videos out: frames to mp4, webm, gif or png, under a temporary name until all is written."""
 
+import io
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -202,23 +203,63 @@ def save_gif(
 ) -> None:
     """Write frames (F, H, W, 3), or an iterable of (H, W, 3) with a length, uint8 or float in [0, 1], as a gif that
     repeats: 256 colours a frame, and no more than 50 frames a second. Of the metadata it takes the comment. An existing
-    file is replaced once all is written; until then each frame is kept as a byte a pixel."""
-    import PIL.Image
-
+    file is replaced once all is written. However many frames there are, no more than three are kept."""
     if not len(frames):
         raise ValueError(f"there are no frames to save as {path}")
-    shown, delays = _gif_times(len(frames), fps)
-    kept, dither = set(shown), PIL.Image.Dither.NONE
-    images = [
-        PIL.Image.fromarray(to_uint8(frame, f"frame {i}")).quantize(dither=dither)
-        for i, frame in enumerate(_on_host(frames))
-        if i in kept
-    ]
-    with replacing(Path(path)) as temporary:
-        images[0].save(
-            temporary, format="GIF", save_all=True, append_images=images[1:], duration=delays, loop=0,
-            comment=(metadata or {}).get("comment", "").encode(),
-        )  # fmt: skip
+    pictures, comment = _gif_pictures(frames, fps), (metadata or {}).get("comment", "").encode()
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        before = next(pictures)
+        data = _small_gif([before], comment)
+        for picture in pictures:
+            # PIL would keep all of them; a picture is written by what it differs in from the one before alone
+            pair = _small_gif([before, picture], comment)
+            second = _second_picture(pair)
+            file.write(data[:-1] if file.tell() else pair[:second])
+            data, before = pair[second:], picture
+        file.write(data)
+
+
+def _gif_pictures(frames: Any, fps: int | float | Fraction) -> Iterator[tuple[Any, int]]:
+    """(PIL image of 256 colours, for how many milliseconds it is shown); equal ones in turn are one."""
+    import PIL.Image
+
+    delays = dict(zip(*_gif_times(len(frames), fps), strict=True))
+    last, lasts = None, 0
+    for i, frame in enumerate(_on_host(frames)):
+        if i not in delays:
+            continue
+        image = PIL.Image.fromarray(to_uint8(frame, f"frame {i}")).quantize(dither=PIL.Image.Dither.NONE)
+        if last is not None and image.convert("RGB").tobytes() != last.convert("RGB").tobytes():
+            yield last, lasts
+            lasts = 0
+        last, lasts = image, lasts + delays[i]
+    yield last, lasts
+
+
+def _small_gif(pictures: Sequence[tuple[Any, int]], comment: bytes) -> bytes:
+    """A whole file, of one or two pictures with their milliseconds."""
+    images, delays = zip(*pictures, strict=True)
+    file = io.BytesIO()
+    images[0].save(
+        file, format="GIF", save_all=True, append_images=images[1:], duration=list(delays), loop=0, comment=comment
+    )
+    return file.getvalue()
+
+
+def _second_picture(gif: bytes) -> int:
+    """Where what belongs to the second picture of a file begins. Source: GIF89a, 17 to 24."""
+
+    def table(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 128 else 0
+
+    at, is_picture = 13 + table(gif[10]), False
+    while not is_picture:
+        is_picture = gif[at] == ord(",")  # other blocks begin with !
+        at += 11 + table(gif[at + 9]) if is_picture else 2
+        while gif[at]:
+            at += 1 + gif[at]
+        at += 1
+    return at
 
 
 def save_video(
