@@ -178,6 +178,7 @@ class TiledCoder:
     ) -> Iterator[np.ndarray]:
         job, devices = self._job(direction, next(iter(chunks)).shape), self.mesh.size
         made: list[list[Array]] = []
+        before: Array | None = None
         for number in range(job.layout.rounds(devices)):
             cache = None
             for i, chunk in enumerate(chunks):
@@ -185,6 +186,9 @@ class TiledCoder:
                 if not number:
                     made.append([])
                 made[i].append(part)
+                if before is not None:
+                    before.block_until_ready()  # or the tiles of all chunks would wait in memory
+                before = part
         under_way: list[Any] = []  # devices blend while the host copies
         for parts in made:
             picture = job.join([jax.device_put(part, self._first) for part in parts])
