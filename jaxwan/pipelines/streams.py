@@ -16,11 +16,11 @@ from jaxwan.pipelines.media import checked_frames, to_unit_range
 from jaxwan.pipelines.parts import Parts
 
 
-class _Taken(NamedTuple):
+class StreamBytes(NamedTuple):
     """Bytes of a stream on the first of the VAE's devices, on which every stream is."""
 
-    state: int  # that lives from call to call
-    step: int  # what a step of it holds beside
+    state: int  # lives from call to call
+    step: int  # what a step holds beside it
 
 
 class Room:
@@ -29,9 +29,9 @@ class Room:
 
     def __init__(self, parts: Parts):
         self._parts = parts
-        self._open: WeakKeyDictionary[OpenStream, _Taken] = WeakKeyDictionary()
+        self._open: WeakKeyDictionary[OpenStream, StreamBytes] = WeakKeyDictionary()
 
-    def admit(self, stream: "OpenStream", taken: _Taken, memory: int | str | None) -> None:
+    def admit(self, stream: "OpenStream", taken: StreamBytes, memory: int | str | None) -> None:
         """Count a stream that begins. memory: a device's, as `dry_run` takes it; None: a present accelerator's.
 
         Raises MemoryError where it would not fit.
@@ -79,7 +79,7 @@ class OpenStream:
             raise ValueError("this stream is closed: open another one")
         self._stream.check(shape)
         if self.state is None:
-            self._room.admit(self, _taken(self._stream, shape), self._memory)
+            self._room.admit(self, stream_bytes(self._stream, shape), self._memory)
 
 
 class EncodeStream(OpenStream):
@@ -121,7 +121,7 @@ class DecodeStream(OpenStream):
 # Bytes
 
 
-def _taken(stream: Stream, shape: tuple[int, ...]) -> _Taken:
+def stream_bytes(stream: Stream, shape: tuple[int, ...]) -> StreamBytes:
     """Of a stream of what comes in this shape; of a frame that is split, its strip."""
     coder, scale, space = stream.coder, stream.stride, stream.space(shape)
     height, width = (side // scale for side in shape[2:4])
@@ -130,7 +130,7 @@ def _taken(stream: Stream, shape: tuple[int, ...]) -> _Taken:
     dtype = jax.tree.leaves(coder.state)[0].dtype
     buffers = coding_bytes(coder.cfg, stream.direction, (height, width), dtype, split=space is not None)
     state = shape[0] * buffers.pop(HALOS)
-    return _Taken(state, shape[0] * sum(buffers.values()))
+    return StreamBytes(state, shape[0] * sum(buffers.values()))
 
 
 def _first_device(parts: Parts) -> jax.Device:

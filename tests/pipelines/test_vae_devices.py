@@ -1,5 +1,6 @@
 """A pipeline whose VAE is on several devices, the mesh's or its own, against one; and videos that come in parts."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -11,6 +12,7 @@ from runs import IMAGE, compilations, unit_noise
 
 from jaxwan.models import video_coder
 from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.pipelines.streams import stream_bytes, weight_bytes
 
 # Rounding: sums are ordered by the size of arrays (tests/models/test_video_coder.py)
 TOLERANCE = 1e-6
@@ -138,3 +140,65 @@ def test_parts_that_do_not_go_on_are_refused(on):
     decode(LATENTS)
     with pytest.raises(ValueError, match=r"goes on with \(1, 6, 10, 16\) \(B, H, W, C\), and not with \(1, 6, 9, 16\)"):
         decode(LATENTS[..., :9])
+
+
+def test_a_closed_stream_goes_on_no_more(on):
+    stream = on().decode_stream()
+    stream(LATENTS)
+    stream.close()
+    assert stream.state is None
+    with pytest.raises(ValueError, match="this stream is closed: open another one"):
+        stream(LATENTS)
+
+
+@pytest.mark.parametrize("mesh", [None, "pp=3"])
+def test_what_streams_keep_is_known_before_they_begin(on, mesh):
+    """To the byte, of the device with the most."""
+    coder, videos = on(mesh).parts.coder, np.concatenate([LATENTS, LATENTS])
+    for stream, given in (
+        (coder.decode_stream(), videos.transpose(0, 2, 3, 4, 1)),
+        (coder.encode_stream(), np.zeros((2, 5, 48, 80, 3), np.float32)),
+    ):
+        told = stream_bytes(stream, given.shape)
+        stream(given)
+        kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(stream.cache))
+        assert told.state == kept > 2**16 and told.step > given[:, :1].nbytes
+
+
+def test_more_streams_than_a_device_has_room_for_are_refused(on, monkeypatch):
+    """Of several sizes and both directions, on a device that says half of itself to JAX."""
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    pipe = WanPipeline(on("pp=3").checkpoint, on("pp=3").parts)
+    first = pipe.parts.denoiser.mesh.devices.flat[0]
+    weights = weight_bytes(pipe.parts, first)
+    assert (
+        0 < weights < sum(leaf.nbytes for leaf in jax.tree.leaves((pipe.parts.denoiser.weights, pipe.parts.states())))
+    )
+    decode, encode = (
+        stream_bytes(pipe.parts.coder.decode_stream(), (1, 3, 6, 10, 16)),
+        stream_bytes(pipe.parts.coder.encode_stream(), (1, 5, 48, 80, 3)),
+    )
+    memory = 2 * (weights + 2 * decode.state + encode.state + max(decode.step, encode.step))
+    streams = [pipe.decode_stream(device_memory=memory) for _ in range(3)]
+    frames = streams[0](LATENTS)
+    pipe.encode_stream(device_memory=memory)(frames)  # and is dropped
+    streams[1](LATENTS)
+    kept = pipe.encode_stream(device_memory=memory)
+    kept(frames)
+    with pytest.raises(MemoryError) as caught:
+        streams[2](LATENTS)
+    assert re.fullmatch(
+        r"a stream of \S+ MiB beside 3 open streams of \S+ MiB and \S+ MiB of weights needs \S+ MiB of a device, steps "
+        r"included, and it has \S+ MiB: close one, by stream.close\(\) or by dropping it", str(caught.value)
+    )  # fmt: skip
+    kept(frames[:, 1:])  # one that is open goes on
+    streams[1].close()
+    np.testing.assert_array_equal(streams[2](LATENTS), frames)
+    with pytest.raises(MemoryError, match="beside 3 open streams"):
+        pipe.encode_stream(device_memory=memory)(frames)
+    del streams, kept
+    with pytest.raises(MemoryError, match="a stream of .* beside 0 open streams of - and .* and it has 9.54 MiB$"):
+        pipe.decode_stream(device_memory="20MB")(LATENTS)
+    with pytest.raises(ValueError, match="device memory '20' has no unit: 20GB, 20GiB\\?"):
+        pipe.decode_stream(device_memory="20")
+    pipe.decode_stream()(LATENTS)  # where memory is not known, nothing is refused
