@@ -8,7 +8,7 @@ Frames may be split in space (`Chunk.space`): every device then convolves a stri
 that it reads beyond it.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jaxwan.models.layers import fan_in_normal, param
 from jaxwan.sharding.space import AnySpace
 
 Cache = tuple[Array, ...]  # the halos that one chunk leaves to the next, in the order of their convolutions
-Formulation = Literal["direct", "taps", "joined"]
+Formulation = Literal["direct", "taps", "joined", "frames"]
+FORMULATIONS: tuple[Formulation, ...] = get_args(Formulation)
 Padding = list[tuple[int, int]]  # ahead and behind, of rows and of columns
 
 
@@ -35,19 +36,19 @@ class Chunk:
     def __init__(self, cache: Cache | None, formulation: Formulation | None = None, space: AnySpace | None = None):
         self.first = cache is None
         self.space = space
-        self.formulation: Formulation = formulation or default_formulation()
+        self.formulation: Formulation | None = formulation
         self._before = iter(cache or ())
         self._after: list[Array] = []
 
-    def extend(self, x: Float[Array, "b f h w c"], halo: int) -> Float[Array, "b e h w c"]:
-        """`x` behind its `halo` frames, of which a first chunk has none; the last `halo` frames are kept."""
+    def before(self, x: Float[Array, "b f h w c"], halo: int) -> Float[Array, "b halo h w c"] | None:
+        """The `halo` frames ahead of `x`, of which a first chunk has none; the last `halo` frames of both are kept."""
         if self.first:
             missing = halo - x.shape[1]
             self._after.append(jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0))))
-            return x
-        x = jnp.concatenate([next(self._before), x], axis=1)
-        self._after.append(x[:, -halo:])
-        return x
+            return None
+        before = next(self._before)
+        self._after.append(_behind(before[:, x.shape[1] :], x)[:, -halo:])
+        return before
 
     def skip(self, x: Float[Array, "b f h w c"], halo: int) -> None:
         """Keep `halo` zero frames: the convolution does not run, and the next chunk is not to see `x`."""
@@ -60,44 +61,57 @@ class Chunk:
         return tuple(self._after)
 
 
-def default_formulation() -> Formulation:
-    """On CPUs XLA convolves images 1.5 to 7 times faster than videos (few channels: the most).
+def default_formulation(c_in: int) -> Formulation:
+    """What is fastest where JAX runs, for a convolution of so many channels; `scripts/benchmark.py vae` measures it.
 
-    Training narrow models there is another 15 to 20 % faster with "joined".
+    On CPUs XLA convolves images 1.5 to 7 times faster than videos, the fewer channels the more. Narrow convolutions
+    gain from fewer sums, and, as few channels leave some of its threads idle, from being several. Training narrow
+    models is fastest with "joined" at all widths.
     """
-    return "taps" if jax.default_backend() == "cpu" else "direct"
+    if jax.default_backend() != "cpu":
+        return "direct"
+    return "joined" if c_in <= 16 else "frames" if c_in < 64 else "taps"
 
 
 def conv(
     x: Float[Array, "b f h w i"],
     kernel: Float[Array, "kt kh kw i o"],
     bias: Float[Array, " o"],
-    formulation: Formulation,
+    formulation: Formulation | None = None,
     *,
+    before: Float[Array, "b p h w i"] | None = None,
     stride: tuple[int, int] = (1, 1),
     space: AnySpace | None = None,
 ) -> Float[Array, "b g h2 w2 o"]:
     """Convolution of a video, the one place where pixels of other frames, rows and columns are read.
 
-    stride is (time, space). Time is not padded. Space is padded with zeros: all around for stride 1, below and to the
-    right only for stride 2; where frames are split, with the neighbours' pixels. formulation: "direct" is XLA's
-    convolution of videos; "taps" sums convolutions of images, one for each frame that the kernel sees; "joined"
-    convolves these frames at once, as channels of one image.
+    before: frames ahead of `x`, as if both were one array. stride is (time, space). Time is not padded. Space is padded
+    with zeros: all around for stride 1, below and to the right only for stride 2; where frames are split, with the
+    neighbours' pixels. formulation, by default that of the platform: "direct" is XLA's convolution of videos; "taps"
+    sums convolutions of images, one for each frame that the kernel sees; "joined" convolves these frames at once, as
+    channels of one image; "frames" is "joined" with a convolution for each frame of the result. Only "direct" has
+    `before` and `x` copied into one array, which is what cuDNN takes.
     """
     padding = [(size // 2 if stride[1] == 1 else 0, size // 2) for size in kernel.shape[1:3]]  # of rows, of columns
     if space is not None and kernel.shape[space.dim - 1] > 1:
-        x = space.with_neighbours(x, *padding[space.dim - 2])
+        x, before = space.with_neighbours(_behind(before, x), *padding[space.dim - 2]), None
         padding[space.dim - 2] = (0, 0)
-    frames = (x.shape[1] - kernel.shape[0]) // stride[0] + 1
+    formulation = formulation or default_formulation(x.shape[-1])
     if formulation == "direct" and kernel.shape[0] > 1:
-        return _conv3d(x, kernel, stride, padding) + bias.astype(x.dtype)
-    reach = (frames - 1) * stride[0] + 1
-    seen = [x[:, t : t + reach : stride[0]] for t in range(kernel.shape[0])]
-    if formulation == "joined":
-        seen = [jnp.concatenate(seen, axis=-1)]
+        return _conv3d(_behind(before, x), kernel, stride, padding) + bias.astype(x.dtype)
+    frames = [part[:, i : i + 1] for part in (before, x) if part is not None for i in range(part.shape[1])]
+    seen = [frames[i : i + kernel.shape[0]] for i in range(0, len(frames) - kernel.shape[0] + 1, stride[0])]
+    if formulation in ("joined", "frames"):
+        seen = [[jnp.concatenate(taps, axis=-1)] for taps in seen]
         kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(1, *kernel.shape[1:3], -1, kernel.shape[-1])
-    y = sum(_conv2d(images, tap, stride[1], padding) for images, tap in zip(seen, kernel, strict=True))
-    return (y + bias).astype(x.dtype)
+    groups = [[taps] for taps in seen] if formulation == "frames" else [seen]  # what is convolved at once
+    made = [_sum_of_taps(group, kernel, stride[1], padding) for group in groups]
+    return (jnp.concatenate(made, axis=1) + bias).astype(x.dtype)
+
+
+def _behind(before: Array | None, x: Array) -> Array:
+    """Both as one array."""
+    return x if before is None else jnp.concatenate([before, x], axis=1)
 
 
 def _conv3d(x: Array, kernel: Array, stride: tuple[int, int], padding: Padding) -> Array:
@@ -105,6 +119,12 @@ def _conv3d(x: Array, kernel: Array, stride: tuple[int, int], padding: Padding) 
     return jax.lax.conv_general_dilated(
         x, kernel, strides, [(0, 0), *padding], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
+
+
+def _sum_of_taps(seen: list[list[Array]], kernel: Array, stride: int, padding: Padding) -> Array:
+    """Of the frames that each result sees, which are arrays of one frame: each tap's of all results at once."""
+    met = (jnp.concatenate(frames, axis=1) for frames in zip(*seen, strict=True))
+    return sum(_conv2d(images, tap, stride, padding) for images, tap in zip(met, kernel, strict=True))
 
 
 def _conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -146,10 +166,10 @@ class CausalConv3d(nnx.Module):
         self.halo = size[0] - time_stride
 
     def __call__(self, x: Float[Array, "b f h w i"], chunk: Chunk) -> Float[Array, "b g h w o"]:
-        kernel = self.kernel[...]
+        kernel, before = self.kernel[...], None
         if self.halo > 0:
-            x = chunk.extend(x, self.halo)
+            before = chunk.before(x, self.halo)
             if chunk.first:
                 kernel = kernel[-1:]  # the others meet the zeros ahead of the video
         stride = (self.time_stride, 1)
-        return conv(x, kernel, self.bias[...], chunk.formulation, stride=stride, space=chunk.space)
+        return conv(x, kernel, self.bias[...], chunk.formulation, before=before, stride=stride, space=chunk.space)

@@ -101,7 +101,10 @@ class Downsample(nnx.Module):
         x = self.resample(x, chunk)
         if self.time_conv is None:
             return x
-        return chunk.extend(x, self.time_conv.halo) if chunk.first else self.time_conv(x, chunk)
+        if chunk.first:
+            chunk.before(x, self.time_conv.halo)
+            return x
+        return self.time_conv(x, chunk)
 
 
 class Upsample(nnx.Module):

@@ -80,7 +80,7 @@ def as_on_the_card():
     """What the code chooses where a GPU is, it must choose here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_cudnn_fits", lambda q: q.dtype == jnp.bfloat16 and q.shape[-1] <= 128)
-        patch.setattr(causal_conv, "default_formulation", lambda: "direct")
+        patch.setattr(causal_conv, "default_formulation", lambda c_in: "direct")
         yield
 
 
