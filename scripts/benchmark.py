@@ -8,11 +8,11 @@
 
 Measurements: ceilings (matrix product, memory), attention (each implementation, checked against float32), dit (a model
 evaluation in the pipeline ring), block (one layer by slope, with --profile where its time goes), vae (whole videos,
-both directions), blend (a chunk of its tiles, each implementation), text (a prompt), sampler (what the loop adds to
-its forwards), pipeline (calls as a user makes them, and what they compile), load (a checkpoint made on the spot), e2e
-(a whole clip; at full size from a few steps), compile (without and with the persistent cache), growth (with steps,
-requests, frames and layers, as a picture), mesh (each mesh axis against one device), flags (XLA's). Each runs in a
-process of its own, one after the other.
+both directions, and its convolutions), convolution (each kind that the VAE has in each form), blend (a chunk of tiles,
+each implementation), text (a prompt), sampler (what the loop adds to its forwards), pipeline (calls as a user makes
+them, and what they compile), load (a checkpoint made on the spot), e2e (a whole clip; at full size from a few steps),
+compile (without and with the persistent cache), growth (with steps, requests, frames and layers, as a picture), mesh
+(each mesh axis against one device), flags (XLA's). Each runs in a process of its own, one after the other.
 
 The report, report.json and report.md, is rewritten after every measurement, so a run that is cut leaves a valid one.
 What does not fit the budget is skipped, and what cannot run here says why. Needs jax, flax, numpy, jaxtyping and

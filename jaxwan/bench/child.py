@@ -13,7 +13,20 @@ from dataclasses import asdict
 
 import jax
 
-from jaxwan.bench import against, blending, ceilings, clip, compiling, dit, growth, layers, load, mesh, vae
+from jaxwan.bench import (
+    against,
+    blending,
+    ceilings,
+    clip,
+    compiling,
+    convolutions,
+    dit,
+    growth,
+    layers,
+    load,
+    mesh,
+    vae,
+)
 from jaxwan.bench.item import Item
 from jaxwan.bench.measure import environment
 from jaxwan.bench.report import Row
@@ -28,6 +41,7 @@ MEASUREMENTS = {
     "block": layers.measure_block,
     "flags": layers.measure_flag,
     "vae": vae.measure_vae,
+    "convolution": convolutions.measure_convolutions,
     "blend": blending.measure_blend,
     "text": vae.measure_text,
     "pipeline": clip.measure_pipeline,

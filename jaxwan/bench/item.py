@@ -21,7 +21,8 @@ class Item:
 
     kind: str
     preset: Preset
-    form: str = ""  # attention, blend: implementation; VAE: dtype; flags: the XLA flag; compile: "cold" or "warm"
+    # attention, blend: implementation; vae, convolution: dtype; flags: the XLA flag; compile: "cold" or "warm"
+    form: str = ""
     against: str = ""  # "diffusers": the same from it, in turns
     runs: int = 3  # measured calls of each executable
     profile: str = ""  # folder for a trace of the profiler; none without

@@ -9,16 +9,16 @@ from jaxwan.bench.presets import Preset
 from jaxwan.flops import vae_decode_flops
 from jaxwan.kernels.attention import IMPLEMENTATIONS
 
-KINDS = ("ceilings", "attention", "dit", "block", "vae", "blend", "text", "sampler", "pipeline", "load", "e2e",
-         "compile", "growth", "flags", "mesh", "all")  # fmt: skip
+KINDS = ("ceilings", "attention", "dit", "block", "vae", "convolution", "blend", "text", "sampler", "pipeline", "load",
+         "e2e", "compile", "growth", "flags", "mesh", "all")  # fmt: skip
 COMPARABLE = ("dit", "vae", "sampler")  # what `--against diffusers` measures
 GPU_RATE, CPU_RATE = 500.0, 0.05  # TFLOP/s that predictions count on
 STARTING, COMPILING = 15.0, 12.0  # seconds of a process with its weights, and of each program that takes long
 ON_CPU = 5.0, 4.0  # the same
 RIVAL = 50.0, 75.0  # seconds in which torch starts and compiles, on a GPU and on a CPU
 # programs that take long; of a kind that is not here, none
-PROGRAMS = {"dit": 1, "block": 2, "flags": 1, "vae": 2, "blend": 2, "sampler": 1, "pipeline": 3, "load": 1, "e2e": 3,
-            "compile": 3, "growth": 8, "mesh": 6}  # fmt: skip
+PROGRAMS = {"dit": 1, "block": 2, "flags": 1, "vae": 2, "convolution": 10, "blend": 2, "sampler": 1, "pipeline": 3,
+            "load": 1, "e2e": 3, "compile": 3, "growth": 8, "mesh": 6}  # fmt: skip
 
 
 def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int = 3, profile: str = "",
@@ -42,7 +42,10 @@ def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int
     if kind == "blend":
         return items(presets, "xla", "pallas")
     if kind == "vae":
-        return [item for preset in _different_vaes(presets) for item in items([preset], *_vae_dtypes(preset))]
+        whole = [item for preset in _different_vaes(presets) for item in items([preset], *_vae_dtypes(preset))]
+        return whole if against else whole + make_items("convolution", presets, runs=runs)
+    if kind == "convolution":
+        return items(_different_vaes(presets), "float32", "bfloat16")
     if kind == "compile":
         return items(presets, "cold", "warm")
     if kind == "flags":
@@ -56,11 +59,12 @@ def _everything(presets: list[Preset], runs: int, profile: str) -> list[Item]:
     def items(kind: str, some: list[Preset]) -> list[Item]:
         return make_items(kind, some, runs=runs, profile=profile)
 
-    first, vaes = presets[:1], items("vae", presets)
+    first = presets[:1]
+    vaes = [item for item in items("vae", presets) if item.kind == "vae"]
     found = items("ceilings", first) + items("attention", first) + items("dit", presets) + items("block", first)
     found += [item for item in vaes if item.form == "float32"]  # what is used unless another is asked for
     found += items("e2e", first) + [item for item in vaes if item.form != "float32"]
-    for kind in ("text", "blend", "sampler", "compile", "pipeline", "load", "growth"):
+    for kind in ("text", "blend", "convolution", "sampler", "compile", "pipeline", "load", "growth"):
         found += items(kind, first)
     return found
 
@@ -98,7 +102,8 @@ def _tflop(item: Item) -> float:
     return {
         "attention": preset.forward.self_attention / TERA / layers * calls * slow,
         "dit": (8 * layer * calls if item.against else forward * (calls + 3)),
-        "block": 8 * layer * (calls + 1), "vae": decode * calls, "e2e": 2 * clip_steps * forward + decode,
+        "block": 8 * layer * (calls + 1), "vae": decode * calls,
+        "convolution": 4 * decode * calls / preset.latent_shape[0], "e2e": 2 * clip_steps * forward + decode,
         "sampler": forward * (10 if preset.needs_accelerator else 100),
         "pipeline": 6 * forward + 3 * decode, "growth": 150 * layer, "flags": 8 * layer * calls,
         "mesh": len(MESHES) * calls * 6 * (LAYERS * layer if preset.needs_accelerator else 2 * forward),

@@ -94,6 +94,10 @@ PAIR = replace(
     ),
 )  # fmt: skip
 WIDE_VAE = replace(SMALL, name="vae2.1-64p5", size=(5, 64, 64), vae=VAEConfig())
+MID_VAES = (
+    replace(SMALL, name="vae2.1-mid", size=(9, 128, 192), vae=VAEConfig(base_dim=32)),
+    replace(SMALL, name="vae2.2-mid", size=(9, 128, 192), vae=replace(_VAE_2_2, base_dim=32, decoder_base_dim=48)),
+)
 
 PRESETS = {
     preset.name: preset
@@ -107,6 +111,7 @@ PRESETS = {
         MID,
         PAIR,
         WIDE_VAE,
+        *MID_VAES,
     )
 }
 FULL_SIZE = tuple(name for name, preset in PRESETS.items() if preset.needs_accelerator)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxwan.bench import blending, ceilings, load
+from jaxwan.bench import blending, ceilings, convolutions, load
 from jaxwan.bench.child import measure
 from jaxwan.bench.dit import PROMPT_ROWS, make_entries
 from jaxwan.bench.growth import AXES, points
@@ -24,6 +24,7 @@ from jaxwan.bench.presets import MID, PRESETS, SMALL, TINY
 from jaxwan.bench.profile import by_scope, operation_seconds
 from jaxwan.bench.report import Row
 from jaxwan.kernels.blend import blend
+from jaxwan.models.causal_conv import FORMULATIONS, conv
 from jaxwan.models.transformer import WanTransformer
 
 LESS = replace(SMALL.with_layers(1), experts=1, sustain=0.01, matmul=64, load_bytes=2**21)
@@ -73,6 +74,27 @@ def test_blending_is_measured_to_frames_as_arrays_and_as_bytes():
     with mock.patch.object(blending, "blend", wrong):
         (row,) = measure(Item("blend", LESS, "xla"))
     assert row.status == "failed" and "wrong result" in row.reason
+
+
+def test_a_convolution_is_measured_in_each_of_its_forms():
+    found = convolutions.kinds(LESS)
+    spatial, temporal = (max((kind for kind in found if kind.kernel[1] == size), key=found.get) for size in (3, 1))
+    assert spatial.name == "3x3x3, 32-32, 3x8x12" and found[spatial] == 7 + 8  # encoder, decoder
+    assert temporal.stride in ((1, 1), (2, 1))
+    with mock.patch.object(convolutions, "kinds", lambda _: {spatial: 16}):
+        rows = list(measure(Item("convolution", LESS, "bfloat16", runs=2)))
+        assert [row.name.rpartition("/")[2] for row in rows] == list(FORMULATIONS)
+        assert {row.status for row in rows} == {"ok"} and len({row.tflop for row in rows}) == 1
+        assert rows[0].tflop == 2 * 8 * 12 * 27 * 32 * 32 / 1e12
+        (usual,) = (row for row in rows if "chosen" in row.details)
+        assert usual.name.endswith("/frames") and usual.details["chosen / this"] == 1
+
+        def wrong(x, kernel, bias, form, **how):
+            return conv(x, kernel, bias, form, **how) * (2 if form == "taps" else 1)
+
+        with mock.patch.object(convolutions, "conv", wrong):
+            (row,) = measure(Item("convolution", LESS, "float32"))
+        assert row.status == "failed" and "as 'taps' differs by 1 from" in row.reason
 
 
 def test_loading_is_measured_from_the_disk_and_from_memory():

@@ -117,7 +117,7 @@ def test_what_does_not_fit_the_budget_is_skipped(rehearsal, tmp_path):
     old = rehearsal[0] / "report.json"
     process = finish("all", "--preset", "small", "--budget", "1s", "--output", tmp_path, "--compare", old)
     rows = read_report(tmp_path / "report.json").rows
-    assert process.returncode == 0 and len(rows) == 17
+    assert process.returncode == 0 and len(rows) == 19
     assert all(row.status == "skipped" and "of the budget left" in row.reason for row in rows)
     assert "## Against the older report" in (tmp_path / "report.md").read_text()
 
