@@ -11,9 +11,10 @@ from jaxtyping import Float
 from jaxwan.models.causal_conv import Cache
 from jaxwan.models.video_coder import Stream, cut_frames
 from jaxwan.pipelines.axes import to_internal, to_public
-from jaxwan.pipelines.dry_run import HALOS, bytes_text, coding_bytes, memory_fraction, parse_memory, present_memory
+from jaxwan.pipelines.dry_run import bytes_text, memory_fraction, parse_memory, present_memory
 from jaxwan.pipelines.media import checked_frames, to_unit_range
 from jaxwan.pipelines.parts import Parts
+from jaxwan.pipelines.vae_memory import HALOS, coding_bytes
 
 
 class StreamBytes(NamedTuple):

@@ -29,9 +29,10 @@ from jaxwan.kernels import attention
 from jaxwan.models import causal_conv
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
-from jaxwan.pipelines.dry_run import make_report, tree_bytes
+from jaxwan.pipelines.dry_run import make_report
 from jaxwan.pipelines.encoder_ring import share_of
 from jaxwan.pipelines.parts import abstract_components, abstract_parts
+from jaxwan.pipelines.vae_memory import tree_bytes
 from jaxwan.pipelines.warmup import job_programs
 from jaxwan.sharding.mesh import AXES, MeshSpec
 

@@ -28,10 +28,11 @@ from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
 from jaxwan.pipelines.denoise import Denoiser, Loop
 from jaxwan.pipelines.dit import Weights, abstract_weights
-from jaxwan.pipelines.dry_run import dry_run, largest_array, make_report, parameter_bytes, parse_memory, tree_bytes
+from jaxwan.pipelines.dry_run import dry_run, make_report, parameter_bytes, parse_memory
 from jaxwan.pipelines.encoders import abstract_entry
 from jaxwan.pipelines.load import DTYPES
 from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.pipelines.vae_memory import largest_array, tree_bytes
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 GB = 10**9

@@ -21,8 +21,8 @@ from jaxwan.convert.load import flat_shapes, load_state
 from jaxwan.convert.rules import KEEP, Rule
 from jaxwan.models.image_encoder import CLIPVisionEncoder
 from jaxwan.models.text_encoder import UMT5Encoder
-from jaxwan.pipelines.dry_run import tree_bytes
 from jaxwan.pipelines.encoder_ring import SLOTS, make_encoder_ring, placed, share_of
+from jaxwan.pipelines.vae_memory import tree_bytes
 from jaxwan.sharding.mesh import MeshSpec, make_mesh
 
 TEXT = TextEncoderConfig(vocab_size=101, d_model=16, d_kv=6, d_ff=24, num_layers=5, num_heads=3)
