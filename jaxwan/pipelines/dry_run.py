@@ -34,7 +34,7 @@ from jaxwan.pipelines.encoder_ring import share_of
 from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_dtype, parse_dtype
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
-from jaxwan.pipelines.vae_memory import decode_bytes, tree_bytes
+from jaxwan.pipelines.vae_memory import tree_bytes, vae_bytes
 from jaxwan.sharding.mesh import AXES, MeshSpec, find_devices
 from jaxwan.sharding.rules import RULES
 from jaxwan.sharding.turns import deal
@@ -151,9 +151,9 @@ class DryRun:
     def _buffers(self) -> list[str]:
         """The largest of what a phase needs, those that make up all but a fiftieth."""
         lines = []
-        for phase, name in (("denoise", "denoising"), ("decode", "decoding")):
-            buffers, shown = self.activation_bytes[phase], 0
-            lines.append(f"{name} needs, beside the weights:")
+        for phase, buffers in self.activation_bytes.items():
+            shown = 0
+            lines.append(f"{phase.removesuffix('e')}ing needs, beside the weights:")
             for what, size in sorted(buffers.items(), key=lambda item: -item[1]):
                 if shown < 0.98 * sum(buffers.values()):
                     lines.append(f"  {bytes_text(size):>13}  {what}")
@@ -404,12 +404,21 @@ def activation_bytes(
 
     Phases follow one another, so a device needs the largest.
 
-    Encoding texts (0.1 GiB of UMT5's, on every device) and images comes before them, and takes less.
+    Encoding texts (0.1 GiB of UMT5's, on every device) and single images comes before them, and takes less.
     """
+    of_the_vae = checkpoint, job, jnp.dtype(vae_dtype), vae_devices or mesh.num_devices
+    encode = {"encode": vae_bytes("encode", *of_the_vae)} if _encodes_frames(checkpoint, job) else {}
     return {
+        **encode,
         "denoise": _denoise_bytes(checkpoint, mesh, job, jnp.dtype(dtype)),
-        "decode": decode_bytes(checkpoint, job, jnp.dtype(vae_dtype), vae_devices or mesh.num_devices),
+        "decode": vae_bytes("decode", *of_the_vae),
     }
+
+
+def _encodes_frames(checkpoint: Checkpoint, job: Job) -> bool:
+    """Whether the VAE encodes as many frames as a video has: a source video, or channels beside the latents."""
+    channels = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
+    return channels or any(request.video is not None for request in job.requests)
 
 
 def _phases(mesh: MeshSpec, vae_devices: int, activations: Mapping[str, Mapping[str, int]]) -> list[dict[str, int]]:
@@ -417,8 +426,8 @@ def _phases(mesh: MeshSpec, vae_devices: int, activations: Mapping[str, Mapping[
     peaks = {phase: sum(buffers.values()) for phase, buffers in activations.items()}
     if not vae_devices:
         return [peaks] * mesh.num_devices
-    denoise, decode = ({phase: peaks[phase]} for phase in ("denoise", "decode"))
-    return [denoise] * mesh.num_devices + [decode] * vae_devices
+    denoise = {"denoise": peaks.pop("denoise")}
+    return [denoise] * mesh.num_devices + [peaks] * vae_devices
 
 
 def _denoise_bytes(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.dtype) -> dict[str, int]:

@@ -20,41 +20,50 @@ from jaxwan.pipelines.request import Job
 from jaxwan.sharding.space import AXIS
 
 
-def decode_bytes(checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: int) -> dict[str, int]:
-    """One step of four frames: the convolutions' halos, exactly, and an operation's input and result where the step's
-    arrays are largest, one of them in float32 as norms compute. Of a device's strip, or a tile, XLA holds more at once,
-    with the pixels around it and without."""
-    frames, height, width = checkpoint.geometry.latent_shape(*job.size)
-    tiling, kept = job.requests[0].tiling, {}
+def vae_bytes(direction: Direction, checkpoint: Checkpoint, job: Job, dtype: np.dtype, devices: int) -> dict[str, int]:
+    """What a device holds while a job's videos go one way through the VAE, in tiles or strips where they do."""
+    cfg, decodes = checkpoint.vae, direction == "decode"
+    latent, kept = checkpoint.geometry.latent_shape(*job.size), {}
+    frames, height, width = latent
+    tiling, space = job.requests[0].tiling, None
     if tiling is not None and tiling.cuts(*job.size[1:]):
-        layout = tiling.layout(checkpoint.vae, "decode", (height, width))
+        layout = tiling.layout(cfg, direction, (height, width))
         height, width = layout.largest
-        pixels = layout.rounds(devices) * height * width * checkpoint.geometry.spatial**2
-        kept = {"frames of tiles, until they are blended": 12 * job.size[0] * pixels}
-    elif (space := frame_space(AbstractMesh((devices,), (AXIS,)), height, width)) is None:
-        devices = 1
-    else:
+        tiles = layout.rounds(devices) * height * width
+        made = 3 * job.size[0] * checkpoint.geometry.spatial**2 if decodes else cfg.z_dim * frames
+        kept = {f"{'frames' if decodes else 'latents'} of tiles, until they are blended": 4 * tiles * made}
+    elif (space := frame_space(AbstractMesh((devices,), (AXIS,)), height, width)) is not None:
         _, frames, height, width = space.strip((1, frames, height, width))
-    split = devices > 1 or bool(kept)
     return {
-        **coding_bytes(checkpoint.vae, "decode", (height, width), dtype, split=split),
-        "latents": 4 * frames * height * width * checkpoint.vae.z_dim,
+        **coding_bytes(cfg, direction, (height, width), dtype, split=space is not None),
+        "latents": 4 * frames * height * width * cfg.z_dim,
     } | kept
 
 
 HALOS = "halos of the causal convolutions"
+_NAMES = ("three", "four", "five", "six")
 
 
 def coding_bytes(
     cfg: VAEConfig, direction: Direction, size: tuple[int, int], dtype: DTypeLike, *, split: bool
 ) -> dict[str, int]:
-    """Named buffers of a step on one device that codes so many latents down and across, of a split frame its strip;
-    `HALOS` are what stays from step to step."""
+    """Named buffers of a step of four frames on one device that codes so many latents down and across, of a split frame
+    its strip. `HALOS` are what stays from step to step, exactly.
+
+    On top comes what XLA holds of arrays as large as the step's largest, as it was found in compiled programs
+    (`tests/aot`): decoding, an operation's input and its result, one of them in float32 as norms compute; of strips
+    more, with the pixels around them and without.
+    """
     dtype = jnp.dtype(dtype)
     halos, largest = _step_sizes(cfg, direction, *size, dtype)
     if split:
-        return {HALOS: halos, "five arrays of the step's largest size": 5 * dtype.itemsize * largest}
-    return {HALOS: halos, "two arrays of the step's largest size": (dtype.itemsize + 4) * largest}
+        held = "six" if dtype.itemsize == 2 and not cfg.is_residual else "five"
+    elif direction == "decode":
+        held = "two"
+    else:
+        held = "four" if cfg.is_residual else "three"  # with the shortcut around a level's blocks
+    sizes = {"two": dtype.itemsize + 4} | {name: n * dtype.itemsize for n, name in enumerate(_NAMES, 3)}
+    return {HALOS: halos, f"{held} arrays of the step's largest size": sizes[held] * largest}
 
 
 @cache

@@ -248,6 +248,21 @@ def test_tiles_need_the_halos_of_one_and_keep_their_frames(published):
     assert no_larger.activation_bytes["decode"] == whole
 
 
+def test_encoding_whole_videos_is_a_phase_which_tiles_of_the_2_2_kind_can_make_the_largest(published):
+    checkpoint = published("Wan2.2-TI2V-5B")
+    clip = np.zeros((121, 704, 1280, 3), np.uint8)
+    assert "encode" not in report(checkpoint, MeshSpec()).activation_bytes
+    whole, tiled = (report(checkpoint, MeshSpec(pp=8), video=clip, tiling=t) for t in (None, Tiling()))
+    taken = [{phase: sum(buffers.values()) for phase, buffers in r.activation_bytes.items()} for r in (whole, tiled)]
+    assert taken[0]["encode"] < taken[0]["decode"] and taken[1]["encode"] > taken[1]["decode"]
+    assert "encoding needs, beside the weights:" in str(tiled)
+    with_channels = report(published("Wan2.2-I2V-A14B"), MeshSpec(pp=4), image=clip[0])
+    assert list(with_channels.activation_bytes) == ["encode", "denoise", "decode"]
+    assert max(with_channels.needed_bytes) == with_channels.parameter_bytes[0] + max(
+        sum(buffers.values()) for buffers in with_channels.activation_bytes.values()
+    )
+
+
 def test_float32_takes_twice_the_bytes_of_the_dit(published):
     half, full = (
         parameter_bytes(published("Wan2.1-T2V-1.3B"), MeshSpec(pp=4), dtype, "float32", 1)[1] for dtype in DTYPES
