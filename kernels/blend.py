@@ -32,8 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 BLOCK = 1024  # values of a row that a program of the Pallas kernel makes: a power of two, as Triton wants
@@ -45,16 +44,14 @@ def blend(
     stride: tuple[int, int],
     *,
     patch: int = 1,
-    dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> Shaped[Array, "b f y x c"]:
+) -> Float[Array, "b f y x c"]:
     """The picture of `size` (rows, columns) that tiles make which begin `stride` (rows, columns) after one another.
 
     Tiles that reach over the picture's end count up to it; what they hold behind it is not looked at. patch: side of
     the squares of pixels that have one weight, as in pictures that are blended while squares are folded into channels.
-    dtype: of the result, the tiles' own by default; uint8 is made of values in [-1, 1], clamped, as 0 to 255. Computed
-    in float32. implementation: "xla", the default, runs anywhere; "pallas" is a kernel for CUDA, by way of Triton;
-    "interpret" is that kernel run by XLA, for tests. A named one either runs or raises.
+    Computed in float32. implementation: "xla", the default, runs anywhere; "pallas" is a kernel for CUDA, by way of
+    Triton; "interpret" is that kernel run by XLA, for tests. A named one either runs or raises.
 
     Raises ValueError for an unknown implementation, other numbers of tiles than `size` takes, and overlaps that are
     wider than the stride, of which the closed form is not true.
@@ -63,10 +60,9 @@ def blend(
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={chosen!r} is unknown: choose one of {', '.join(IMPLEMENTATIONS)}")
     _check(tiles.shape, size, stride)
-    dtype = tiles.dtype if dtype is None else jnp.dtype(dtype)
     if chosen == "xla":
-        return _finish(blend_by_slices(tiles, size, stride, patch), dtype)
-    return _pallas(tiles, size, stride, patch, dtype, interpret=chosen == "interpret")
+        return blend_by_slices(tiles, size, stride, patch).astype(tiles.dtype)
+    return _pallas(tiles, size, stride, patch, interpret=chosen == "interpret")
 
 
 def _check(shape: tuple[int, ...], size: tuple[int, int], stride: tuple[int, int]) -> None:
@@ -119,19 +115,10 @@ def _mix(weight: Any, own: Any, other: Any) -> Any:
     return jnp.where(weight < 1, weight * own + (1 - weight) * other, own)
 
 
-def _finish(x: Array, dtype: np.dtype) -> Array:
-    if dtype != jnp.uint8:
-        return x.astype(dtype)
-    x = (jnp.clip(x, -1, 1) * 0.5 + 0.5) * 255
-    near = jnp.floor(x + 0.5)  # half to even, for which Triton has no operation
-    return jnp.where((near - x == 0.5) & (near % 2 == 1), near - 1, near).astype(jnp.int32).astype(jnp.uint8)
-
-
 # The Pallas kernel
 
 
-def _pallas(tiles: Array, size: tuple[int, int], stride: tuple[int, int], patch: int, dtype: np.dtype, *,
-            interpret: bool) -> Array:  # fmt: skip
+def _pallas(tiles: Array, size: tuple[int, int], stride: tuple[int, int], patch: int, *, interpret: bool) -> Array:
     """A program makes BLOCK values of one row of the picture: it looks its pixels up in the tiles, as flat arrays.
 
     Whatever the sizes are, blocks are powers of two; what does not fill the last one is masked.
@@ -143,7 +130,7 @@ def _pallas(tiles: Array, size: tuple[int, int], stride: tuple[int, int], patch:
     _, _, b, f, _, _, c = tiles.shape
     kernel = partial(_kernel, shape=tiles.shape, size=size, stride=stride, patch=patch, io=triton)
     flat = pl.pallas_call(
-        kernel, out_shape=jax.ShapeDtypeStruct((b * f * size[0] * size[1] * c,), dtype),
+        kernel, out_shape=jax.ShapeDtypeStruct((b * f * size[0] * size[1] * c,), tiles.dtype),
         grid=(b * f * size[0], pl.cdiv(size[1] * c, BLOCK)), interpret=interpret,
         compiler_params=None if interpret else triton.CompilerParams(num_warps=4),
     )(tiles.reshape(-1))  # fmt: skip
@@ -152,7 +139,7 @@ def _pallas(tiles: Array, size: tuple[int, int], stride: tuple[int, int], patch:
 
 def _kernel(tiles: Any, out: Any, *, shape: tuple[int, ...], size: tuple[int, int], stride: tuple[int, int],
             patch: int, io: Any) -> None:  # fmt: skip
-    """Crop, both blends and the conversion, of values of one row."""
+    """Crop and both blends, of values of one row."""
     _, across, b, f, h, w, c = shape
     row, at = pl.program_id(0), pl.program_id(1) * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
     inside = at < size[1] * c
@@ -170,7 +157,7 @@ def _kernel(tiles: Any, out: Any, *, shape: tuple[int, ...], size: tuple[int, in
     corner = tile(1, 1)
     above, left = _mix(wx, tile(1, 0), corner), _mix(wy, tile(0, 1), corner)
     made = _mix(wx, _mix(wy, tile(0, 0), above), left)
-    io.store(out.at[row * size[1] * c + at], _finish(made, out.dtype), mask=inside)
+    io.store(out.at[row * size[1] * c + at], made.astype(out.dtype), mask=inside)
 
 
 def _divmod(a: Array, b: int) -> tuple[Array, Array]:

@@ -119,36 +119,21 @@ def test_the_kernel_equals_the_closed_form(case, dtype):
     size, tile, stride, patch = CASES[case]
     tiles = jnp.asarray(cut(np.random.default_rng(0), size, tile, stride, channels=3), dtype)
 
-    def both(to):
-        forms = "interpret", "xla"
-        return jax.jit(lambda x: [blend(x, size, stride, patch=patch, dtype=to, implementation=f) for f in forms])(
-            tiles
-        )
-
-    kernel, slices = both(jnp.float32)
-    assert relative_error(kernel, slices) < FLOAT32
-    kernel, slices = both(jnp.uint8)
-    assert kernel.dtype == jnp.uint8 and relative_error(kernel, slices) < 1e-3  # a sum on either side of a half
-
-
-def test_pixels_are_clamped_and_rounded_half_to_even():
-    values = np.array([-9, -1, -0.999, 0, 1 / 255, 3 / 255, 0.5, 1, 9], np.float32)
-    tiles = jnp.asarray(values).reshape(1, 1, 1, 1, 1, 9, 1)
-    expected = ((np.clip(values, -1, 1) * 0.5 + 0.5) * 255).round().astype(np.uint8)
-    for implementation in ("xla", "interpret"):
-        made = blend(tiles, (1, 9), (1, 9), dtype=jnp.uint8, implementation=implementation)
-        assert made.ravel().tolist() == expected.tolist()
+    forms = "interpret", "xla"
+    kernel, slices = jax.jit(lambda x: [blend(x, size, stride, patch=patch, implementation=f) for f in forms])(tiles)
+    assert kernel.dtype == slices.dtype == dtype
+    tolerance = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+    assert relative_error(kernel.astype(jnp.float32), slices.astype(jnp.float32)) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("to", [None, jnp.uint8])
-def test_the_kernel_lowers_for_cuda(dtype, to):
+def test_the_kernel_lowers_for_cuda(dtype):
     """Without a card, whose kind jax 0.12 asks for."""
     card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=card)
     size, tile, stride, _ = CASES["several"]
     tiles = jax.ShapeDtypeStruct((3, 3, 1, 4, *tile, 3), dtype)
-    call = jax.jit(lambda x: blend(x, size, stride, dtype=to, implementation="pallas"))
+    call = jax.jit(lambda x: blend(x, size, stride, implementation="pallas"))
     target = "__gpu$xla.gpu.triton"
     allowed = [export.DisabledSafetyCheck.custom_call(target)]
     with use_abstract_mesh(mesh):
