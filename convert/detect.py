@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from jaxwan.config import (
@@ -13,8 +15,8 @@ from jaxwan.config import (
     TransformerConfig,
     VAEConfig,
 )
-from jaxwan.convert import diffusers, original
-from jaxwan.convert.rules import CheckpointError, Rule, Shape
+from jaxwan.convert import diffusers, orbax, original
+from jaxwan.convert.rules import CheckpointError, Rule, Shape, with_unused
 
 Shapes = Mapping[str, Shape]
 Config = TransformerConfig | VAEConfig | TextEncoderConfig | ImageEncoderConfig
@@ -24,7 +26,8 @@ _CLIP_HEAD = 80  # and in the image encoder
 
 
 class Kind(NamedTuple):
-    """A component, and whose names its tensors have: "original", or "diffusers" (for encoders transformers' own)."""
+    """A component, and whose names its tensors have: "original", "diffusers" (for encoders transformers' own), or
+    "orbax" (those of parameters)."""
 
     component: str
     layout: str
@@ -32,6 +35,10 @@ class Kind(NamedTuple):
 
 # a name that only this kind has -> the kind; the first that is found counts
 _SIGNS = {
+    r"blocks\.0\.attn1\.q\.kernel": Kind("transformer", "orbax"),
+    r"decoder\.conv_in\.kernel": Kind("vae", "orbax"),
+    r"layers\.0\.gate\.kernel": Kind("text_encoder", "orbax"),
+    r"class_embedding": Kind("image_encoder", "orbax"),
     r"head\.modulation": Kind("transformer", "original"),
     r"condition_embedder\..+": Kind("transformer", "diffusers"),
     r"decoder\.middle\.0\.residual\.0\.gamma": Kind("vae", "original"),
@@ -61,7 +68,25 @@ def rules_of(
     kind = kind_of(names)
     if kind is not None and kind.component != component:
         raise CheckpointError(f"{what} holds a {kind.component} and not a {component}")
-    if kind == (component, "original"):
+    return layout_rules(component, "diffusers" if kind is None else kind.layout, config, names)
+
+
+def layout_rules(
+    component: str, layout: str, config: Config | None, names: Mapping[str, object], *, whole: bool = False
+) -> list[Rule]:
+    """The rule table of a component in a layout; of Diffusers' spellings the one that these names have, or else the
+    published one.
+
+    whole: for what published files hold and no model reads too, as far as a converted file should have it.
+    """
+    if whole:
+        if isinstance(config, ImageEncoderConfig):  # of which the last layer is never read
+            config = replace(config, num_hidden_layers=config.num_hidden_layers + 1)
+        return with_unused(layout_rules(component, layout, config, names))
+    if layout == "orbax":
+        layers = config.num_hidden_layers if isinstance(config, ImageEncoderConfig) else None
+        return orbax.rules(component, layers)
+    if layout == "original":
         if isinstance(config, VAEConfig):
             return original.vae_rules(config)
         if isinstance(config, ImageEncoderConfig):
@@ -77,16 +102,20 @@ def rules_of(
 # Configurations
 
 
-def config_of(kind: Kind, shapes: Shapes) -> Config:
-    """The configuration of a component of published proportions, which its tensors' shapes tell.
+def config_of(kind: Kind, shapes: Shapes, *, heads: int | None = None) -> Config:
+    """The configuration of a component of published proportions, which its tensors' shapes tell; of the DiT's heads a
+    configuration may say how many there are.
 
     What they do not tell is as in every published model: heads of 128 in the DiT and 80 in the image encoder, the
     levels of a VAE, and the statistics of its latents. Raises ConfigError where a tensor that tells it is not
     there, or has another number of axes.
     """
     make = {
-        "transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder, "image_encoder": _image_encoder,
-    }[kind.component]  # fmt: skip
+        "transformer": partial(_transformer, heads=heads),
+        "vae": _vae,
+        "text_encoder": _text_encoder,
+        "image_encoder": _image_encoder,
+    }[kind.component]
     try:
         return make(shapes, kind.layout == "original")
     except ConfigError:
@@ -103,14 +132,16 @@ def _layers(shapes: Shapes, template: str) -> int:
     return sum(pattern.fullmatch(name) is not None for name in shapes)
 
 
-def _transformer(shapes: Shapes, original: bool) -> TransformerConfig:
+def _transformer(shapes: Shapes, original: bool, heads: int | None) -> TransformerConfig:
     def names(theirs: str, diffusers: str) -> str:
         return theirs if original else diffusers
 
     embedder = "condition_embedder."
     dim, in_channels, *patch = shapes["patch_embedding.weight"]
-    if dim % _HEAD:
-        raise ConfigError(f"its width {dim} is no multiple of {_HEAD}, the width of Wan's heads")
+    if dim % (heads or _HEAD):
+        told = f"its {heads} heads" if heads else f"{_HEAD}, the width of Wan's heads"
+        raise ConfigError(f"its width {dim} is no multiple of {told}")
+    heads = heads or dim // _HEAD
     out_channels = shapes[names("head.head.weight", "proj_out.weight")][0] // math.prod(patch)
     with_image = 2 * out_channels + CHANNEL_MASK
     if in_channels not in (out_channels, with_image):
@@ -122,8 +153,8 @@ def _transformer(shapes: Shapes, original: bool) -> TransformerConfig:
     rows = shapes.get(names("img_emb.emb_pos", f"{embedder}image_embedder.pos_embed"))
     return TransformerConfig(
         patch_size=(patch[0], patch[1], patch[2]),
-        num_attention_heads=dim // _HEAD,
-        attention_head_dim=_HEAD,
+        num_attention_heads=heads,
+        attention_head_dim=dim // heads,
         in_channels=in_channels,
         out_channels=out_channels,
         text_dim=shapes[names("text_embedding.0.weight", f"{embedder}text_embedder.linear_1.weight")][1],

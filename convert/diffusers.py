@@ -96,14 +96,14 @@ TEXT_ENCODER: list[Rule] = [
     Rule("encoder.final_layer_norm.weight", "norm.scale"),
 ]
 
-_CLIP = "vision_model."
+CLIP_PREFIX = "vision_model."
 
 IMAGE_ENCODER: list[Rule] = [
-    Rule(_CLIP + "embeddings.class_embedding", "class_embedding"),
-    Rule(_CLIP + "embeddings.patch_embedding.weight", "patch_embedding", CONV2D),
-    Rule(_CLIP + "embeddings.position_embedding.weight", "position_embedding"),
-    Rule(_CLIP + "pre_layrnorm.weight", "pre_norm.scale"),  # spelt so in the published files
-    Rule(_CLIP + "pre_layrnorm.bias", "pre_norm.bias"),
+    Rule(CLIP_PREFIX + "embeddings.class_embedding", "class_embedding"),
+    Rule(CLIP_PREFIX + "embeddings.patch_embedding.weight", "patch_embedding", CONV2D),
+    Rule(CLIP_PREFIX + "embeddings.position_embedding.weight", "position_embedding"),
+    Rule(CLIP_PREFIX + "pre_layrnorm.weight", "pre_norm.scale"),  # spelt so in the published files
+    Rule(CLIP_PREFIX + "pre_layrnorm.bias", "pre_norm.bias"),
     *[
         rule
         for source, target in (
@@ -115,20 +115,20 @@ IMAGE_ENCODER: list[Rule] = [
             ("mlp.fc2", "down"),
         )
         for rule in (
-            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.weight", f"layers.{target}.kernel", LINEAR),
-            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
+            Rule(f"{CLIP_PREFIX}encoder.layers.{{layer}}.{source}.weight", f"layers.{target}.kernel", LINEAR),
+            Rule(f"{CLIP_PREFIX}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
         )
     ],
     *[
         rule
         for source, target in (("layer_norm1", "attention_norm"), ("layer_norm2", "mlp_norm"))
         for rule in (
-            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.weight", f"layers.{target}.scale"),
-            Rule(f"{_CLIP}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
+            Rule(f"{CLIP_PREFIX}encoder.layers.{{layer}}.{source}.weight", f"layers.{target}.scale"),
+            Rule(f"{CLIP_PREFIX}encoder.layers.{{layer}}.{source}.bias", f"layers.{target}.bias"),
         )
     ],
-    Rule(_CLIP + "embeddings.position_ids", None),  # 0, 1, 2, … in files of older transformers
-    Rule(_CLIP + "post_layernorm.{path}", None),  # Wan takes the layer before the last, without pooling
+    Rule(CLIP_PREFIX + "embeddings.position_ids", None),  # 0, 1, 2, … in files of older transformers
+    Rule(CLIP_PREFIX + "post_layernorm.{path}", None, aside="post_norm.{path}"),  # Wan takes no pooled output
     Rule("visual_projection.weight", None),  # of CLIPVisionModelWithProjection, as Diffusers' conversion writes it
 ]
 
@@ -145,7 +145,7 @@ def image_encoder_rules(keys: Iterable[str], num_layers: int) -> list[Rule]:
 
     transformers 5 writes the keys without the published prefix.
     """
-    rules = [*IMAGE_ENCODER, Rule(f"{_CLIP}encoder.layers.{num_layers - 1}.{{path}}", None)]
-    if any(key.startswith(_CLIP) for key in keys):
+    rules = [*IMAGE_ENCODER, Rule(f"{CLIP_PREFIX}encoder.layers.{num_layers - 1}.{{path}}", None)]
+    if any(key.startswith(CLIP_PREFIX) for key in keys):
         return rules
-    return [replace(rule, source=rule.source.removeprefix(_CLIP)) for rule in rules]
+    return [replace(rule, source=rule.source.removeprefix(CLIP_PREFIX)) for rule in rules]

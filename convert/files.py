@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxwan.convert.foreign import describe_file
 from jaxwan.convert.gguf_files import MAGIC, read_gguf
+from jaxwan.convert.orbax import Part, read_orbax
 from jaxwan.convert.rules import CheckpointError, Shape, some
 from jaxwan.convert.tensors import DTYPES, MOST_HEADER, Extent, Reader, Stored, read_metadata, read_safetensors
 from jaxwan.convert.torch_files import read_torch, saved_under
@@ -28,9 +29,13 @@ _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """Keys and shapes from the headers alone; `read` fetches one tensor or rows of it, and no other byte."""
+    """Keys and shapes from the headers alone; `read` fetches one tensor or rows of it, and no other byte.
+
+    part: what of an Orbax checkpoint, whose folder is then the only path.
+    """
 
     paths: tuple[Path, ...]
+    part: Part | None = None
 
     @classmethod
     def find(cls, folder: Path, variant: str | None = None) -> "TensorFiles":
@@ -46,6 +51,8 @@ class TensorFiles:
     def _own(self) -> dict[str, Stored]:
         """Key -> its tensor, as the files name it; reads the headers, whose claims it checks (so no file is
         truncated)."""
+        if self.part is not None:
+            return dict(read_orbax(self.paths[0], self.part, self._reader))
         found: dict[str, Stored] = {}
         for path in self.paths:
             tensors = read_tensors(path, self._reader)
@@ -60,6 +67,8 @@ class TensorFiles:
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """Key -> its tensor, under names that rules know, in the order in which they lie on disk."""
+        if self.part is not None:  # whose names are those of parameters
+            return self._own
         return as_known(self._own, self._reader, what=str(self.paths[0]))
 
     @property

@@ -78,7 +78,7 @@ _IMAGE_ENCODER: list[Rule] = [
     *_pair(f"{_LAYER}.mlp.2", "layers.down"),
     *_norm(f"{_LAYER}.norm1", "layers.attention_norm"),
     *_norm(f"{_LAYER}.norm2", "layers.mlp_norm"),
-    Rule("visual.post_norm.{path}", None),  # Wan takes the layer before the last, without pooling
+    Rule("visual.post_norm.{path}", None, aside="post_norm.{path}"),  # Wan takes no pooled output
     Rule("visual.head", None),
     Rule("textual.{path}", None),
     Rule("log_scale", None),

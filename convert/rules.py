@@ -10,8 +10,8 @@ is None names a tensor that published files hold and nothing reads.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -38,6 +38,10 @@ class Transform:
         """Parameter -> checkpoint tensor."""
         return value if self.axes is None else value.transpose(_inverse(self.axes))
 
+    def in_parameter(self, axes: tuple[_A, ...]) -> tuple[_A, ...]:
+        """What is said of each axis of a checkpoint tensor, in the order of the parameter's axes."""
+        return axes if self.axes is None else tuple(axes[a] for a in self.axes)
+
     def in_source(self, axes: tuple[_A, ...]) -> tuple[_A, ...]:
         """What is said of each axis of a parameter, such as its size, in the order of the checkpoint tensor's axes."""
         return axes if self.axes is None else tuple(axes[a] for a in _inverse(self.axes))
@@ -55,11 +59,15 @@ CONV3D = Transform("conv3d", (2, 3, 4, 1, 0))  # (o, i, t, h, w) -> (t, h, w, i,
 
 @dataclass(frozen=True)
 class Rule:
-    """`source` key template -> `target` path template (None: known and unused) by `transform`."""
+    """`source` key template -> `target` path template (None: known and unused) by `transform`.
+
+    aside: the path that an unused tensor has where files are converted, so that it is not lost.
+    """
 
     source: str
     target: str | None
     transform: Transform = KEEP
+    aside: str | None = None
 
     @cached_property
     def _source_re(self) -> re.Pattern:
@@ -87,6 +95,25 @@ class Target:
     path: str
     layer: int | None
     transform: Transform
+
+
+def with_unused(rules: Sequence[Rule]) -> list[Rule]:
+    """A rule table by which tensors that are put aside are parameters too."""
+    return [rule if rule.target is not None else replace(rule, target=rule.aside) for rule in rules]
+
+
+def place_all(keys: Iterable[str], rules: Sequence[Rule]) -> dict[str, Target]:
+    """Where the tensors of a checkpoint go, as far as the rules say it: nothing is proved of it, and no shape is known.
+
+    A rule for more names gives way to the one before it.
+    """
+    found = {}
+    for key in keys:
+        rule, names = next(((rule, names) for rule in rules if (names := rule.match(key)) is not None), (None, {}))
+        if rule is not None and rule.target is not None:
+            layer = int(names["layer"]) if "layer" in names else None
+            found[key] = Target(rule.target.format(**names), layer, rule.transform)
+    return found
 
 
 def plan(sources: Mapping[str, Shape], targets: Mapping[str, Shape], rules: Sequence[Rule], *,

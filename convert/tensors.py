@@ -9,7 +9,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -31,6 +31,7 @@ DTYPES = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 MOST_HEADER = 100_000_000  # bytes of a header; the safetensors library refuses longer ones too
 MOST_AXES, MOST_NUMBERS = 32, 2**48  # of a shape
 _METADATA = "__metadata__"  # in a safetensors header, no tensor
+_MOST_OPEN = 128  # files; systems allow few hundred, and an Orbax checkpoint has thousands
 _ONE_READ = 2**30  # bytes; macOS refuses 2 GiB, and Linux reads less than it is asked for
 
 
@@ -125,11 +126,13 @@ class Strided:
 class Reader:
     """Reads extents, each into memory of its own; nothing is mapped.
 
-    A file is opened once, so that its tensors are those of the header that was checked, and closed with the reader.
+    A file stays open, so that its tensors are those of the header that was checked, and is closed with the reader; of
+    very many, which have no headers, only the first ones do.
     """
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._close: dict[Path, Callable[[], Any]] = {}
 
     def size(self, path: Path) -> int:
         """Bytes of a file."""
@@ -148,8 +151,12 @@ class Reader:
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:
+            if len(self._descriptors) == _MOST_OPEN:
+                latest = next(reversed(self._descriptors))
+                self._close.pop(latest)()
+                del self._descriptors[latest]
             self._descriptors[path] = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._descriptors[path])
+            self._close[path] = weakref.finalize(self, os.close, self._descriptors[path])
         return self._descriptors[path]
 
 

@@ -7,14 +7,16 @@ Sources: ComfyUI's comfy/ops.py and comfy/quant_ops.py, LightX2V's converter (bo
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxwan.convert.gguf_files import text_encoder_names
 from jaxwan.convert.rules import CheckpointError, Shape
+from jaxwan.convert.save import Piece
 from jaxwan.convert.tensors import DTYPES, Extent, Reader, Stored
 
 Tensors = Mapping[str, Stored]
@@ -214,3 +216,34 @@ def _image_encoder(tensors: Tensors) -> dict[str, Stored]:
         else:
             found[name] = tensor
     return found
+
+
+_PART = re.compile(r"(.*\.attn\.to_)([qkv])(\..*)")
+
+
+def fuse_image_encoder(pieces: Iterable[Piece]) -> list[Piece]:
+    """The way back, of tensors that are to be written: three become one, and axes of size 1 are there again."""
+    found: dict[str, Piece] = {}
+    parts: dict[str, dict[str, Piece]] = {}
+    for piece in pieces:
+        if part := _PART.fullmatch(piece.name):
+            name = f"{part[1]}qkv{part[3]}"
+            parts.setdefault(name, {})[part[2]] = piece
+            if len(parts[name]) == 3:
+                found[name] = _in_one(name, [parts[name][p] for p in "qkv"])
+        elif piece.name in _ONES:
+            found[piece.name] = _with_ones(piece, _ONES[piece.name])
+        else:
+            found[piece.name] = piece
+    return list(found.values())
+
+
+def _in_one(name: str, parts: Sequence[Piece]) -> Piece:
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    dtype = np.dtype(jnp.promote_types(jnp.promote_types(parts[0].dtype, parts[1].dtype), parts[2].dtype))
+    return Piece(name, shape, dtype, lambda: np.concatenate([part.make().astype(dtype) for part in parts]))
+
+
+def _with_ones(piece: Piece, ones: Shape) -> Piece:
+    shape = (*ones, *piece.shape)
+    return piece._replace(shape=shape, make=lambda: piece.make().reshape(shape))

@@ -45,7 +45,7 @@ ALLOWED = {
         {"pipelines", "models", "schedulers", "sharding", "convert", "geometry", "config"},
         ARRAYS | {"flax", "optax", "orbax", "tokenizers", "tqdm"},
     ),
-    "commands": ({"sharding"}, IN_FUNCTIONS),
+    "commands": ({"pipelines", "convert", "config", "sharding"}, IN_FUNCTIONS),
 }
 ONLY_IN_TESTS = {"torch", "diffusers"}
 RIVALS = ROOT / "jaxwan/bench/torch_side.py"  # the process of the benchmark that runs Diffusers: in its functions too

@@ -23,6 +23,8 @@ from jaxwan.config import (
 from jaxwan.convert.files import TensorFiles, is_weights, list_files
 from jaxwan.convert.lora import Lora, with_loras
 from jaxwan.convert.rules import some
+from jaxwan.convert.orbax import FOLDER as ORBAX
+from jaxwan.convert.orbax import Part, is_orbax
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind, local_path
 from jaxwan.pipelines.comfyui import find_parts
@@ -110,13 +112,24 @@ class Checkpoint:
         """The file or folder that a component is read from."""
         return dict(self.parts).get(component, self.folder / component)
 
+    @property
+    def is_orbax(self) -> bool:
+        """Whether the folder's weights are in Orbax's layout."""
+        return is_orbax(self.folder)
+
     def files(self, component: str) -> TensorFiles:
         """The tensors of a component, with its LoRAs. Raises OSError where there are none."""
+        if self.is_orbax and component not in dict(self.parts):
+            expert = component in self.experts
+            part = Part("transformer", self.experts.index(component)) if expert else Part(component)
+            files = TensorFiles((self.folder / ORBAX,), part)
+        else:
+            files = files_at(self.place(component), self.weights_variant)
         noise = EXPERTS.get(component)
         own = [lora for lora in self.loras if noise is not None and lora.expert in (None, noise)]
         if self.variant.experts > 1:  # of a file for both, the LoRA of this one
             own = [replace(lora, expert=noise) for lora in own]
-        return with_loras(files_at(self.place(component), self.weights_variant), own)
+        return with_loras(files, own)
 
     @property
     def image_input(self) -> ImageInput:
@@ -382,7 +395,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _other_layout(folder: Path) -> str:
     if (folder / "_CHECKPOINT_METADATA").exists() or (folder / "_METADATA").exists():
-        return " (this is an Orbax folder, which is not read yet)"
+        whole = is_orbax(folder.parent) and folder.name == ORBAX
+        return f" (this is a part of one: give {folder.parent})" if whole else " (this is a folder of Orbax's alone)"
     if (folder.parent / "model_index.json").is_file():
         return f" (this is a part of one: give {folder.parent})"
     single = next(filter(is_weights, list_files(folder)), None)

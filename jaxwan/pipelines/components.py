@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxwan.config import ConfigError
+from jaxwan.config import ConfigError, read_json
 from jaxwan.convert.detect import Config, config_of, kind_of
 from jaxwan.convert.files import TensorFiles, list_files, saved_by_training
 from jaxwan.convert.foreign import describe_name, describe_tensors
@@ -122,6 +122,16 @@ def files_at(path: Path, variant: str | None = None) -> TensorFiles:
     return TensorFiles((path,)) if path.is_file() else TensorFiles.find(path, variant)
 
 
+def _heads(path: Path) -> int | None:
+    """How many heads the configuration in an original repository's folder says that its DiT has."""
+    config = path / "config.json"
+    said = read_json(config) if config.is_file() else {}
+    heads = said.get("num_heads") if said.get("_class_name") == "WanModel" else None
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise ConfigError(f"{config}: num_heads={heads!r:.40} is no number of heads")
+    return heads
+
+
 def configs_of(paths: Mapping[str, Path]) -> dict[str, Config]:
     """The configuration of each part with weights, as its tensors tell it.
 
@@ -137,7 +147,7 @@ def configs_of(paths: Mapping[str, Path]) -> dict[str, Config]:
         if kind.component != component:
             raise ConfigError(f"{paths[name]} holds a {kind.component} and not a {component}")
         try:
-            configs[name] = config_of(kind, files.shapes)
+            configs[name] = config_of(kind, files.shapes, heads=_heads(paths[name]))
         except ConfigError as error:
             raise ConfigError(f"{paths[name]}: {error}") from error
     if paths.keys() >= EXPERTS.keys() and configs["transformer"] != configs["transformer_2"]:

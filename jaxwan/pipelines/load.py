@@ -227,7 +227,8 @@ def check_weights(checkpoint: Checkpoint) -> str:
     Raises as `prove_components`, but for what a hub id can still fetch.
     """
     places = [checkpoint.place(name) for name in checkpoint.components]
-    if not any(place.is_file() or any(map(is_weights, list_files(place))) for place in places):
+    here = (place.is_file() or any(map(is_weights, list_files(place))) for place in places)
+    if not checkpoint.is_orbax and not any(here):
         return f"not checked: {checkpoint.name} has none here" + " yet" * (checkpoint.hub_id is not None)
     try:
         files, found = prove_components(checkpoint)

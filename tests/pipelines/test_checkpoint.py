@@ -299,7 +299,7 @@ def test_other_layouts_are_told_apart(tmp_path):
     (tmp_path / "whole/model_index.json").touch()
     for name, message in {
         "empty": "is no Diffusers checkpoint: it has no model_index.json$",
-        "orbax": "this is an Orbax folder, which is not read yet",
+        "orbax": "this is a folder of Orbax's alone",
         "comfy": "wan2.1_t2v_1.3B_bf16.safetensors and what lies beside it hold no DiT: name files as --component N",
         "whole/vae": "this is a part of one: give .*whole.$",
     }.items():
