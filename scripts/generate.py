@@ -126,7 +126,7 @@ def generate(args: argparse.Namespace) -> int:
     seconds = {"start": time.perf_counter() - START}
     pipe = jaxwan.WanPipeline.from_pretrained(
         checkpoint, args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices, warmup=job,
-        progress=not args.quiet, **dtypes(args, made),
+        check=args.check, progress=not args.quiet, **dtypes(args, made),
     )  # fmt: skip
     output = pipe.run(job, output_type="latent")
     start = time.perf_counter()
@@ -515,6 +515,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="pixels from a tile to the next, half of it or more; default 192x192")  # fmt: skip
     where.add_argument("--no-compilation-cache", action="store_true",
                        help="keep no compiled programs for later runs; so does JAXWAN_COMPILATION_CACHE=0")  # fmt: skip
+    where.add_argument("--check", action="store_true",
+                       help="read all weights once before: are they as they were converted, and is none NaN or "
+                            "infinite?")  # fmt: skip
     where.add_argument("--dry-run", action="store_true",
                        help="only say what it would take, and check the weights' headers; exits with 3 if it does "
                        "not fit")  # fmt: skip

@@ -23,6 +23,7 @@ _WITHOUT_MEANING = {
 }
 
 _OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "loras", "warmup", "progress")
+_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "warmup", "check", "progress")
 
 # What an argument is called in Diffusers, Wan's own scripts and other programs
 _ELSEWHERE = {

@@ -5,6 +5,7 @@ Both hold the same numbers under other names, so a tensor is changed by a dtype 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxwan.convert.diffusers import CLIP_PREFIX
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes
 from jaxwan.convert.orbax import Row, orbax_files
-from jaxwan.convert.rules import KEEP, Shape, Target, expected_sources, place_all
+from jaxwan.convert.rules import KEEP, Shape, Target, place_all
 from jaxwan.convert.save import STEM, File, OnBytes, Piece, sharded_files
 from jaxwan.convert.torch_save import torch_file
 from jaxwan.convert.views import fuse_image_encoder
@@ -27,11 +28,13 @@ from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
 from jaxwan.pipelines.folders import appearing, check_target
+from jaxwan.pipelines.inspection import stored_dtype
 from jaxwan.pipelines.load import prove_components
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.surroundings import diffusers_surroundings, original_surroundings
 
 LAYOUTS = ("diffusers", "original", "orbax")
+DTYPES = ("bfloat16", "float16", "float32")
 SHARD = 5 * 10**9  # bytes of a file of tensors
 NOISE = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}  # folders of an original repository
 T5, CLIP = "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -55,7 +58,7 @@ class Conversion:
     checkpoint: Checkpoint
     layout: str
     files: tuple[File, ...]
-    dtypes: Mapping[str, Mapping[str, str]]  # component -> dtype of the source -> what is written of it
+    dtypes: Mapping[str, Mapping[str, int]]  # component -> "F32 as bfloat16" -> how many tensors
 
     @property
     def num_bytes(self) -> int:
@@ -89,7 +92,7 @@ def plan_conversion(
             planned += sharded_files(f"{name}/{stem}", _pieces(checkpoint, name, layout, own), shard_size)
     else:
         planned = _original(checkpoint, tensors, shard_size)
-    dtypes = {name: {files[name].dtypes[t.key]: t.dtype.name for t in own} for name, own in tensors.items()}
+    dtypes = {name: dict(Counter(map(_change, own))) for name, own in tensors.items()}
     return Conversion(checkpoint, layout, tuple(planned), dtypes)
 
 
@@ -99,7 +102,7 @@ def convert(conversion: Conversion, target: Path, *, overwrite: bool = False, pr
     Before it gets its name, it is opened and proved as any checkpoint is. What its layout does not hold is told.
     Raises OSError for a folder that is there, or that the disk has no room for, before anything is written.
     """
-    check_target(target, _sources(conversion.checkpoint), overwrite)
+    check_target(target, sources_of(conversion.checkpoint), overwrite)
     with appearing(target, conversion.num_bytes, overwrite) as folder:
         sums = {file.name: file.write_to(folder.path, progress or (lambda done: None)) for file in conversion.files}
         folder.add_sums(sums)
@@ -110,7 +113,8 @@ def convert(conversion: Conversion, target: Path, *, overwrite: bool = False, pr
     return target
 
 
-def _sources(checkpoint: Checkpoint) -> list[Path]:
+def sources_of(checkpoint: Checkpoint) -> list[Path]:
+    """What is read of a checkpoint: its folder, and files of parts."""
     return [checkpoint.folder, *(path for _, path in checkpoint.parts)]
 
 
@@ -156,6 +160,10 @@ def _tensors(checkpoint: Checkpoint, name: str, files: TensorFiles, dtype: str |
             )
         tensors.append(Tensor(files, key, place, shape, own))
     return tensors
+
+
+def _change(tensor: Tensor) -> str:
+    return f"{stored_dtype(tensor.files.tensors[tensor.key])} as {tensor.dtype.name}"
 
 
 def _component(checkpoint: Checkpoint, name: str) -> str:
@@ -215,7 +223,7 @@ def _pieces(checkpoint: Checkpoint, name: str, layout: str, tensors: Iterable[Te
             counts[path] = max(counts.get(path, 0), layer + 1)
     shapes |= {path: (count, *shapes[path]) for path, count in counts.items()}
     rules = layout_rules(component, layout, getattr(checkpoint, component), {CLIP_PREFIX: ()}, whole=True)
-    named = {(into.path, into.layer): (key, into, s) for key, (into, s) in expected_sources(shapes, rules).items()}
+    named = {(into.path, into.layer): (key, into, s) for key, (into, s) in expectedsources_of(shapes, rules).items()}
     pieces = [_piece(tensor, *named[tensor.place.path, tensor.place.layer]) for tensor in tensors]
     return fuse_image_encoder(pieces) if (component, layout) == ("image_encoder", "original") else pieces
 

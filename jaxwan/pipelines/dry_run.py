@@ -503,7 +503,7 @@ def present_memory(device: jax.Device) -> int | None:
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
-def parse_memory(value: str | int | None) -> int | None:
+def parse_memory(value: str | int | None, what: str = "device memory") -> int | None:
     """Bytes of "80GB" (80e9) or "80GiB" (80 * 2**30); a number of Python's is bytes. ValueError for what is no size."""
     if value is None:
         return None
@@ -515,9 +515,9 @@ def parse_memory(value: str | int | None) -> int | None:
     except (KeyError, ValueError, OverflowError):
         size = 0
     if size > 0 and not unit:
-        raise ValueError(f"device memory {value!r} has no unit: {number}GB, {number}GiB?")
+        raise ValueError(f"{what} {value!r} has no unit: {number}GB, {number}GiB?")
     if size < _LEAST_MEMORY:
-        raise ValueError(f"device memory {value!r} is no size from 1MB up, such as 80GB or 80GiB")
+        raise ValueError(f"{what} {value!r} is no size from 1MB up, such as 80GB or 80GiB")
     return size
 
 

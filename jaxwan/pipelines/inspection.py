@@ -1,7 +1,7 @@
 """What a checkpoint is, from its headers alone: parts, layouts, sizes, dtypes, and what does not fit."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
 
 def inspect_file(path: Path) -> Inspection:
-    """What a single file (or a folder of one part) holds, whether it is of a Wan model or not. Raises CheckpointError or
-    OSError for what cannot be read at all."""
+    """What a single file (or a folder of one part) holds, whether it is of a Wan model or not. Raises CheckpointError
+    or OSError for what cannot be read at all."""
     files = files_at(path)
     kind, told = kind_of(files.shapes), describe_tensors(files.dtypes)
     if kind is None or told is not None:
@@ -97,6 +97,8 @@ def _component(checkpoint: Checkpoint, name: str) -> Component:
         files = checkpoint.files(name)
         kind = kind_of(files.shapes)
     except (OSError, CheckpointError) as error:
+        if checkpoint.hub_id is not None and isinstance(error, FileNotFoundError):
+            return Component(name, str(place), "not fetched")
         return Component(name, str(place), None, problem=str(error))
     layout, unused, problem = None if kind is None else kind.layout, (), None
     try:
@@ -118,7 +120,7 @@ def _counted(name: str, path: Path, layout: str | None, files: TensorFiles, **mo
     return Component(
         name, str(path), layout, files=len(files.paths), tensors=len(counts), parameters=sum(counts),
         num_bytes=sum(tensor.num_bytes for tensor in tensors),
-        dtypes=dict(Counter(_stored_dtype(tensor) for tensor in tensors).most_common()),
+        dtypes=dict(Counter(stored_dtype(tensor) for tensor in tensors).most_common()),
         quantised=sum(t.num_bytes < n * t.dtype.itemsize for t, n in zip(tensors, counts, strict=True)), **more,
     )  # fmt: skip
 
@@ -130,27 +132,45 @@ def _count(tensor: Stored) -> int:
     return count
 
 
-def _stored_dtype(tensor: Stored) -> str:
+def stored_dtype(tensor: Stored) -> str:
     """In the file, where a view is read as another."""
     return _NAMES[getattr(tensor, "dtype_on_disk", tensor.dtype)]
 
 
 def table(inspection: Inspection) -> str:
     """For people."""
-    lines = [f"{inspection.name}: {inspection.variant or 'a part of a checkpoint'}, {inspection.num_bytes / 1e9:,.2f} GB"]
-    rows = [("part", "layout", "tensors", "parameters", "GB", "dtypes", "")]
+    rows = [("part", "layout", "tensors", "parameters", "size", "dtypes", "")]
     for part in inspection.components:
         dtypes = ", ".join(f"{name} {count}" for name, count in (part.dtypes or {}).items())
-        notes = [f"{part.quantised} quantised"] * bool(part.quantised) + [f"{len(part.unused)} unused"] * bool(part.unused)
-        rows.append((part.name, part.layout or "-", str(part.tensors), f"{part.parameters / 1e6:,.1f} M",
-                     f"{part.num_bytes / 1e9:,.2f}", dtypes, ", ".join(notes)))  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = (2, 3, 4)  # numbers
-    for row in rows:
-        cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    lines += [f"{name}: {value}" for name, value in inspection.told.items() if value not in (None, False)]
+        notes = {f"{part.quantised} quantised": part.quantised, f"{len(part.unused)} unused": part.unused}
+        rows.append((
+            part.name, part.layout or "-", str(part.tensors), f"{part.parameters / 1e6:,.1f} M",
+            amount(part.num_bytes), dtypes, ", ".join(note for note, any_ in notes.items() if any_),
+        ))  # fmt: skip
+    what = inspection.variant or "a part of a checkpoint"
+    lines = [f"{inspection.name}: {what}, {amount(inspection.num_bytes)}", *_aligned(rows, numbers=(2, 3, 4))]
+    for name, value in inspection.told.items():
+        if value not in (None, False):
+            value = ", ".join(value) if isinstance(value, list) else "yes" if value is True else value
+            lines.append(f"{name}: {value}")
     for part in inspection.components:
         lines += [f"{part.name} has unused {some(part.unused)}"] * bool(part.unused)
         lines += [f"{part.name} cannot be loaded: {part.problem}"] * bool(part.problem)
     return "\n".join(lines)
+
+
+def amount(num_bytes: int) -> str:
+    """Bytes, for people."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], numbers: Collection[int]) -> list[str]:
+    """Rows in columns, those of numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in numbers else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -17,6 +17,7 @@ from jaxwan.convert.detect import rules_of
 from jaxwan.convert.files import TensorFiles, check_variant, is_weights, list_files
 from jaxwan.convert.load import OnBytes, count_bytes, flat_shapes, load_state, prove, targets_of
 from jaxwan.convert.rules import CheckpointError, Rule, Target
+from jaxwan.convert.verify import SUMS, check_finite, check_sums
 from jaxwan.models.layers import abstract
 from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines.checkpoint import Checkpoint
@@ -244,6 +245,19 @@ def check_weights(checkpoint: Checkpoint) -> str:
     return f"checked by their headers: {', '.join(checkpoint.components)}, {num_bytes / 1e6:,.0f} MB to read{merged}"
 
 
+def check_numbers(checkpoint: Checkpoint, *, progress: bool = True) -> None:
+    """Read all weights once. Raises CheckpointError for files that are not as they were converted, where the folder
+    says how they were, and for numbers that are infinite or none."""
+    files, found = prove_components(checkpoint)
+    total = sum(files[name].num_bytes(key) for name, keys in found.items() for key in keys)
+    sums = (checkpoint.folder / SUMS).is_file()
+    with Progress(visible=progress).phase("check", total * (1 + sums), "B") as update:
+        if sums:
+            check_sums(checkpoint.folder, update)
+        for name, keys in found.items():
+            check_finite(files[name], keys, what=str(checkpoint.place(name)), progress=update)
+
+
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:
     """The rule table for a component's files."""
     component = "transformer" if name in checkpoint.experts else name
@@ -255,16 +269,18 @@ def default_dtype(device: jax.Device) -> str:
     return "float32" if device.platform == "cpu" else "bfloat16"
 
 
-def parse_dtype(name: str, value: Any) -> str | None:
-    """The name, one of DTYPES, of what says it as JAX, NumPy or a text does; None stays. ValueError for any other."""
+def parse_dtype(name: str, value: Any, allowed: Sequence[str] = DTYPES) -> str | None:
+    """The name, one of those allowed, of what says it as JAX, NumPy or a text does; None stays. ValueError for another
+    value."""
     if value is None:
         return None
     try:
         text = jnp.dtype(value).name
     except TypeError:
         text = str(value).removeprefix("torch.")
-    if text not in DTYPES:
-        nearest = difflib.get_close_matches({"bf16": "bfloat16", "fp32": "float32"}.get(text, text), DTYPES, 1)
+    if text not in allowed:
+        long = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text)
+        nearest = difflib.get_close_matches(long, allowed, 1)
         hint = f": nearest is {nearest[0]}" if nearest else ""
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(DTYPES)}{hint}")
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}{hint}")
     return text

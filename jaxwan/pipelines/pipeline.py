@@ -22,7 +22,7 @@ from jaxwan.pipelines.decode import decode_videos
 from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
 from jaxwan.pipelines.encoders import Encoders, encode_clip, prepare
-from jaxwan.pipelines.load import check_use, load_parts, parse_dtype, place, tell_idle_stages
+from jaxwan.pipelines.load import check_numbers, check_use, load_parts, parse_dtype, place, tell_idle_stages
 from jaxwan.pipelines.media import BackgroundWriter, check_writable
 from jaxwan.pipelines.output import Output, Saving, as_pil, kept_type, numbered
 from jaxwan.pipelines.parts import Parts, job_settings
@@ -63,6 +63,7 @@ class WanPipeline:
         components: Mapping[str, str | Path] | None = None,
         loras: Sequence[Lora | str | Path] = (),
         warmup: Mapping[str, Any] | Job | None = None,
+        check: bool = False,
         progress: bool = True,
         **unknown: Any,
     ) -> "WanPipeline":
@@ -85,6 +86,9 @@ class WanPipeline:
         checked before anything heavy is read, and what it runs is compiled while the weights are. Calls of the same
         size, number of videos and inputs then compile nothing.
 
+        check: read all weights once before, and refuse a converted folder whose files are not as they were written (its
+        SHA256SUMS), and numbers that are infinite or none.
+
         progress: bars (or plain lines) of what takes long, now and in calls; False is silent.
 
         Raises ValueError or OSError before anything heavy is read; TypeError for an argument that a call does not have.
@@ -92,6 +96,7 @@ class WanPipeline:
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
         known = "model mesh dtype vae_dtype ulysses vae_devices variant components loras warmup progress"
+        known = "model mesh dtype vae_dtype ulysses vae_devices variant components warmup check progress"
         refuse_unknown(unknown, tuple(known.split()))
         own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
         ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
@@ -108,6 +113,8 @@ class WanPipeline:
         tell_idle_stages(spec, checkpoint)
         keep_compiled_programs()
         ensure_weights(checkpoint)
+        if check:
+            check_numbers(checkpoint, progress=progress)
         vae_dtype = vae_dtype or "float32"
         parts = load_parts(checkpoint, spec, dtype, vae_dtype, job, vae_devices=own, progress=progress)
         return cls(checkpoint, parts, progress=progress)

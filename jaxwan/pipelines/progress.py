@@ -101,10 +101,17 @@ class _Lines:
         now = time.perf_counter()
         if now - self.last >= _LINE_EVERY and self.done < self.total:
             self.last = now
-            self._print(f"{self._number(self.done)} of {self._count(self.total)}, {now - self.start:.0f} s")
+            self._print(f"{self._number(self.done)} of {self._count(self.total)}, {self._pace(now - self.start)}")
 
     def end(self) -> None:
         self._print(f"{self._count(self.done)} in {time.perf_counter() - self.start:.1f} s")
+
+    def _pace(self, seconds: float) -> str:
+        """How long it took so far; of bytes also how many a second, and how long the others take at that."""
+        if self.unit != "B" or not self.done:
+            return f"{seconds:.0f} s"
+        left = seconds * (self.total - self.done) / self.done
+        return f"{seconds:.0f} s, {self.done / 1e6 / seconds:,.0f} MB/s, {left:.0f} s left"
 
     def _count(self, number: int) -> str:
         return f"{self._number(number)} {'MB' if self.unit == 'B' else self.unit + 's' * (number != 1)}"

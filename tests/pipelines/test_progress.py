@@ -71,6 +71,13 @@ def test_a_long_phase_says_now_and_then_how_far_it_is(capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines() == [*said, "denoise: 8 steps in 54.0 s"]
 
 
+def test_a_long_phase_of_bytes_says_how_fast_it_is_and_how_long_the_rest_takes(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    run(120_000_000, "B")
+    assert capsys.readouterr().err.splitlines()[1] == "denoise: 48.0 of 120.0 MB, 24 s, 2 MB/s, 36 s left"
+
+
 def test_a_stderr_that_cannot_be_written_ends_no_phase(monkeypatch):
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)
