@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +23,7 @@ from jaxwan.convert.tensors import DTYPES
 
 STEM = "diffusion_pytorch_model"  # file name of Diffusers' components; transformers' are called "model"
 _ONE_WRITE = 2**26  # bytes between two reports of progress
+_ANY_TIME = nullcontext()
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 OnBytes = Callable[[int], Any]  # called with the bytes of tensors that were just written
@@ -83,15 +84,21 @@ class File:
     num_bytes: int
     write: Callable[[Sink], None]
 
-    def write_to(self, folder: Path, progress: OnBytes = lambda done: None) -> str:
-        """Write it into a folder, in which it appears whole or not at all; its sha256. Raises OSError."""
+    def write_to(
+        self, folder: Path, progress: OnBytes = lambda done: None, naming: AbstractContextManager = _ANY_TIME
+    ) -> str:
+        """Write it into a folder, in which it appears whole or not at all; its sha256. naming: entered while names are
+        made. Raises OSError."""
         path = folder / self.name
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
+            with naming:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = beside.open("wb")
+            with file:
                 self.write(sink := Sink(file, progress))
-            beside.replace(path)
+            with naming:
+                beside.replace(path)
         except BaseException as error:
             with suppress(OSError):
                 beside.unlink()

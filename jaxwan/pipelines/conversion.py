@@ -20,7 +20,7 @@ from jaxwan.convert.diffusers import CLIP_PREFIX
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes
 from jaxwan.convert.orbax import Row, orbax_files
-from jaxwan.convert.rules import KEEP, Shape, Target, place_all
+from jaxwan.convert.rules import KEEP, Shape, Target, expected_sources, place_all
 from jaxwan.convert.save import STEM, File, OnBytes, Piece, sharded_files
 from jaxwan.convert.torch_save import torch_file
 from jaxwan.convert.views import fuse_image_encoder
@@ -104,8 +104,7 @@ def convert(conversion: Conversion, target: Path, *, overwrite: bool = False, pr
     """
     check_target(target, sources_of(conversion.checkpoint), overwrite)
     with appearing(target, conversion.num_bytes, overwrite) as folder:
-        sums = {file.name: file.write_to(folder.path, progress or (lambda done: None)) for file in conversion.files}
-        folder.add_sums(sums)
+        folder.write(conversion.files, progress)
         written = open_checkpoint(folder.path)
         prove_components(written)
         for lost in _lost(conversion.checkpoint, written):
@@ -223,7 +222,7 @@ def _pieces(checkpoint: Checkpoint, name: str, layout: str, tensors: Iterable[Te
             counts[path] = max(counts.get(path, 0), layer + 1)
     shapes |= {path: (count, *shapes[path]) for path, count in counts.items()}
     rules = layout_rules(component, layout, getattr(checkpoint, component), {CLIP_PREFIX: ()}, whole=True)
-    named = {(into.path, into.layer): (key, into, s) for key, (into, s) in expectedsources_of(shapes, rules).items()}
+    named = {(into.path, into.layer): (key, into, s) for key, (into, s) in expected_sources(shapes, rules).items()}
     pieces = [_piece(tensor, *named[tensor.place.path, tensor.place.layer]) for tensor in tensors]
     return fuse_image_encoder(pieces) if (component, layout) == ("image_encoder", "original") else pieces
 

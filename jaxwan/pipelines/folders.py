@@ -3,16 +3,21 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxwan.convert.save import File, OnBytes
 from jaxwan.convert.verify import SUMS
 from jaxwan.pipelines.ending import leaving_nothing_half
 
 _MARGIN = 2**24  # bytes beside those of tensors: headers, and what a file system needs for names
+_SYNCING = 32  # files at once: a disk makes all that wait for it durable together
 _under_way: set[Path] = set()
+_naming = threading.Lock()  # held while something gets a name; where the process ends, nothing gets one any more
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,11 @@ class Partial:
 
     path: Path
 
-    def add_sums(self, sums: Mapping[str, str]) -> None:
-        """Write the sha256 of each file, as `sha256sum -c` reads them."""
-        (self.path / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    def write(self, files: Iterable[File], progress: OnBytes | None) -> None:
+        """Write files, and the sha256 of each, as `sha256sum -c` reads them."""
+        sums = {file.name: file.write_to(self.path, progress or (lambda done: None), _naming) for file in files}
+        text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
+        File(SUMS, len(text), lambda sink: sink.write(text) and None).write_to(self.path, naming=_naming)
 
 
 def check_target(target: Path, sources: Iterable[Path], overwrite: bool) -> None:
@@ -61,8 +68,9 @@ def appearing(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Partial
                 need = f"{(num_bytes + _MARGIN) / 1e9:,.1f} GB"
                 raise OSError(f"{target} takes {need}, and there are {free / 1e9:,.1f} GB left on its disk")
             yield Partial(partial)
-            os.sync()  # all of it is on the disk before it has a name
-            _exchange(partial, target, overwrite)
+            _sync(partial)  # all of it is on the disk before it has a name
+            with _naming:
+                _exchange(partial, target, overwrite)
         finally:
             _under_way.discard(partial)
             shutil.rmtree(partial, ignore_errors=True)
@@ -94,10 +102,23 @@ def _exchange(partial: Path, target: Path, overwrite: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _sync(folder: Path) -> None:
+    with ThreadPoolExecutor(_SYNCING) as threads:
+        list(threads.map(_sync_one, folder.rglob("*")))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _remove_under_way() -> None:
+    _naming.acquire()  # for good: the process ends
     for partial in list(_under_way):
-        with suppress(OSError):
-            shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 leaving_nothing_half.append(_remove_under_way)
