@@ -84,7 +84,7 @@ def read_orbax(folder: Path, part: Part, reader: Reader) -> dict[str, Extent]:
         stacked = path.startswith(_STACKED)
         for layer in range(shape[lead - 1]) if stacked else (None,):
             row = (*(() if expert is None else (expert,)), *(() if layer is None else (layer,)))
-            file = folder / array / _chunk(row, len(shape))
+            file = folder / array / _chunk_name(row, len(shape))
             key = path if layer is None else path.replace(".", f".{layer}.", 1)
             found[key] = Extent(file, 0, dtype, shape[lead:])
             _check_size(file, found[key].num_bytes)
@@ -117,7 +117,7 @@ def _described(array: Path, lead: int, reader: Reader) -> tuple[Shape, np.dtype]
     return tuple(shape), _DTYPES[kind]
 
 
-def _chunk(row: Sequence[int], ndim: int) -> str:
+def _chunk_name(row: Sequence[int], ndim: int) -> str:
     """The name of a row's file; Zarr calls that of an array without axes 0."""
     return ".".join(map(str, (*row, *[0] * (ndim - len(row))))) or "0"
 
@@ -132,21 +132,21 @@ def _check_size(file: Path, wanted: int) -> None:
 # Writing
 
 
-class Row(NamedTuple):
-    """A row of a parameter that is to be written; its piece's name is the parameter's path."""
+class Chunk(NamedTuple):
+    """A row of a parameter, which is to be written as a file; its piece's name is the parameter's path."""
 
     component: str
     row: tuple[int, ...]  # expert and layer, if it has them
     piece: Piece
 
 
-def orbax_files(rows: Iterable[Row]) -> list[File]:
+def orbax_files(rows: Iterable[Chunk]) -> list[File]:
     """All files of a checkpoint. Rows of a parameter have one shape and dtype, and are all there."""
-    arrays: dict[tuple[str, str], list[Row]] = {}
+    arrays: dict[tuple[str, str], list[Chunk]] = {}
     files: list[File] = []
     for row in rows:
         arrays.setdefault((row.component, row.piece.name), []).append(row)
-        name = f"{FOLDER}/{_directory(row)}/{_chunk(row.row, len(row.row) + len(row.piece.shape))}"
+        name = f"{FOLDER}/{_directory(row)}/{_chunk_name(row.row, len(row.row) + len(row.piece.shape))}"
         files.append(File(name, row.piece.num_bytes, lambda sink, piece=row.piece: sink.add(piece)))
     tree: dict[str, Any] = {}
     for (component, path), found in arrays.items():
@@ -170,11 +170,11 @@ _COMMIT: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def _directory(row: Row) -> str:
+def _directory(row: Chunk) -> str:
     return f"{row.component}.{row.piece.name}"
 
 
-def _description(rows: Sequence[Row]) -> File:
+def _description(rows: Sequence[Chunk]) -> File:
     """What Zarr has of an array beside its chunks. Raises ValueError unless the rows make one: our own bug."""
     piece, lead = rows[0].piece, [max(row.row[axis] for row in rows) + 1 for axis in range(len(rows[0].row))]
     if {(row.piece.shape, row.piece.dtype) for row in rows} != {(piece.shape, piece.dtype)} or {

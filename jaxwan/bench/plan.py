@@ -18,7 +18,7 @@ ON_CPU = 5.0, 4.0  # the same
 RIVAL = 50.0, 75.0  # seconds in which torch starts and compiles, on a GPU and on a CPU
 # programs that take long; of a kind that is not here, none
 PROGRAMS = {"dit": 1, "block": 2, "flags": 1, "vae": 2, "convolution": 10, "blend": 2, "sampler": 1, "pipeline": 3,
-            "load": 1, "e2e": 3, "compile": 3, "growth": 8, "mesh": 6}  # fmt: skip
+            "load": 4, "e2e": 3, "compile": 3, "growth": 8, "mesh": 6}  # fmt: skip
 
 
 def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int = 3, profile: str = "",

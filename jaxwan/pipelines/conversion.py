@@ -19,7 +19,7 @@ from jaxwan.convert.detect import kind_of, layout_rules
 from jaxwan.convert.diffusers import CLIP_PREFIX
 from jaxwan.convert.files import TensorFiles
 from jaxwan.convert.load import flat_shapes
-from jaxwan.convert.orbax import Row, orbax_files
+from jaxwan.convert.orbax import Chunk, orbax_files
 from jaxwan.convert.rules import KEEP, Shape, Target, expected_sources, place_all
 from jaxwan.convert.save import STEM, File, OnBytes, Piece, sharded_files
 from jaxwan.convert.torch_save import torch_file
@@ -200,14 +200,14 @@ def _alike(tensors: Mapping[str, list[Tensor]], experts: Iterable[str]) -> dict[
     }
 
 
-def _rows(checkpoint: Checkpoint, tensors: Mapping[str, list[Tensor]]) -> Iterable[Row]:
+def _rows(checkpoint: Checkpoint, tensors: Mapping[str, list[Tensor]]) -> Iterable[Chunk]:
     for name, own in tensors.items():
         expert = (checkpoint.experts.index(name),) if name in checkpoint.experts else ()
         for tensor in own:
             layer = () if tensor.place.layer is None else (tensor.place.layer,)
             keep = replace(tensor.place, transform=KEEP)
             piece = _piece(tensor, tensor.place.path, keep, tensor.shape)
-            yield Row(_component(checkpoint, name), (*expert, *layer), piece)
+            yield Chunk(_component(checkpoint, name), (*expert, *layer), piece)
 
 
 def _pieces(checkpoint: Checkpoint, name: str, layout: str, tensors: Iterable[Tensor]) -> list[Piece]:

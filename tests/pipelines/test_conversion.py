@@ -27,7 +27,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
 
 from jaxwan import WanPipeline, dry_run, open_checkpoint
-from jaxwan.convert.rules import CheckpointError
+from jaxwan.convert.diffusers import TRANSFORMER
+from jaxwan.convert.load import flat_shapes
+from jaxwan.convert.rules import CheckpointError, expected_sources
+from jaxwan.convert.save import Piece, safetensors_file
+from jaxwan.models.layers import abstract
+from jaxwan.models.transformer import WanTransformer
 from jaxwan.pipelines import ending, folders
 from jaxwan.pipelines.conversion import CLIP, NOISE, T5, convert, plan_conversion
 
@@ -356,3 +361,58 @@ def test_what_a_layout_cannot_hold_is_refused_or_told(folder, tmp_path, caplog):
     edit(alone / "model_index.json", transformer_2=[None, None], boundary_ratio=0.0)
     with pytest.raises(ValueError, match="the original layout of Wan2.2-T2V-A14B has two experts, and this has one"):
         plan_conversion(open_checkpoint(alone), "original")
+
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+from jaxwan import open_checkpoint
+from jaxwan.pipelines.conversion import convert, plan_conversion
+
+def status(name):
+    return 1024 * int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+source, target, layout, dtype = sys.argv[1:]
+planned = plan_conversion(open_checkpoint(source), layout, dtype=dtype or None)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+convert(planned, Path(target))
+print(json.dumps({"over": status("VmHWM") - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(folder, tmp_path_factory):
+    """A checkpoint with a DiT of 1.3 GB, of which the largest tensors have 134 MB."""
+    target = shutil.copytree(folder("2.1-t2v"), tmp_path_factory.mktemp("wide") / "source")
+    edit(
+        target / "transformer/config.json", num_attention_heads=16, attention_head_dim=128, ffn_dim=16384, num_layers=3
+    )
+    for path in (target / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    cfg = open_checkpoint(target).transformer
+    _, state = abstract(WanTransformer, cfg, jnp.dtype(jnp.float32))
+    shapes = {path: leaf.shape for path, leaf in flat_shapes(state).items()}
+    pieces = [
+        Piece(key, shape, np.dtype(np.float32), lambda shape=shape: np.ones(shape, np.float32))
+        for key, (_, shape) in expected_sources(shapes, TRANSFORMER).items()
+    ]
+    assert max(piece.num_bytes for piece in pieces) == LARGEST
+    safetensors_file("diffusion_pytorch_model.safetensors", pieces).write_to(target / "transformer")
+    return target
+
+
+LARGEST = 2048 * 16384 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("diffusers", "bfloat16"), ("original", ""), ("orbax", ""), ("orbax", "float16")]
+)
+def test_converting_takes_no_more_memory_than_two_of_the_largest_tensor(wide, tmp_path, layout, dtype):
+    command = [sys.executable, "-c", MEASURE, str(wide), str(tmp_path / "target"), layout, dtype]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    over = json.loads(done.stdout)["over"]
+    print(f"\n{layout} {dtype}: {over / LARGEST:.2f} of the largest tensor")
+    assert over <= 2 * LARGEST + 2**24  # what Python allocates beside them
