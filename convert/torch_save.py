@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxwan.convert.save import File, Piece, Sink
 from jaxwan.convert.tensors import DTYPES
@@ -24,7 +25,8 @@ def torch_file(name: str, pieces: Sequence[Piece]) -> File:
 
     def write(sink: Sink) -> None:
         folder = Path(name).stem  # as torch.save names it
-        with zipfile.ZipFile(sink, "w") as file:  # pyright: ignore[reportArgumentType]
+        forward: Any = sink  # a file as far as zipfile needs one that cannot go back
+        with zipfile.ZipFile(forward, "w") as file:
             file.writestr(_entry(f"{folder}/data.pkl"), state_dict(pieces))
             file.writestr(_entry(f"{folder}/byteorder"), "little")
             for number, piece in enumerate(pieces):
