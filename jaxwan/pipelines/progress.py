@@ -106,7 +106,7 @@ class _Lines:
     def end(self) -> None:
         self._print(f"{self._count(self.done)} in {time.perf_counter() - self.start:.1f} s")
 
-    def _pace(self, seconds: float) -> str:
+    def _pace(self, seconds: int | float) -> str:
         """How long it took so far; of bytes also how many a second, and how long the others take at that."""
         if self.unit != "B" or not self.done:
             return f"{seconds:.0f} s"
