@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 from pathlib import Path
 
 import ml_dtypes
@@ -230,3 +231,18 @@ def test_an_extent_knows_its_bytes():
     extent = Extent(Path("x"), 10, DTYPES["BF16"], (4, 3))
     assert extent.num_bytes == 24
     assert extent.rows(slice(1, 3)) == Extent(Path("x"), 16, DTYPES["BF16"], (2, 3))
+
+
+def test_more_files_than_a_process_may_open_are_read(tmp_path):
+    """As those of an Orbax checkpoint."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    paths = [tmp_path / str(number) for number in range(300)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number % 256]))
+    reader = Reader()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 150, limit[1]))
+        for path in [*paths, *paths]:
+            assert reader.read(Extent(path, 0, np.dtype(np.uint8), (1,))).tobytes() == path.read_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
