@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Write a checkpoint in another layout."""
+    from jaxwan.convert.lora import Lora
     from jaxwan.pipelines import conversion
     from jaxwan.pipelines.checkpoint import ensure_weights
     from jaxwan.pipelines.folders import check_target
@@ -68,7 +69,7 @@ def convert(args: argparse.Namespace) -> int:
     if not sources:
         raise ValueError(f"{target} is read or written? Give what to read, and behind it the folder to write")
     dtype = parse_dtype("--dtype", args.dtype, conversion.DTYPES)
-    checkpoint = open_sources(sources, args.variant, components(args))
+    checkpoint = open_sources(sources, args.variant, components(args), [Lora.parse(text) for text in args.lora])
     ensure_weights(checkpoint)
     planned = conversion.plan_conversion(checkpoint, args.to, dtype=dtype, shard_size=size(args.shard_size))
     target = Path(target)
@@ -214,6 +215,8 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
                         "keeps in float32; default: as it is stored (needed where that is fp8)")  # fmt: skip
     parser.add_argument("--shard-size", default="5GB", help="of a safetensors file, at most; default %(default)s")
     _component_flag(parser)
+    parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:STRENGTH]",
+                        help="merge a LoRA into what is written, as scripts/generate.py does; repeatable")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only say what would be written")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that was converted before")
 

@@ -22,8 +22,7 @@ _WITHOUT_MEANING = {
     "image_embeds": ((None,), "give the image itself, as image"),
 }
 
-_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "loras", "warmup", "progress")
-_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "warmup", "check", "progress")
+_OF_LOADING = ("model", "mesh", "dtype", "vae_dtype", "loras", "warmup", "check", "progress")
 
 # What an argument is called in Diffusers, Wan's own scripts and other programs
 _ELSEWHERE = {

@@ -154,8 +154,8 @@ def _tensors(checkpoint: Checkpoint, name: str, files: TensorFiles, dtype: str |
         own = stored.dtype if wanted is None else wanted[place.path]
         if wanted is None and component in ("transformer", "text_encoder") and _is_decoded(files, key):
             raise ValueError(
-                f"{name} is quantised ({key}), and is decoded where it is written: say to what, --dtype bfloat16, "
-                "float16 or float32"
+                f"{name} is quantised or a sum with LoRAs ({key}), which is computed in float32: say in what it is to "
+                "be written, --dtype bfloat16, float16 or float32"
             )
         tensors.append(Tensor(files, key, place, shape, own))
     return tensors

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxwan.convert.detect import config_of, kind_of, layout_rules
 from jaxwan.convert.foreign import describe_tensors
+from jaxwan.convert.lora import Lora
 from jaxwan.convert.rules import CheckpointError
 from jaxwan.convert.verify import Component
 from jaxwan.pipelines.checkpoint import Checkpoint, ensure_weights, open_checkpoint
@@ -12,12 +13,13 @@ from jaxwan.pipelines.components import files_at, noise_of
 
 
 def open_sources(
-    sources: Sequence[str], variant: str | None = None, components: Mapping[str, str] | None = None
-) -> Checkpoint:
+    sources: Sequence[str], variant: str | None = None, components: Mapping[str, str] | None = None,
+    loras: Sequence[Lora] = (),
+) -> Checkpoint:  # fmt: skip
     """The checkpoint that a folder or hub id is, or that files are together; headers of files are read, no weights.
 
-    components: further files, by the part that each is. Raises ValueError or OSError as `open_checkpoint` does, and for
-    files that are no part, or the same one.
+    components: further files, by the part that each is. loras: merged into the DiTs. Raises ValueError or OSError as
+    `open_checkpoint` does, and for files that are no part, or the same one.
     """
     files = [source for source in sources if Path(source).is_file()]
     models = [source for source in sources if source not in files]
@@ -29,7 +31,7 @@ def open_sources(
         if name in parts:
             raise ValueError(f"{parts[name]} and {file} are both a {name}: leave one out, or say which part it is")
         parts[name] = file
-    return open_checkpoint(models[0] if models else None, variant, parts)
+    return open_checkpoint(models[0] if models else None, variant, parts, loras)
 
 
 def part_of(file: Path) -> str:

@@ -95,8 +95,7 @@ class WanPipeline:
 
         Compiled programs are kept for later processes, in a folder that `keep_compiled_programs` names.
         """
-        known = "model mesh dtype vae_dtype ulysses vae_devices variant components loras warmup progress"
-        known = "model mesh dtype vae_dtype ulysses vae_devices variant components warmup check progress"
+        known = "model mesh dtype vae_dtype ulysses vae_devices variant components loras warmup check progress"
         refuse_unknown(unknown, tuple(known.split()))
         own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
         ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)

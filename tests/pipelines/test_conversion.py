@@ -178,10 +178,22 @@ def test_scaled_fp8_is_written_as_the_dtype_that_was_asked_for(folder, tmp_path)
     stored, meaning = scaled_fp8(original_transformer(tensors_of(source / "transformer")), "model.diffusion_model.")
     save_file(stored, tmp_path / "fp8.safetensors")
     checkpoint = open_checkpoint(source, components={"transformer": tmp_path / "fp8.safetensors"})
-    with pytest.raises(ValueError, match="transformer is quantised .* --dtype bfloat16, float16 or float32"):
+    with pytest.raises(ValueError, match="transformer is quantised or .* --dtype bfloat16, float16 or float32"):
         plan_conversion(checkpoint, "diffusers")
     target = convert(plan_conversion(checkpoint, "diffusers", dtype="float32"), tmp_path / "whole")
     equal(tensors_of(target / "transformer"), {names[key]: value for key, value in meaning.items()})
+
+
+def test_what_a_lora_adds_is_written_as_it_is_loaded(folder, tmp_path):
+    source, rng = folder("2.1-t2v"), torch.Generator().manual_seed(0)
+    weight = tensors_of(source / "transformer")["blocks.1.attn1.to_q.weight"]
+    factors = {"A": (2, weight.shape[1]), "B": (weight.shape[0], 2)}
+    save_file({f"transformer.blocks.1.attn1.to_q.lora_{x}.weight": torch.randn(shape, generator=rng)
+               for x, shape in factors.items()}, tmp_path / "lora.safetensors")  # fmt: skip
+    checkpoint = open_checkpoint(source, loras=[tmp_path / "lora.safetensors"])
+    target = convert(plan_conversion(checkpoint, "diffusers"), tmp_path / "merged")
+    same_parameters(leaves(target, "pp=1"), leaves(checkpoint, "pp=1"))
+    assert not torch.equal(tensors_of(target / "transformer")["blocks.1.attn1.to_q.weight"], weight)
 
 
 # What others make of it
