@@ -22,9 +22,9 @@ from jaxwan.config import (
 )
 from jaxwan.convert.files import TensorFiles, is_weights, list_files
 from jaxwan.convert.lora import Lora, with_loras
-from jaxwan.convert.rules import some
 from jaxwan.convert.orbax import FOLDER as ORBAX
 from jaxwan.convert.orbax import Part, is_orbax
+from jaxwan.convert.rules import some
 from jaxwan.geometry import Geometry
 from jaxwan.pipelines.arguments import check_kind, local_path
 from jaxwan.pipelines.comfyui import find_parts
