@@ -21,6 +21,8 @@ def open_sources(
     components: further files, by the part that each is. loras: merged into the DiTs. Raises ValueError or OSError as
     `open_checkpoint` does, and for files that are no part, or the same one.
     """
+    if len(sources) == 1:  # of a file, the other parts may lie beside it
+        return open_checkpoint(sources[0], variant, components, loras)
     files = [source for source in sources if Path(source).is_file()]
     models = [source for source in sources if source not in files]
     if len(models) > 1:
