@@ -8,6 +8,7 @@ Frames may be split in space (`Chunk.space`): every device then convolves a stri
 that it reads beyond it.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -124,7 +125,8 @@ def _conv3d(x: Array, kernel: Array, stride: tuple[int, int], padding: Padding) 
 def _sum_of_taps(seen: list[list[Array]], kernel: Array, stride: int, padding: Padding) -> Array:
     """Of the frames that each result sees, which are arrays of one frame: each tap's of all results at once."""
     met = (jnp.concatenate(frames, axis=1) for frames in zip(*seen, strict=True))
-    return sum(_conv2d(images, tap, stride, padding) for images, tap in zip(met, kernel, strict=True))
+    made = (_conv2d(images, tap, stride, padding) for images, tap in zip(met, kernel, strict=True))
+    return functools.reduce(jnp.add, made)
 
 
 def _conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
