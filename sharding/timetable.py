@@ -56,6 +56,17 @@ class Phase:
         turns[rank][slot] = Turn()
         return replace(self, turns=tuple(map(tuple, turns)))
 
+    def entered(self, tick: int) -> int:
+        """Rounds that have begun before a tick, which is the end of one."""
+        return max(0, -(-(tick - self.since) // self.period))
+
+    def ended(self, tick: int) -> "Phase":
+        """The same with the steps alone that have entered before a tick: none enters by this plan while the next one is
+        waited for."""
+        rounds = self.entered(tick)
+        turns = (tuple(t._replace(num_steps=min(t.num_steps, t.done + rounds)) for t in own) for own in self.turns)
+        return replace(self, turns=tuple(turns))
+
 
 @dataclass(frozen=True)
 class Timetable:
@@ -134,14 +145,22 @@ class Timetable:
         next_ = _phase(self.now, going_on | dict(joining))
         since = self.tick
         for place, member in going_on.items():
-            if member.done > self.steps_done(place):  # its last step is still in the ring
+            if member.branches and member.done > self.steps_done(place):  # it is to be back before it enters again
                 plan, slot, _ = next_.of(place)
                 since = max(since, self.done_at(place, member.done - 1) - plan.first(slot))
-        before = self.before if self.tick <= self.now.since else self.now
+        before = self.before if self.tick <= self.now.since else self.now.ended(self.tick)
         for place in joining:
             before = before.released(place)
         before, now = replace(before, since=before.since - self.tick), replace(next_, since=since - self.tick)
         return Timetable(0, before, now)
+
+    def shortened(self) -> "Timetable":
+        """By a new plan for those that go on, where its period is shorter and it brings none of them later to its end;
+        else as it is."""
+        next_ = self.changed({})
+        ends = [(place, member.num_steps - 1) for place, member in next_.members.items()]
+        later = any(next_.done_at(*end) > self.done_at(*end) - self.tick for end in ends)
+        return self if later or next_.now.period >= self.now.period else next_
 
     def restarted(self) -> "Timetable":
         """As if all that is under way had not begun: each video goes on from its last finished step, at once."""
@@ -155,7 +174,7 @@ class Timetable:
     def _going_on(self) -> dict[Place, Member]:
         """Videos that are not done, with the steps that have entered by now as done; those all of whose steps have, but
         are not back, need no further ticks."""
-        rounds, found = max(0, -(-(self.tick - self.now.since) // self.now.period)), {}
+        rounds, found = self.now.entered(self.tick), {}
         for place, member in self.members.items():
             entered = min(member.num_steps, member.done + rounds)
             if entered < member.num_steps:

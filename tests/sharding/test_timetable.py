@@ -153,3 +153,35 @@ def test_rings_without_videos_run_no_ticks():
     table = empty_timetable(3, 2, SLOTS)
     assert table.end == 0 and table.ticks_of_rounds(3) == 0 and table.changes
     assert table.now.plans[0] == RingPlan(3, (0,) * SLOTS) and table.members == {}
+
+
+def test_while_the_next_plan_waits_for_a_step_to_come_back_nothing_enters_by_the_last_one():
+    """Three stages, four ticks a step: the second video is done after the first, and the third's step comes back in
+    tick 6, so that the plan of three ticks waits a tick. In that one the first video entered once more than it may."""
+    ring, members = Simulation(3, 1), {(0, 0): Member(1, 6), (0, 1): Member(2, 1), (0, 2): Member(1, 3)}
+    ring.table = ring.table.changed(members)
+    ring.videos = {place: Video(place, member) for place, member in members.items()}
+    for _ in range(ring.table.ticks_of_rounds()):
+        ring.run_tick()
+    ring.table = ring.table.changed({})
+    assert (ring.table.now.since, ring.table.now.period) == (1, 3)
+    while ring.table.tick < ring.table.end:
+        ring.run_tick()
+    assert all(video.done == video.member.num_steps for video in ring.videos.values())
+
+
+def test_one_that_leaves_makes_nobody_wait_for_its_last_step():
+    """Its second branch comes back in the third tick of the next plan, where its place would be the second."""
+    members = {(0, 0): Member(1, 9), (0, 1): Member(1, 9), (0, 2): Member(2, 1)}
+    table = empty_timetable(5, 1, SLOTS).changed(members)
+    table = table.ran(table.ticks_of_rounds()).released((0, 1)).changed({})
+    assert table.now.period == 5 and table.now.since == 0 and table.steps_done((0, 2)) == 0
+
+
+def test_a_plan_is_shortened_where_that_brings_nobody_later():
+    table = empty_timetable(4, 1, SLOTS).changed({(0, s): Member(2, n) for s, n in enumerate((3, 9, 5))})
+    table = table.ran(12).released((0, 1))
+    assert table.changed({}).now.since == 1  # for the third: and the first, with a step left, would be a tick later
+    assert table.shortened() == table
+    table = table.ran(6)
+    assert table.shortened() == table.changed({}) and table.shortened().now.period == 5
