@@ -1,5 +1,6 @@
 """What fits on the devices: calls that never will are refused, those that do not now wait."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ class Admission:
         present = present_memory(pipe.parts.denoiser.mesh.devices.flat[0])
         self.memory = present if self._told is None else int(self._told * memory_fraction())
         self.parameters = parameter_bytes(pipe)
-        self._temporaries: dict[str, int] = {}  # of each kind of program the most
+        self._temporaries: dict[tuple, int] = {}  # of the programs of a kind of call the most
 
     def check(self, job: Job, slots: int) -> None:
         """Raises ValueError for a job that does not fit beside nothing else, with as many videos of its kind as there
@@ -44,15 +45,27 @@ class Admission:
             instead = "; ".join(report.would_fit)
             raise ValueError(what + f": what would fit is {instead}" * bool(instead))
 
-    def compiled(self, name: str, program: jax.stages.Compiled) -> None:
-        """Note what a program takes beside its arguments."""
+    def compiled(self, key: tuple, program: jax.stages.Compiled) -> None:
+        """Note what a program of a kind of call (`programs_key`) takes beside its arguments."""
         analysis = program.memory_analysis()
         if analysis is not None:
-            kind = name.partition(",")[0]
             needs = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-            self._temporaries[kind] = max(self._temporaries.get(kind, 0), needs)
+            self._temporaries[key] = max(self._temporaries.get(key, 0), needs)
 
-    def fits(self, *states: int) -> bool:
+    def check_compiled(self, key: tuple, state: int) -> None:
+        """Raises ValueError where compiled programs do not fit beside a ring's arrays of so many bytes alone."""
+        needed = self.parameters + state + self._temporaries.get(key, 0)
+        if self.memory is not None and needed > self.memory:
+            raise ValueError(
+                f"its compiled programs need {needed / 2**30:.2f} GiB of a device that has {self.memory / 2**30:.2f} "
+                "GiB: choose a smaller size, fewer frames, or an engine with fewer slots"
+            )
+
+    def forget(self, key: tuple) -> None:
+        """The programs of a kind of call are let go."""
+        self._temporaries.pop(key, None)
+
+    def fits(self, states: Iterable[int]) -> bool:
         """Whether rings whose arrays take so many bytes of a device may be there together: one program runs at a time,
         beside the parameters and all arrays."""
         if self.memory is None:

@@ -146,7 +146,7 @@ class DecodeTask(Task):
                 video = self.waiting.popleft()
             self._guarded(video, self._begin)
         elif self._now.video.handle.over:
-            self.leave()
+            self._guarded(self._now.video, lambda _: self.leave())
         else:
             self._guarded(self._now.video, self._group)
 
@@ -156,6 +156,7 @@ class DecodeTask(Task):
         if now is not None:
             now.groups.close()
             now.stack.close()
+            now.video.handle.frames[now.video.number] = None
 
     def close(self) -> None:
         """Leave no half file, and wait for those that are being finished."""
@@ -201,7 +202,7 @@ class DecodeTask(Task):
     def _finish(self, decoding: Decoding, video: Video) -> None:
         """All frames are there: what is left needs no device."""
         with decoding.stack:
-            if decoding.writer is not None:
+            if decoding.writer is not None and not video.handle.over:
                 decoding.writer.finish()
         self._engine.decoded(video)
 

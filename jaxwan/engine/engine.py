@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwan.engine.admission import Admission
+from jaxwan.engine.admission import Admission, state_bytes
 from jaxwan.engine.coding import CodeTask, DecodeTask, EncodeTask, public_latents
 from jaxwan.engine.handle import Aborted, Call, Handle, QueueFull, State, Video
 from jaxwan.engine.lanes import Lane
@@ -30,7 +31,8 @@ from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.warmup import compiling, job_programs, programs_key
 
 RESIDENT = 2  # rings of different buckets that are on the devices at once
-PATIENCE = 5.0  # seconds of device time that a ring goes on taking new videos while another waits to be let in
+PATIENCE = 5.0  # seconds for which a ring goes on taking new videos while one with an older call waits to be let in
+RINGS = 8  # of different buckets that are kept for further calls, with their programs, beside those in use
 
 
 class Engine:
@@ -46,7 +48,8 @@ class Engine:
     in turns; others wait. device_memory: of one device, "80GB" or bytes, where devices do not tell it themselves.
 
     While an engine is open, the pipeline is the engine's: its devices are driven by a thread of the engine, and
-    programs that another thread starts on them may wait for each other for ever.
+    programs that another thread starts on them may wait for each other for ever. An error of that thread which belongs
+    to no call is that of all, and closes the engine.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class Engine:
         self._admission = Admission(pipe, device_memory)
         self.lock = threading.Condition(threading.RLock())
         self._open: dict[int, Handle] = {}  # calls that are not over, by arrival
-        self._numbers, self._closed, self._trace = itertools.count(), False, trace
-        self._rings: dict[Bucket, RingTask] = {}
+        self._numbers, self._closed = itertools.count(), False
+        self._traces: list[list[Entered]] | None = [] if trace else None
+        self._rings: OrderedDict[Bucket, RingTask] = OrderedDict()  # the latest used last
+        self._gone = 0, 0  # ticks of rings that were let go
         self._ready: dict[tuple, bool] = {}  # whether programs are compiled, by `programs_key`
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxwan engine, compile")
-        self._mesh = Lane("mesh", self.lock)
-        self._vae = Lane("VAE", self.lock) if pipe.vae_devices else self._mesh
+        self._mesh = Lane("mesh", self.lock, self._broken)
+        self._vae = Lane("VAE", self.lock, self._broken) if pipe.vae_devices else self._mesh
         self._encode, self._decode = EncodeTask(self, self._mesh), DecodeTask(self)
         self._code = CodeTask(self, self._vae)
         with self.lock:
@@ -107,7 +112,7 @@ class Engine:
         with self.lock:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            waiting = sum(handle.state == "queued" for handle in self._open.values())
+            waiting = sum(handle.state in ("queued", "encoding") for handle in self._open.values())
             if self._queue is not None and waiting >= self._queue:
                 raise QueueFull(f"{waiting} calls wait already, and this engine's queue has room for {self._queue}")
             handle = Handle(self, call, next(self._numbers), self._ring(key[0]), key, paths)
@@ -115,13 +120,12 @@ class Engine:
             if key not in self._ready:
                 self._ready[key] = False
                 self._compiler.submit(self._compile, key, job, decode)
-            if entries is not None:
-                self.encoded(handle, entries)
-            elif self._vae is self._mesh:
-                self._encode.waiting.append(handle)
-            else:
-                self._code.waiting.append(handle)
+            if entries is None:
+                first = self._encode if self._vae is self._mesh else self._code
+                first.waiting.append(handle)
             self.lock.notify_all()
+        if entries is not None:
+            self.encoded(handle, entries)
         return handle
 
     def warmup(self, **call: Any) -> None:
@@ -131,8 +135,12 @@ class Engine:
         self._admission.check(job, self.slots)
         key = programs_key(self.pipe.checkpoint, self.pipe.parts, job, videos=self.slots)
         with self.lock:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._ring(key[0])
             self._ready.setdefault(key, False)
-        self._compiler.submit(self._compile, key, job, True).result()
+            compiled = self._compiler.submit(self._compile, key, job, True)
+        compiled.result()
 
     def drain(self, timeout: Number | None = None) -> bool:
         """Wait until all calls are over; False where that takes longer than `timeout` seconds."""
@@ -178,7 +186,15 @@ class Engine:
     def restore(self, folder: str | Path) -> list[Handle]:
         """Go on with the calls that `save` wrote, in their order. Raises as `submit` does, and ValueError for a folder
         that holds none, or of another model."""
-        return [self.submit_job(job, entries=entries, **rest) for job, rest, entries in load_calls(folder, self.pipe)]
+        handles = []
+        try:
+            for job, rest, entries in load_calls(folder, self.pipe):
+                handles.append(self.submit_job(job, entries=entries, **rest))
+        except BaseException:
+            for handle in handles:  # nobody would have them
+                handle.abort()
+            raise
+        return handles
 
     def _calls(self) -> list[tuple[Handle, list[Entry | None]]]:
         """All open calls, with what each video is now; None where it is not encoded."""
@@ -208,12 +224,15 @@ class Engine:
     @property
     def ticks(self) -> tuple[int, int]:
         """Ticks that the rings have run, and of them those in which nothing entered."""
-        return sum(r.ticks for r in self._rings.values()), sum(r.idle_ticks for r in self._rings.values())
+        with self.lock:
+            counts = [self._gone, *((ring.ticks, ring.idle_ticks) for ring in self._rings.values())]
+        return sum(ticks for ticks, _ in counts), sum(idle for _, idle in counts)
 
     @property
     def trace(self) -> list[list[Entered]]:
         """Of each ring, in an engine with `trace=True`, what entered in each tick."""
-        return [ring.trace for ring in self._rings.values() if ring.trace is not None]
+        with self.lock:
+            return list(self._traces or [])
 
     # For its tasks
 
@@ -221,19 +240,18 @@ class Engine:
         """A call's next phase."""
         with self.lock:
             if not handle.over:
-                if handle.state == "queued":
-                    handle.seconds["wait"] = time.perf_counter() - handle.submitted
+                handle.seconds.setdefault("wait", time.perf_counter() - handle.submitted)
                 handle.state = state
 
     def wants(self, handle: Handle) -> bool:
         """Whether a call is to be encoded now."""
-        return self._ready[handle.key] and handle.ring.wants > 0
+        return self._ready.get(handle.key, False) and handle.ring.wants(handle.priority)
 
     def expects(self, ring: RingTask, above: float) -> bool:
         """Whether a call of more than this priority is on its way to a ring."""
         with self.lock:
             before = [handle for handle in self._open.values() if handle.state in ("queued", "encoding")]
-            return any(handle.ring is ring and handle.priority > above and self._ready[handle.key] for handle in before)
+            return any(h.ring is ring and h.priority > above and self._ready.get(h.key) for h in before)
 
     def coded(self, handle: Handle) -> None:
         """The VAE's part of its encoding is done."""
@@ -243,28 +261,33 @@ class Engine:
 
     def encoded(self, handle: Handle, entries: Sequence[Entry]) -> None:
         """Its videos wait for places in their ring."""
+        finished = []
         with self.lock:
+            if not handle.over:
+                handle.state = "queued"  # for a place in the ring
             for video, entry in zip(handle.videos, entries, strict=True):
                 video.entry, video.done = entry, int(entry.done)
                 if video.done == entry.num_steps:
-                    self.denoised(video, entry)
+                    finished.append((video, entry))
                 else:
                     handle.ring.waiting.append(video)
             self.lock.notify_all()
+        for video, entry in finished:
+            self.denoised(video, entry)
 
     def may_reside(self, ring: RingTask) -> bool:
-        """Whether a ring may have its arrays on the devices; it may where it has them."""
-        others = [other for other in self._rings.values() if other.resident and other is not ring]
-        if not self._ready_ring(ring) or (not ring.resident and len(others) >= self.resident):
+        """Whether a ring may have its arrays on the devices; it may where it has them. First come, first served."""
+        if ring.resident or not self._ready_ring(ring):
+            return ring.resident
+        others = [other.state_bytes for other in self._rings.values() if other.resident]
+        if len(others) >= self.resident or self._before(ring):
             return False
-        return ring.resident or self._admission.fits(ring.state_bytes, *(other.state_bytes for other in others))
+        return not others or self._admission.fits([ring.state_bytes, *others])
 
     def may_join(self, ring: RingTask) -> bool:
-        """Whether a ring may take more videos: not for long where another waits to be let in."""
-        waiting = [r for r in self._rings.values() if r.waiting and not r.resident and r is not ring]
-        if not waiting or not ring.resident:
-            return True
-        return ring.seconds - min(r.seconds for r in waiting) < PATIENCE and self.resident > 1
+        """Whether a ring may take more videos: not for long where another, with an older call, waits to be let in."""
+        with self.lock:
+            return not ring.resident or all(other.shut_out < PATIENCE for other in self._before(ring))
 
     def spent(self, handles: Sequence[Handle], name: str, seconds: float) -> None:
         """Device time that calls shared."""
@@ -274,12 +297,12 @@ class Engine:
     def denoised(self, video: Video, entry: Entry) -> None:
         """All of its steps are done."""
         video.latents, video.entry = entry.latents, entry
+        if not video.handle.call.decodes:
+            self.decoded(video)
+            return
         with self.lock:
-            if video.handle.call.decodes:
-                self._decode.waiting.append(video)
-                self.lock.notify_all()
-            else:
-                self.decoded(video)
+            self._decode.waiting.append(video)
+            self.lock.notify_all()
 
     def decoded(self, video: Video) -> None:
         """All that was asked for of it is there."""
@@ -293,8 +316,7 @@ class Engine:
                 handle.state = "done"
                 for other in handle.videos:
                     other.entry = None
-                self._open.pop(handle.arrived, None)
-                self.lock.notify_all()
+                self._leave(handle)
             handle.future.set_result(output)
 
     def fail(self, handle: Handle, error: BaseException) -> None:
@@ -311,14 +333,44 @@ class Engine:
     # Inside
 
     def _ring(self, bucket: Bucket) -> RingTask:
+        """The ring of a bucket, which may be new; one that was idle for long is let go for it. With the lock."""
         if bucket not in self._rings:
+            in_use = {handle.ring for handle in self._open.values()}
+            idle = [ring for ring in self._rings.values() if ring not in in_use and not ring.busy]
+            for ring in idle[: max(0, len(self._rings) - RINGS + 1)]:
+                self._let_go(ring)
             ring = self._rings[bucket] = RingTask(self, self.pipe.parts.denoiser, bucket, self.slots)
-            ring.trace = [] if self._trace else None
+            if self._traces is not None:
+                ring.trace = []
+                self._traces.append(ring.trace)
             self._mesh.add(ring)
+        self._rings.move_to_end(bucket)
         return self._rings[bucket]
+
+    def _let_go(self, ring: RingTask) -> None:
+        """Forget a ring and its programs."""
+        self._mesh.remove(ring)
+        del self._rings[ring.bucket]
+        self._gone = self._gone[0] + ring.ticks, self._gone[1] + ring.idle_ticks
+        for key in [key for key in self._ready if key[0] == ring.bucket]:
+            del self._ready[key]
+            self._admission.forget(key)
 
     def _ready_ring(self, ring: RingTask) -> bool:
         return any(ready for key, ready in self._ready.items() if key[0] == ring.bucket)
+
+    def _before(self, ring: RingTask) -> list[RingTask]:
+        """Rings that wait to be let onto the devices, with a call that comes before all that wait for this one."""
+        first, others = ring.first, (r for r in self._rings.values() if r is not ring and not r.resident)
+        waiting = [(other, other.first) for other in others if self._ready_ring(other)]
+        return [other for other, its in waiting if its is not None and first is not None and its < first]
+
+    def _broken(self, error: BaseException) -> None:
+        """A thread has ended by an error that is no call's own: nothing can go on."""
+        with self.lock:
+            self._closed = True
+        for handle in self.handles:
+            self.fail(handle, error)
 
     def _compile(self, key: tuple, job: Job, decode: bool) -> None:
         """Compile what calls of this kind run; where that fails, they do."""
@@ -326,17 +378,19 @@ class Engine:
         try:
             programs = list(job_programs(checkpoint, parts, job, decode=decode, videos=self.slots))
             with compiling(programs, Progress(visible=False)) as finished:
-                for name, _, program in finished:
-                    self._admission.compiled(name, program)
+                for one in finished:
+                    self._admission.compiled(key, one.program)
+            self._admission.check_compiled(key, state_bytes(parts.denoiser.programs(key[0]).running_shapes))
         except Exception as error:  # it is that of all calls that wait for it
             with self.lock:
                 self._ready.pop(key, None)
                 waiting = [handle for handle in self._open.values() if handle.key == key]
             for handle in waiting:
                 self.fail(handle, error)
-            return
+            raise
         with self.lock:
-            self._ready[key] = True
+            if key in self._ready:  # else its ring was let go meanwhile
+                self._ready[key] = True
             self.lock.notify_all()
 
     def _end(self, handle: Handle, state: State, error: BaseException) -> bool:
@@ -344,10 +398,15 @@ class Engine:
             if handle.over:
                 return False
             handle.state = state
-            self._open.pop(handle.arrived, None)
-            self.lock.notify_all()
+            self._leave(handle)
         handle.future.set_exception(error)
         return True
+
+    def _leave(self, handle: Handle) -> None:
+        """Nothing more happens to it. What it was made of is kept no longer than its result."""
+        self._open.pop(handle.arrived, None)
+        handle.frames, handle.encoders = [None] * len(handle.videos), None
+        self.lock.notify_all()
 
     def _output(self, handle: Handle) -> Output:
         """What a call returns."""

@@ -33,10 +33,13 @@ class Task:
 
 
 class Lane:
-    """The thread of a set of devices. `lock` is the engine's, and is notified of all that may make a task ready."""
+    """The thread of a set of devices. `lock` is the engine's, and is notified of all that may make a task ready.
 
-    def __init__(self, name: str, lock: threading.Condition):
-        self.lock, self.tasks = lock, []
+    broken: is told what ended the thread, where that was an error which no task has dealt with.
+    """
+
+    def __init__(self, name: str, lock: threading.Condition, broken: Callable[[BaseException], None]):
+        self.lock, self.tasks, self._broken = lock, [], broken
         self._asked: deque[tuple[Callable[[], Any], Future]] = deque()
         self._closing = False
         self._idle: set[Task] = set()
@@ -47,6 +50,11 @@ class Lane:
         """Share time with one more task; called with the lock."""
         self.tasks.append(task)
         self._idle.add(task)
+
+    def remove(self, task: Task) -> None:
+        """The contrary, of one that has nothing to do; called with the lock."""
+        self.tasks.remove(task)
+        self._idle.discard(task)
 
     def ask(self, function: Callable[[], Any]) -> Future:
         """What a function returns that is called between two units."""
@@ -80,6 +88,16 @@ class Lane:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # nobody sees what a thread raises, and all would wait for ever
+            self._broken(error)
+        with self.lock:
+            self._closing = True
+        for _, future in self._asked:
+            future.set_exception(RuntimeError("the engine is closed"))
+
+    def _work(self) -> None:
         while True:
             with self.lock:
                 task = None
@@ -87,15 +105,14 @@ class Lane:
                     self.lock.wait(STALLED if any(task.stalled for task in self.tasks) else None)
                 if self._closing:
                     break
-                asked = self._asked.popleft() if self._asked else None
-            if asked is not None:
-                _answer(*asked)
-            elif task is not None:
+                asked, self._asked = self._asked, deque()
+                task = task or self._next()  # those who ask again and again do not keep the tasks from their turns
+            for one in asked:
+                _answer(*one)
+            if task is not None:
                 start = time.perf_counter()
                 task.unit()
                 task.seconds += time.perf_counter() - start
-        for _, future in self._asked:
-            future.set_exception(RuntimeError("the engine is closed"))
 
     def _next(self, but: Task | None = None) -> Task | None:
         """The task whose turn it is."""

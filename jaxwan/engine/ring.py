@@ -2,7 +2,9 @@
 
 import math
 import time
+from bisect import insort
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -46,6 +48,7 @@ class RingTask(Task):
         self._device: Running | None = None
         self._table: Timetable = self._programs.timetable()
         self._tick_seconds = 0.0  # of late; 0 before the first
+        self._shut_out: float | None = None  # since when it has waited to be let onto the devices
 
     # Asked by the engine, with its lock
 
@@ -54,19 +57,41 @@ class RingTask(Task):
         """Whether the ring's arrays are on the devices."""
         return self._device is not None
 
-    @property
+    @cached_property
     def state_bytes(self) -> int:
         """Of its arrays, on each device."""
         return state_bytes(self._programs.running_shapes)
 
     @property
-    def wants(self) -> int:
-        """How many more videos it makes sense to encode now, beside those that wait already."""
-        return self._slots - len(self.waiting)
+    def first(self) -> tuple[int, int, int] | None:
+        """The `order` of the video that is to come next."""
+        return min((video.order for video in self.waiting if not video.handle.over), default=None)
+
+    @property
+    def shut_out(self) -> float:
+        """Seconds for which it has waited to be let onto the devices."""
+        return 0.0 if self._shut_out is None else time.perf_counter() - self._shut_out
+
+    def wants(self, priority: int) -> bool:
+        """Whether it makes sense to encode one more video now: fewer than it has slots for wait that go before it."""
+        return sum(video.handle.priority >= priority for video in self.waiting) < self._slots
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are videos in it, or waiting."""
+        return bool(self._running or self.waiting)
 
     def ready(self) -> bool:
         """Whether there are videos to step, or to begin with."""
-        return bool(self._running) or bool(self.waiting and self._engine.may_reside(self))
+        if self._running:
+            return True
+        self._tidy()
+        ready = bool(self.waiting) and self._engine.may_reside(self)
+        if ready or not self.waiting:
+            self._shut_out = None
+        elif self._shut_out is None:
+            self._shut_out = time.perf_counter()
+        return ready
 
     def videos(self) -> Iterator[Video]:
         """Those in the ring and those that wait."""
@@ -85,7 +110,7 @@ class RingTask(Task):
             lost, self._running, self._device = list(self._running.values()), {}, None
             self._table = self._programs.timetable()
             for video in lost:
-                self._engine.fail(video.handle, error)
+                self._engine.fail(video.handle, program_failed(video, error))
         if not self._running:
             self._device = None
 
@@ -112,18 +137,15 @@ class RingTask(Task):
         """Those whose calls are over leave, and who waits comes, at the end of a round."""
         gone = [place for place, video in self._running.items() if video.handle.over]
         for place in gone:
-            del self._running[place]
+            self._running.pop(place).entry = None
         self._table = self._table.released(*gone)
-        self.waiting = [video for video in self.waiting if not video.handle.over]
-        joining = self._joining()
-        shorter = self._table.changed({})
+        joining = self._join()
         if joining:
             self._table = self._table.changed(
                 {place: self._programs.member(video.entry) for place, video in joining.items() if video.entry}
             )
-        elif self._running and shorter.now.period < self._table.now.period:
-            self._table = shorter
-        self._running |= joining
+        else:
+            self._table = self._table.shortened()
         if joining and self._device is None:
             self._device = self._programs.empty()
         for place, video in joining.items():
@@ -131,26 +153,36 @@ class RingTask(Task):
             self._device = self._programs.insert(self._device, place, video.entry)
             self._engine.begin(video.handle, "denoising")
 
-    def _joining(self) -> dict[Place, Video]:
-        """Free places for those who come first, and places of less urgent videos for more urgent ones."""
+    def _join(self) -> dict[Place, Video]:
+        """Give free places to those who come first, and places of less urgent videos to more urgent ones."""
         joining: dict[Place, Video] = {}
-        if not self._engine.may_join(self):
-            return joining
-        self.waiting.sort(key=lambda video: video.order)
-        while self.waiting:
-            taken = self._running.keys() | joining.keys()
-            if len(taken) >= self._slots:
-                if self.waiting[0].handle.priority <= self._least_urgent or not self._running:
-                    break
-                self._put_back(max(self._running, key=lambda p: self._running[p].order))
-                continue
+        self._tidy()
+        while self.waiting and self._engine.may_join(self):
+            if len(self._running) >= self._slots and not self._make_room(self.waiting[0]):
+                break
             place = min(
                 ((rank, slot) for rank in range(self._programs.ranks) for slot in range(self.bucket.slots)
-                 if (rank, slot) not in taken),
-                key=lambda p: (sum(p[0] == rank for rank, _ in taken), p),
+                 if (rank, slot) not in self._running),
+                key=lambda p: (sum(p[0] == rank for rank, _ in self._running), p),
             )  # fmt: skip
-            joining[place] = self.waiting.pop(0)
+            self._running[place] = joining[place] = self.waiting.pop(0)
         return joining
+
+    def _tidy(self) -> None:
+        """Those that wait, as they are to come, without those whose calls are over."""
+        with self._engine.lock:  # others append to the list
+            for video in self.waiting:
+                if video.handle.over:
+                    video.entry = None
+            self.waiting = sorted((v for v in self.waiting if not v.handle.over), key=lambda video: video.order)
+
+    def _make_room(self, video: Video) -> bool:
+        """Put back the least urgent running video, if it is less urgent than this one."""
+        place = max(self._running, key=lambda p: self._running[p].order)
+        if self._running[place].handle.priority >= video.handle.priority:
+            return False
+        self._put_back(place)
+        return True
 
     @property
     def _least_urgent(self) -> float:
@@ -165,8 +197,8 @@ class RingTask(Task):
         video.entry = self._entry(place)
         del self._running[place]
         self._table = self._table.released(place)
-        self.waiting.append(video)
-        self.waiting.sort(key=lambda video: video.order)
+        with self._engine.lock:
+            insort(self.waiting, video, key=lambda other: other.order)
 
     # Ticks
 
@@ -216,13 +248,24 @@ class RingTask(Task):
             self.ticks += 1
 
 
+def program_failed(video: Video, error: BaseException) -> RuntimeError:
+    """What to say of a video whose program failed."""
+    told = RuntimeError(f"{_named(video)}, {video.done} of {video.num_steps} steps done: its program failed: {error}")
+    told.__cause__ = error
+    return told
+
+
+def _named(video: Video) -> str:
+    prompt = video.request.prompt
+    return f"{prompt if prompt is not None else '(embeddings)'!r:.80}"
+
+
 def not_finite(video: Video, fault: Fault) -> NotFinite:
     """What to say of a video that failed."""
     expert = int(np.asarray(video.entry.inputs.controls.expert)[fault.step]) if video.entry else 0
     which = f" by the {'low' if expert else 'high'}-noise expert" * (video.request.boundary_ratio is not None)
-    prompt = video.request.prompt if video.request.prompt is not None else "(embeddings)"
     step = f"step {fault.step + 1} of {video.num_steps}"
     return NotFinite(
-        f"{prompt!r:.80}, {step}{which}: the {fault.what} is not finite: is the checkpoint damaged, or its dtype too "
+        f"{_named(video)}, {step}{which}: the {fault.what} is not finite: is the checkpoint damaged, or its dtype too "
         "narrow for it?"
     )

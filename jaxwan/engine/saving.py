@@ -57,7 +57,12 @@ def save_calls(
         (new / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1))
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

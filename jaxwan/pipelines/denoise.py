@@ -8,7 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import jax
 import jax.numpy as jnp
@@ -300,27 +302,32 @@ def _zeros(lead: tuple[int, ...], tree: Any) -> Any:
 
 @dataclass
 class Denoiser:
-    """The DiT on a mesh, with the programs made for it lately."""
+    """The DiT on a mesh, with the programs made for it lately, and all that are still held elsewhere."""
 
     cfg: TransformerConfig
     weights: Weights
     mesh: Mesh
     dtype: jnp.dtype
     ulysses: int | None = None  # of how many devices trade tokens for heads; None: as many as can be
-    _made: OrderedDict = field(default_factory=OrderedDict, repr=False)
+    _kept: OrderedDict = field(default_factory=OrderedDict, repr=False)
+    _alive: WeakValueDictionary = field(default_factory=WeakValueDictionary, repr=False)
+    _lock: Any = field(default_factory=Lock, repr=False)
 
     def bucket(self, entries: Sequence[Entry], videos: int = 0) -> Bucket:
         """The bucket of some videos on this mesh, with room for so many at least."""
         return Bucket.of(entries, ranks=RULES.parts(self.mesh.shape, "request"), videos=videos)
 
     def programs(self, bucket: Bucket) -> Programs:
-        """The bucket's programs; those of the KEPT latest buckets are compiled once."""
-        if bucket not in self._made:
-            self._made[bucket] = Programs(self.cfg, self.mesh, self.dtype, bucket, self.ulysses)
-        self._made.move_to_end(bucket)
-        while len(self._made) > KEPT:
-            self._made.popitem(last=False)
-        return self._made[bucket]
+        """The bucket's programs; those of the KEPT latest buckets are compiled once. Any thread may ask."""
+        with self._lock:
+            found = self._alive.get(bucket)
+            if found is None:
+                found = self._alive[bucket] = Programs(self.cfg, self.mesh, self.dtype, bucket, self.ulysses)
+            self._kept[bucket] = found
+            self._kept.move_to_end(bucket)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            return found
 
 
 class Loop:

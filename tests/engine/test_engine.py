@@ -3,14 +3,20 @@
 import asyncio
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import checkpoints
+import jax
 import numpy as np
 import pytest
 from runs import IMAGE, PROMPTS
 
 from jaxwan import Aborted, Engine, NotFinite, QueueFull
+from jaxwan.engine import engine as engine_module
 from jaxwan.engine import ring
+from jaxwan.engine.admission import Admission
 from jaxwan.pipelines.pipeline import WanPipeline
 
 SIZE = dict(height=32, width=48, num_frames=5)
@@ -207,3 +213,135 @@ def test_images_are_encoded_and_videos_decoded_beside_the_ring_where_the_vae_has
         for handle, one in zip([engine.submit(**call) for call in calls], expected, strict=True):
             assert_same(handle.result(60), one)
             assert set(handle.seconds) >= {"wait", "encode", "text", "denoise", "decode"}
+
+
+SMALL = dict(height=48, width=32, num_frames=5)  # another size
+
+
+def test_programs_that_do_not_compile_fail_those_that_wait_for_them_and_the_engine_goes_on(pipe, alone, monkeypatch):
+    programs, fail = engine_module.job_programs, Engine.fail
+
+    def none(*_, **__):
+        raise RuntimeError("no program")
+
+    def slowly(self, handle, error):  # the engine's threads look at the call meanwhile
+        with self.lock:
+            self.lock.notify_all()
+        time.sleep(0.1)
+        fail(self, handle, error)
+
+    monkeypatch.setattr(engine_module, "job_programs", none)
+    monkeypatch.setattr(Engine, "fail", slowly)
+    with Engine(pipe, slots=3) as engine:
+        with pytest.raises(RuntimeError, match="no program"):
+            engine.submit(**CALLS[0], **SIZE).result(60)
+        with pytest.raises(RuntimeError, match="no program"):
+            engine.warmup(**SIZE)
+        monkeypatch.setattr(engine_module, "job_programs", programs)
+        assert_same(engine.submit(**CALLS[0], **SIZE).result(60), alone[0])
+
+
+def test_an_error_of_the_engines_own_fails_all_calls_and_closes_it(pipe, monkeypatch):
+    engine = Engine(pipe, slots=2)
+    running = engine.submit(**LONG, **SIZE)
+    at_step(running, 1)
+    monkeypatch.setattr(engine._encode, "ready", None)  # calling it is a TypeError
+    with pytest.raises(TypeError, match="NoneType"):
+        running.result(60)
+    engine._mesh._thread.join(60)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(**CALLS[0], **SIZE)
+    engine.close()
+
+
+def test_a_callback_may_wait_for_others_that_use_the_engine(pipe):
+    waited = []
+
+    def look(handle):
+        other = threading.Thread(target=lambda: engine.handles)
+        other.start()
+        other.join(10)
+        waited.append(not other.is_alive())
+
+    with Engine(pipe, slots=1) as engine:
+        handle = engine.submit(**CALLS[1], **SIZE, output_type="latent")
+        handle.add_done_callback(look)
+        handle.result(60)
+    assert waited == [True]
+
+
+def test_a_kind_of_call_that_waits_to_be_let_in_comes_before_later_ones_of_another(pipe, monkeypatch):
+    monkeypatch.setattr(engine_module, "PATIENCE", 0.0)
+    order = []
+    with Engine(pipe, slots=2, resident=1) as engine:
+        for size in (SIZE, SMALL):
+            engine.warmup(**size)
+        for call in (LONG | SIZE, *[CALLS[1] | SIZE] * 3, CALLS[1] | SMALL, *[CALLS[1] | SIZE] * 3):
+            handle = engine.submit(**call)
+            handle.add_done_callback(lambda handle: order.append(handle.arrived))
+            at_step(handle, handle.arrived == 0)
+    assert order.index(4) < min(order.index(later) for later in (5, 6, 7)), order
+
+
+def test_what_calls_were_made_of_is_kept_no_longer_than_their_results(pipe):
+    with Engine(pipe, slots=1) as engine:
+        done, gone = engine.submit(**CALLS[0], **SIZE), engine.submit(**LONG, **SIZE)
+        done.result(60)
+        at_step(gone, 1)
+        gone.abort()
+        engine.submit(**CALLS[1], **SIZE).result(60)
+    for handle in (done, gone):
+        assert handle.frames == [None] and handle.videos[0].entry is None
+
+
+def test_rings_of_kinds_that_nobody_calls_for_are_let_go(pipe, monkeypatch):
+    monkeypatch.setattr(engine_module, "RINGS", 1)
+    with Engine(pipe, slots=2, trace=True) as engine:
+        for call in (CALLS[1] | SIZE, CALLS[1] | SMALL, CALLS[1] | SIZE):
+            engine.submit(**call, output_type="latent").result(60)
+            engine.drain()
+        assert len(engine._rings) == 1 and len(engine._mesh.tasks) == 4  # with encoding and decoding
+        assert len(engine.trace) == 3 and engine.ticks[0] == sum(map(len, engine.trace))
+
+
+def test_calls_of_a_folder_are_all_taken_or_none(pipe, tmp_path):
+    with Engine(pipe, slots=1) as engine:
+        handles = [engine.submit(**LONG, **SIZE) for _ in range(3)]
+        engine.save(tmp_path / "saved")
+        for handle in handles:
+            handle.abort()
+    with Engine(pipe, slots=1, queue=1) as engine:
+        with pytest.raises(QueueFull):
+            engine.restore(tmp_path / "saved")
+        assert engine.handles == []
+
+
+def test_an_older_save_is_kept_where_the_new_one_cannot_take_its_place(pipe, tmp_path, monkeypatch):
+    folder, rename = tmp_path / "saved", Path.rename
+
+    def refuse(self, target):
+        if ".new-" in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    with Engine(pipe, slots=1) as engine:
+        handle = engine.submit(**LONG, **SIZE)
+        assert engine.save(folder) == 1
+        before = (folder / "engine.json").read_text()
+        monkeypatch.setattr(Path, "rename", refuse)
+        with pytest.raises(OSError, match="no"):
+            engine.save(folder)
+        handle.abort()
+    assert (folder / "engine.json").read_text() == before and list(tmp_path.iterdir()) == [folder]
+
+
+def test_programs_that_do_not_fit_are_refused_with_numbers(pipe):
+    admission = Admission(pipe, "1GB")
+    asked = SimpleNamespace(temp_size_in_bytes=2**30, output_size_in_bytes=2**20, alias_size_in_bytes=0)
+    admission.compiled(("kind",), mock.Mock(jax.stages.Compiled, memory_analysis=lambda: asked))
+    admission.check_compiled(("other",), 2**20)
+    with pytest.raises(ValueError, match=r"its compiled programs need 1\.\d\d GiB of a device that has \d\.\d\d GiB"):
+        admission.check_compiled(("kind",), 2**20)
+    assert not admission.fits([2**20])
+    admission.forget(("kind",))
+    assert admission.fits([2**20])
