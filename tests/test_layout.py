@@ -34,7 +34,8 @@ ALLOWED = {
         ARRAYS | {"flax"} | IN_FUNCTIONS,
     ),
     "bench": (
-        {"pipelines", "models", "schedulers", "sharding", "kernels", "convert", "geometry", "config", "flops"},
+        {"engine", "pipelines", "models", "schedulers", "sharding", "kernels", "convert", "geometry", "config"}
+        | {"flops"},
         ARRAYS | {"flax", "PIL"},
     ),
     "engine": (

@@ -21,6 +21,7 @@ from jaxwan.bench import (
     compiling,
     convolutions,
     dit,
+    engine,
     growth,
     layers,
     load,
@@ -50,7 +51,9 @@ MEASUREMENTS = {
     "compile": compiling.measure_compilation,
     "growth": growth.measure_growth,
     "mesh": mesh.measure_mesh,
+    "engine": engine.measure_engine,
 }
+DEVICES = {"mesh": 2, "engine": engine.STAGES}  # that are needed, virtual ones on a CPU
 _NOT_HERE = (RuntimeError, ValueError, NotImplementedError, OSError)  # how JAX and cuDNN say that they cannot run
 
 
@@ -59,8 +62,8 @@ def main(text: str | None = None) -> None:
     item = None if text is None else Item.from_json(text)
     if item is not None and item.against and not item.preset.needs_accelerator:
         against.use_two_cores()
-    if item is not None and item.kind == "mesh":
-        request_virtual_devices(2)
+    if item is not None and item.kind in DEVICES:
+        request_virtual_devices(DEVICES[item.kind])
     print(ENVIRONMENT + json.dumps(environment()), flush=True)
     if item is not None:
         for row in measure(item):

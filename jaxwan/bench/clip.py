@@ -58,9 +58,10 @@ def make_checkpoint(preset: Preset) -> Checkpoint:
     )  # fmt: skip
 
 
-def random_pipeline(preset: Preset) -> WanPipeline:
-    """A pipeline with random weights. It has no tokenizer or text encoder: prompts come as embeddings."""
-    mesh, checkpoint = make_mesh(MeshSpec()), make_checkpoint(preset)
+def random_pipeline(preset: Preset, spec: MeshSpec | None = None) -> WanPipeline:
+    """A pipeline with random weights, on one device or on a mesh. It has no tokenizer or text encoder: prompts come as
+    embeddings."""
+    mesh, checkpoint = make_mesh(spec or MeshSpec()), make_checkpoint(preset)
     parts = abstract_parts(checkpoint, mesh, dtype(), VAE_DTYPE)._replace(encode_text=None)
     vae = random_state(parts.coder.state)
     return WanPipeline(checkpoint, parts.filled({"vae": vae}, random_weights(preset, mesh)), progress=False)

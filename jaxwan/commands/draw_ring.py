@@ -2,12 +2,15 @@
 
     python scripts/draw_ring.py --mesh pp=4 -o ring.svg
     python scripts/draw_ring.py --mesh cfg=2,pp=4 --videos 3 --steps 6 -o ring.png
+    python scripts/draw_ring.py --mesh pp=4 --trace trace.json -o engine.svg
 
 A colour is a video; c2 is step 2 with its prompt (cond), u2 with its negative prompt (uncond). Empty cells are idle. It
-is drawn from the arithmetic that the program itself runs by.
+is drawn from the arithmetic that the program itself runs by; or with --trace from what has entered the ring of an
+engine: a file with `json.dumps(engine.trace)`.
 """
 
 import argparse
+import json
 import os
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
@@ -83,11 +86,100 @@ class Schedule:
     @property
     def utilisation(self) -> float:
         """The share of the cells in which something is worked on."""
-        cells = [cell for row in self.rows.values() for cell in row]
-        return sum(cell is not None for cell in cells) / len(cells)
+        return _share(self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the videos."""
+        return [f"video {video}" for video in range(self.videos)]
+
+    @property
+    def heading(self) -> tuple[str, str]:
+        """What it is, and what of it is worth knowing."""
+        call = f"{self.videos} video{'s' * (self.videos > 1)} {'with' if self.guided else 'without'} guidance, "
+        call += f"{self.steps} step{'s' * (self.steps > 1)}"
+        return call, f"{self.ticks} ticks, a step every {self.dealt.period}"
 
 
-def draw(schedule: Schedule) -> Picture:
+@dataclass(frozen=True)
+class Traced:
+    """What has entered an engine's ring on a mesh. entered: in each tick, on each rank of `dp`, (call, video, branch,
+    step) or None."""
+
+    mesh: MeshSpec
+    entered: tuple[tuple[tuple[int, int, int, int] | None, ...], ...]
+    guided = True  # for all that is known
+
+    def __post_init__(self):
+        if not 0 < self.ticks <= MOST_TICKS:
+            raise ValueError(f"a trace of {self.ticks} ticks is no picture, which shows 1 to {MOST_TICKS}")
+        if any(len(ranks) != self.mesh.dp for ranks in self.entered):
+            raise ValueError(f"mesh {self.mesh}: the trace is of {len(self.entered[0])} ranks of dp: name its mesh")
+
+    @classmethod
+    def read(cls, mesh: MeshSpec, path: str | Path) -> "Traced":
+        """The first ring of a file with an engine's trace. Raises OSError and ValueError for what is none."""
+        try:
+            ring, *_ = json.loads(Path(path).read_text())
+            entered = tuple(tuple(at and _four(at) for at in ranks) for _, ranks in ring)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no trace of an engine ({error})") from error
+        return cls(mesh, entered)
+
+    @property
+    def ticks(self) -> int:
+        """That were run."""
+        return len(self.entered)
+
+    @cached_property
+    def videos(self) -> list[tuple[int, int]]:
+        """(call, video), as they came."""
+        return list(dict.fromkeys(at[:2] for ranks in self.entered for at in ranks if at is not None))
+
+    @cached_property
+    def rows(self) -> dict[tuple[int, int, int], list[tuple[int, Work] | None]]:
+        """As of a `Schedule`."""
+        sizes = self.mesh.dp, self.mesh.cfg, self.mesh.pp
+        return {
+            (rank, branch, stage): [self._at(rank, branch, tick - stage) for tick in range(self.ticks)]
+            for rank in range(sizes[0]) for branch in range(sizes[1]) for stage in range(sizes[2])
+        }  # fmt: skip
+
+    def _at(self, rank: int, branch: int, tick: int) -> tuple[int, Work] | None:
+        at = None if tick < 0 else self.entered[tick][rank]
+        if at is None:
+            return None
+        return self.videos.index(at[:2]), Work(0, branch if self.mesh.cfg > 1 else at[2], at[3])
+
+    @property
+    def utilisation(self) -> float:
+        """As of a `Schedule`."""
+        return _share(self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the videos."""
+        several = {call for call, video in self.videos if video}
+        return [f"call {call}" + f".{video}" * (call in several) for call, video in self.videos]
+
+    @property
+    def heading(self) -> tuple[str, str]:
+        """What it is, and what of it is worth knowing."""
+        calls = len({call for call, _ in self.videos})
+        return f"{calls} call{'s' * (calls > 1)} as they came", f"{self.ticks} ticks"
+
+
+def _four(at: Any) -> tuple[int, int, int, int]:
+    call, video, branch, step = map(int, at)
+    return call, video, branch, step
+
+
+def _share(rows: dict[Any, list]) -> float:
+    cells = [cell for row in rows.values() for cell in row]
+    return sum(cell is not None for cell in cells) / len(cells)
+
+
+def draw(schedule: Schedule | Traced) -> Picture:
     """The picture."""
     width, height = CELL
     names = {place: _row_name(schedule.mesh, *place) for place in schedule.rows}
@@ -116,12 +208,9 @@ def _row_name(mesh: MeshSpec, *place: int) -> str:
     return ", ".join(named) or "stage 0"
 
 
-def _heading(schedule: Schedule) -> list[Text]:
-    videos, steps, devices = schedule.videos, schedule.steps, schedule.mesh.sp * schedule.mesh.tp
-    call = f"{videos} video{'s' * (videos > 1)} {'with' if schedule.guided else 'without'} guidance, "
-    call += f"{steps} step{'s' * (steps > 1)}"
-    told = f"{schedule.ticks} ticks, a step every {schedule.dealt.period}; "
-    told += f"devices at work {schedule.utilisation:.0%} of the time"
+def _heading(schedule: Schedule | Traced) -> list[Text]:
+    (call, told), devices = schedule.heading, schedule.mesh.sp * schedule.mesh.tp
+    told += f"; devices at work {schedule.utilisation:.0%} of the time"
     told += f"; each row is {devices} devices" if devices > 1 else ""
     return [
         Text(MARGIN, MARGIN + 8, f"{schedule.mesh}: {call}", 18, bold=True),
@@ -129,12 +218,12 @@ def _heading(schedule: Schedule) -> list[Text]:
     ]
 
 
-def _legend(schedule: Schedule, x: int | float, y: int | float) -> list[Any]:
+def _legend(schedule: Schedule | Traced, x: int | float, y: int | float) -> list[Any]:
     shapes: list[Any] = []
-    for video in range(schedule.videos):
+    for video, name in enumerate(schedule.names):
         across, down = x + 90 * (video % IN_A_LINE), y + 20 * (video // IN_A_LINE)
         shapes.append(Box(across, down - 7, 14, 14, _colour(video, Work(0, 0, 0))))
-        shapes.append(Text(across + 20, down, f"video {video}", 12))
+        shapes.append(Text(across + 20, down, name, 12))
     words = "c2: step 2 with the prompt"
     words += ", u2: with the negative prompt" if schedule.guided else ""
     return [*shapes, Text(x, shapes[-1].y + 24, f"{words}; empty: idle", 12, fill=QUIET)]
@@ -162,7 +251,11 @@ def write(args: argparse.Namespace) -> None:
     path = Path(args.output)
     if path.suffix.lower() not in (".svg", ".png"):
         raise ValueError(f"output {path} must end in .svg or .png")
-    schedule = Schedule(MeshSpec.parse(args.mesh), args.videos, args.steps, not args.unguided)
+    mesh = MeshSpec.parse(args.mesh)
+    if args.trace is None:
+        schedule = Schedule(mesh, args.videos, args.steps, not args.unguided)
+    else:
+        schedule = Traced.read(mesh, args.trace)
     if path.exists() and not args.overwrite:
         raise ValueError(f"output {path} exists: choose another name, or say --overwrite")
     picture = draw(schedule)
@@ -183,6 +276,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=1, help="in one call; default %(default)s")
     parser.add_argument("--steps", type=int, default=4, help="of each video; default %(default)s")
     parser.add_argument("--unguided", action="store_true", help="without guidance, and so without negative prompts")
+    parser.add_argument("--trace", metavar="NAME.json",
+                        help="draw what has entered an engine's ring, in place of videos alike")  # fmt: skip
     parser.add_argument("-o", "--output", default="ring.svg", metavar="NAME",
                         help="NAME.svg or .png; default %(default)s")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")

@@ -296,7 +296,8 @@ class Engine:
 
     def denoised(self, video: Video, entry: Entry) -> None:
         """All of its steps are done."""
-        video.latents, video.entry = entry.latents, entry
+        with self.lock:
+            video.latents, video.entry = entry.latents, None if video.handle.over else entry
         if not video.handle.call.decodes:
             self.decoded(video)
             return
@@ -314,8 +315,6 @@ class Engine:
                 if handle.over:
                     return
                 handle.state = "done"
-                for other in handle.videos:
-                    other.entry = None
                 self._leave(handle)
             handle.future.set_result(output)
 
@@ -406,6 +405,9 @@ class Engine:
         """Nothing more happens to it. What it was made of is kept no longer than its result."""
         self._open.pop(handle.arrived, None)
         handle.frames, handle.encoders = [None] * len(handle.videos), None
+        for video in handle.videos:
+            if video.latents is not None:  # else its ring lets go of it
+                video.entry = None
         self.lock.notify_all()
 
     def _output(self, handle: Handle) -> Output:

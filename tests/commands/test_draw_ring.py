@@ -1,5 +1,6 @@
 """The picture of the ring: what is in its cells, its files, and what it refuses."""
 
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxwan.commands.draw_ring import Schedule, draw, main
+from jaxwan.commands.draw_ring import Schedule, Traced, draw, main
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, read_checkpoint
 from jaxwan.pipelines.dry_run import make_report
@@ -99,6 +100,29 @@ def test_the_pictures_in_the_docs_are_what_is_drawn_now(tmp_path, capsys, videos
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'ring.svg'}  {ticks} ticks, at work {share} of the time\n"
 
 
+def test_a_trace_is_drawn_as_it_entered_a_stage_later_each_tick(tmp_path):
+    ring = [[0, [[3, 0, 0, 0], None]], [1, [[3, 0, 1, 0], [4, 1, 0, 0]]], [2, [None, None]]]
+    (tmp_path / "trace.json").write_text(json.dumps([ring]))
+    traced = Traced.read(MeshSpec(dp=2, pp=2), tmp_path / "trace.json")
+    assert cells(traced) == {
+        (0, 0, 0): ["0:c0", "0:u0", "."], (0, 0, 1): [".", "0:c0", "0:u0"],
+        (1, 0, 0): [".", "1:c0", "."], (1, 0, 1): [".", ".", "1:c0"],
+    }  # fmt: skip
+    assert traced.names == ["call 3", "call 4.1"] and traced.utilisation == pytest.approx(6 / 12)
+    assert "2 calls as they came" in draw(traced).svg()
+
+
+def test_the_picture_of_an_engine_in_the_docs_is_its_trace(tmp_path):
+    """Else: python scripts/draw_ring.py --mesh pp=4 --trace docs/engine_trace.json -o docs/engine.svg --overwrite"""
+    told = ["--mesh", "pp=4", "--trace", str(DOCS / "engine_trace.json"), "-o", str(tmp_path / "engine.svg")]
+    assert main(told) == 0
+    assert (tmp_path / "engine.svg").read_text() == (DOCS / "engine.svg").read_text()
+    traced = Traced.read(MeshSpec(pp=4), DOCS / "engine_trace.json")
+    entered = [at for (at,) in traced.entered if at is not None]
+    steps = {call: [at[3] for at in entered if at[0] == call and at[2] == 0] for call, _ in traced.videos}
+    assert len(set(entered)) == len(entered) and all(own == list(range(len(own))) for own in steps.values())
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "told"),
     [
@@ -110,6 +134,8 @@ def test_the_pictures_in_the_docs_are_what_is_drawn_now(tmp_path, capsys, videos
         ("--videos 200", 1, "choose fewer videos or stages"),
         ("-o ring.pdf", 1, "output ring.pdf must end in .svg or .png"),
         ("-o taken.svg", 1, "output taken.svg exists: choose another name, or say --overwrite"),
+        ("--trace taken.svg", 1, "taken.svg is no trace of an engine"),
+        ("--trace none.json", 1, "none.json"),
         ("--video 2", 2, "there is no flag --video: did you mean --videos?"),
         ("--steps few", 2, "invalid int value: 'few'"),
     ],

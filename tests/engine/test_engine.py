@@ -1,6 +1,7 @@
 """Calls that share a ring: each has the bits that it has alone, whatever comes, goes and fails beside it."""
 
 import asyncio
+import json
 import threading
 import time
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 from runs import IMAGE, PROMPTS
 
 from jaxwan import Aborted, Engine, NotFinite, QueueFull
+from jaxwan.commands.draw_ring import Traced, main
 from jaxwan.engine import engine as engine_module
 from jaxwan.engine import ring
 from jaxwan.engine.admission import Admission
 from jaxwan.pipelines.pipeline import WanPipeline
+from jaxwan.sharding.mesh import MeshSpec
 
 SIZE = dict(height=32, width=48, num_frames=5)
 CALLS = [
@@ -289,8 +292,11 @@ def test_what_calls_were_made_of_is_kept_no_longer_than_their_results(pipe):
         done.result(60)
         at_step(gone, 1)
         gone.abort()
+        late = engine.submit(**CALLS[1], **SIZE)
+        at_step(late, 6)  # it is denoised, and may be decoded by now
+        late.abort()
         engine.submit(**CALLS[1], **SIZE).result(60)
-    for handle in (done, gone):
+    for handle in (done, gone, late):
         assert handle.frames == [None] and handle.videos[0].entry is None
 
 
@@ -302,6 +308,20 @@ def test_rings_of_kinds_that_nobody_calls_for_are_let_go(pipe, monkeypatch):
             engine.drain()
         assert len(engine._rings) == 1 and len(engine._mesh.tasks) == 4  # with encoding and decoding
         assert len(engine.trace) == 3 and engine.ticks[0] == sum(map(len, engine.trace))
+
+
+def test_what_is_drawn_of_an_engine_is_what_has_entered_its_ring(pipe, tmp_path):
+    with Engine(pipe, slots=3, trace=True) as engine:
+        handles = [engine.submit(**call, **SIZE, output_type="latent") for call in CALLS[:2]]
+        for handle in handles:
+            handle.result(60)
+        ticks, idle = engine.ticks
+    (tmp_path / "trace.json").write_text(json.dumps(engine.trace))
+    traced = Traced.read(MeshSpec(pp=2), tmp_path / "trace.json")
+    first, second = traced.rows.values()
+    assert [at is None for at in first].count(True) == idle and len(first) == ticks and second == [None, *first[:-1]]
+    assert sum(at is not None for at in first) == 4 * 2 + 6  # steps with guidance, and without
+    assert main(["--mesh", "pp=2", "--trace", f"{tmp_path}/trace.json", "-o", f"{tmp_path}/engine.svg"]) == 0
 
 
 def test_calls_of_a_folder_are_all_taken_or_none(pipe, tmp_path):
