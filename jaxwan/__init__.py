@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from jaxwan.convert.lora import Lora
     from jaxwan.engine.engine import Engine
     from jaxwan.engine.handle import Aborted, Handle, NotFinite, QueueFull
+    from jaxwan.engine.saving import SavedCalls
     from jaxwan.models.tiles import Tiling
     from jaxwan.pipelines.call import make_job
     from jaxwan.pipelines.checkpoint import BUNDLED_MODEL, Checkpoint, open_checkpoint
     from jaxwan.pipelines.dry_run import DryRun, dry_run
-    from jaxwan.pipelines.ending import end_on_signals
+    from jaxwan.pipelines.ending import end_on_signals, first_signal_to
     from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
     from jaxwan.pipelines.output import Output, check_save, seed_label
     from jaxwan.pipelines.pipeline import WanPipeline
+    from jaxwan.pipelines.progress import Progress
     from jaxwan.pipelines.request import Job
     from jaxwan.pipelines.steps import StepState
     from jaxwan.schedulers.presets import OFFICIAL_NEGATIVE_PROMPT
@@ -32,14 +34,16 @@ _HOME = {
     "convert.lora": ("Lora",),
     "engine.engine": ("Engine",),
     "engine.handle": ("Aborted", "Handle", "NotFinite", "QueueFull"),
+    "engine.saving": ("SavedCalls",),
     "models.tiles": ("Tiling",),
     "pipelines.call": ("make_job",),
     "pipelines.checkpoint": ("BUNDLED_MODEL", "Checkpoint", "open_checkpoint"),
     "pipelines.dry_run": ("DryRun", "dry_run"),
-    "pipelines.ending": ("end_on_signals",),
+    "pipelines.ending": ("end_on_signals", "first_signal_to"),
     "pipelines.media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
     "pipelines.output": ("Output", "check_save", "seed_label"),
     "pipelines.pipeline": ("WanPipeline",),
+    "pipelines.progress": ("Progress",),
     "pipelines.request": ("Job",),
     "pipelines.steps": ("StepState",),
     "schedulers.presets": ("OFFICIAL_NEGATIVE_PROMPT",),
@@ -47,9 +51,9 @@ _HOME = {
 
 __all__ = [
     "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Aborted", "Checkpoint", "DryRun", "Engine", "Handle", "Job", "Lora",
-    "NotFinite", "Output", "QueueFull", "StepState", "Tiling", "WanPipeline", "check_save", "check_writable", "dry_run",
-    "end_on_signals", "load_image", "load_video", "make_job", "open_checkpoint", "read_settings", "save_video",
-    "seed_label",
+    "NotFinite", "Output", "Progress", "QueueFull", "SavedCalls", "StepState", "Tiling", "WanPipeline", "check_save",
+    "check_writable", "dry_run", "end_on_signals", "first_signal_to", "load_image", "load_video", "make_job",
+    "open_checkpoint", "read_settings", "save_video", "seed_label",
 ]  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from jaxwan.pipelines.axes import to_public
 from jaxwan.pipelines.decode import decoded_groups
 from jaxwan.pipelines.encoders import Encoders, prepare
 from jaxwan.pipelines.media import BackgroundWriter
-from jaxwan.pipelines.progress import Progress
 
 if TYPE_CHECKING:
     from jaxwan.engine.engine import Engine
@@ -90,7 +89,7 @@ class EncodeTask(Encoding):
 
     def work(self, handle: Handle) -> None:
         """A call's arguments to entries of the ring."""
-        pipe, progress, encoders = self._engine.pipe, Progress(visible=False), handle.encoders or self.encoders(handle)
+        pipe, progress, encoders = self._engine.pipe, handle.call.progress, handle.encoders or self.encoders(handle)
         entries = prepare(pipe.checkpoint, pipe.parts, handle.job.requests, progress, encoders)
         handle.encoders = None
         for video, entry in zip(handle.videos, entries, strict=True):
@@ -167,7 +166,9 @@ class DecodeTask(Task):
         try:
             piece(video)
         except Exception as error:  # whatever is wrong with one call is that call's alone
-            self._engine.fail(video.handle, error)
+            if self._now is not None and self._now.video is video:
+                self.leave()
+            self._engine.unwritten(video, error)
 
     def _begin(self, video: Video) -> None:
         handle, engine, latents = video.handle, self._engine, video.latents
@@ -179,9 +180,10 @@ class DecodeTask(Task):
             shape = *engine.pipe.checkpoint.geometry.pixel_shape(*latents.shape[:3]), 3
             handle.frames[video.number] = np.empty(shape, kind)
         coder = coder_for(engine.pipe.parts.coder, video.request.tiling)
-        groups = decoded_groups(coder, latents, kind, handle.frames[video.number])
+        groups, video.groups = decoded_groups(coder, latents, kind, handle.frames[video.number]), 0
+        path = handle.written[video.number]
         with ExitStack() as stack:
-            writer = None if handle.call.save is None else stack.enter_context(engine.writer(video))
+            writer = None if path is None else stack.enter_context(engine.writer(video, path))
             self._now = Decoding(video, groups, writer, stack.pop_all())
         self._group(video)
 

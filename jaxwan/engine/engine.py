@@ -1,10 +1,11 @@
 """Calls that arrive at any time share one ring: continuous batching, abort, priorities, previews (docs/engine.md)."""
 
 import itertools
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 
 from jaxwan.engine.admission import Admission, state_bytes
 from jaxwan.engine.coding import CodeTask, DecodeTask, EncodeTask, public_latents
-from jaxwan.engine.handle import Aborted, Call, Handle, QueueFull, State, Video
+from jaxwan.engine.handle import Aborted, Call, Handle, Otherwise, QueueFull, State, Video
 from jaxwan.engine.lanes import Lane
 from jaxwan.engine.ring import Entered, RingTask
-from jaxwan.engine.saving import check_folder, load_calls, save_calls
+from jaxwan.engine.saving import SavedCalls, check_folder, save_calls
 from jaxwan.pipelines.arguments import Number, local_path, whole
 from jaxwan.pipelines.axes import to_public
 from jaxwan.pipelines.call import make_job, with_prompt
@@ -31,6 +32,7 @@ from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.warmup import compiling, job_programs, programs_key
 
 RESIDENT = 2  # rings of different buckets that are on the devices at once
+log = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds for which a ring goes on taking new videos while one with an older call waits to be let in
 RINGS = 8  # of different buckets that are kept for further calls, with their programs, beside those in use
 
@@ -46,6 +48,7 @@ class Engine:
     same kind (size, number of text rows, kind of input) that are denoised together; each takes memory for its latents.
     queue: calls that may wait, beside those that run; None: any number. resident: of how many kinds videos are denoised
     in turns; others wait. device_memory: of one device, "80GB" or bytes, where devices do not tell it themselves.
+    save, save_every: a folder where open calls are saved (`save`) every so many seconds.
 
     While an engine is open, the pipeline is the engine's: its devices are driven by a thread of the engine, and
     programs that another thread starts on them may wait for each other for ever. An error of that thread which belongs
@@ -54,7 +57,8 @@ class Engine:
 
     def __init__(
         self, pipe: WanPipeline, *, slots: int = 4, queue: int | None = None, resident: int = RESIDENT,
-        device_memory: int | str | None = None, trace: bool = False,
+        device_memory: int | str | None = None, trace: bool = False, save: str | Path | None = None,
+        save_every: Number | None = None,
     ):  # fmt: skip
         self.pipe, self.slots, self.resident = pipe, whole("slots", slots, 1), whole("resident", resident, 1)
         self._queue = None if queue is None else whole("queue", queue, 1)
@@ -75,6 +79,9 @@ class Engine:
             self._mesh.add(self._encode)
             self._vae.add(self._code)
             self._vae.add(self._decode)
+        self._saving, self._ended = threading.Lock(), threading.Event()
+        if save is not None and save_every is not None:
+            threading.Thread(target=self._save_often, args=(save, save_every), daemon=True).start()
 
     # Calls
 
@@ -99,14 +106,26 @@ class Engine:
     def submit_job(
         self, job: Job, *, priority: int = 0, output_type: str | None = None, save: Any = None,
         given: Mapping[str, Any] | None = None, entries: Sequence[Entry] | None = None,
+        finished: Mapping[int, Path | None] | None = None, progress: Progress | None = None,
+        otherwise: Otherwise | None = None,
     ) -> Handle:  # fmt: skip
-        """`submit` a checked job (`make_job`), whose notes are the caller's to tell. given: the arguments that made it,
-        which `save` needs. entries: of its videos, where they were encoded before."""
+        """`submit` a checked job (`make_job`), whose notes are the caller's to tell.
+
+        given: the arguments that made it, which `save` needs. entries: of its videos, where they were encoded before;
+        finished: where the files are of those that are written already, by their numbers. progress: where the phases of
+        encoding are shown.
+        otherwise: called, in a thread of the engine's, for a video that cannot be decoded or written: with an Output of
+        its latents, the path and the error. It returns another path, or None: then the video has no file, its path in
+        the result is None, and the call goes on. (If it has no frames either, nobody's are in the result.) Without it
+        the call fails.
+        """
         keep, priority = kept_type(output_type, save), whole("priority", priority, -(2**31))
-        paths = [] if save is None else Saving.parse(save).paths(job.settings(), job.size[0])
+        finished = finished or {}
+        paths = [] if save is None else Saving.parse(save).paths(job.settings(), job.size[0], finished)
         check_use(self.pipe.mesh, self.pipe.checkpoint, job, loaded=True)
         self._admission.check(job, self.slots)
-        call = Call(job, keep, save, priority, None if given is None else dict(given))
+        progress = progress or Progress(visible=False)
+        call = Call(job, keep, save, priority, None if given is None else dict(given), progress, otherwise)
         decode = keep != "latent" or save is not None
         key = programs_key(self.pipe.checkpoint, self.pipe.parts, job, decode=decode, videos=self.slots)
         with self.lock:
@@ -116,6 +135,8 @@ class Engine:
             if self._queue is not None and waiting >= self._queue:
                 raise QueueFull(f"{waiting} calls wait already, and this engine's queue has room for {self._queue}")
             handle = Handle(self, call, next(self._numbers), self._ring(key[0]), key, paths)
+            for number, path in finished.items():
+                handle.written[number], handle.videos[number].finished = path, True
             self._open[handle.arrived] = handle
             if key not in self._ready:
                 self._ready[key] = False
@@ -142,10 +163,15 @@ class Engine:
             compiled = self._compiler.submit(self._compile, key, job, True)
         compiled.result()
 
+    def wait_for(self, predicate: Callable[[], Any], timeout: Number | None = None) -> Any:
+        """Wait, for so many seconds at most, until what a function returns is true. It is called now, and whenever a
+        call has come on."""
+        with self.lock:
+            return self.lock.wait_for(predicate, timeout)
+
     def drain(self, timeout: Number | None = None) -> bool:
         """Wait until all calls are over; False where that takes longer than `timeout` seconds."""
-        with self.lock:
-            return self.lock.wait_for(lambda: not self._open, timeout)
+        return self.wait_for(lambda: not self._open, timeout)
 
     def close(self) -> None:
         """Abort what is not over, and end the engine's threads."""
@@ -154,6 +180,7 @@ class Engine:
             handles = list(self._open.values())
         for handle in handles:
             self.abort(handle)
+        self._ended.set()
         self._compiler.shutdown(cancel_futures=True)
         self._mesh.close()
         if self._vae is not self._mesh:
@@ -170,35 +197,54 @@ class Engine:
 
     # Saving
 
-    def save(self, folder: str | Path) -> int:
+    def save(self, folder: str | Path, *, stop: bool = False) -> int:
         """Write all calls that are not over, with each video as far as it is, so that `restore` goes on with them in
         another process, on any mesh, to the same bits. Taken between two segments; an older save in the folder is
-        replaced once all is written. Returns how many calls.
+        replaced once all is written, and where no call is left, removed. stop: no segment begins any more. Returns how
+        many calls.
 
         Raises ValueError for a folder that holds something else, OSError where nothing can be written.
         """
         folder = local_path(folder, "folder to save in", "give a path of this machine")
         check_folder(folder)
-        calls = self._mesh.ask(self._calls).result()
-        save_calls(folder, self.pipe, calls)
+        with self._saving:
+            calls = self._mesh.ask(lambda: self._calls(stop)).result()
+            if stop:
+                self._vae.close()
+                self._decode.close()  # files that were being finished are, and none comes to be there later
+            calls = [(handle, entries) for handle, entries in calls if not handle.over]
+            save_calls(folder, self.pipe, calls)
         return len(calls)
 
-    def restore(self, folder: str | Path) -> list[Handle]:
-        """Go on with the calls that `save` wrote, in their order. Raises as `submit` does, and ValueError for a folder
-        that holds none, or of another model."""
+    def restore(
+        self, saved: str | Path | SavedCalls, *, progress: Progress | None = None, otherwise: Otherwise | None = None
+    ) -> list[Handle]:
+        """Go on with the calls that `save` wrote into a folder, in their order. progress, otherwise: as of
+        `submit_job`. Raises as `submit` does, and ValueError for a folder that holds none, or of another model."""
+        saved = saved if isinstance(saved, SavedCalls) else SavedCalls.read(saved)
         handles = []
         try:
-            for job, rest, entries in load_calls(folder, self.pipe):
-                handles.append(self.submit_job(job, entries=entries, **rest))
+            for job, rest, entries in saved.load(self.pipe):
+                handles.append(self.submit_job(job, entries=entries, progress=progress, otherwise=otherwise, **rest))
         except BaseException:
             for handle in handles:  # nobody would have them
                 handle.abort()
             raise
         return handles
 
-    def _calls(self) -> list[tuple[Handle, list[Entry | None]]]:
+    def _calls(self, stop: bool) -> list[tuple[Handle, list[Entry | None]]]:
         """All open calls, with what each video is now; None where it is not encoded."""
+        if stop:
+            self._mesh.stop()
         return [(handle, [handle.ring.read(video) for video in handle.videos]) for handle in self.handles]
+
+    def _save_often(self, folder: str | Path, seconds: Number) -> None:
+        while not self._ended.wait(seconds):
+            try:
+                self.save(folder)
+            except Exception as error:  # the next may succeed
+                if not self._closed:
+                    log.warning("the calls could not be saved: %s", error)
 
     # Of handles
 
@@ -298,7 +344,7 @@ class Engine:
         """All of its steps are done."""
         with self.lock:
             video.latents, video.entry = entry.latents, None if video.handle.over else entry
-        if not video.handle.call.decodes:
+        if video.finished or not video.handle.call.decodes:  # finished: before it was saved
             self.decoded(video)
             return
         with self.lock:
@@ -322,12 +368,33 @@ class Engine:
         """A call ends by an error of its own."""
         self._end(handle, "failed", error)
 
-    def writer(self, video: Video) -> BackgroundWriter:
+    def unwritten(self, video: Video, error: Exception) -> None:
+        """A video could not be decoded or written. Where its call says so, it goes elsewhere, or nowhere, and the call
+        goes on."""
+        handle, i, otherwise = video.handle, video.number, video.handle.call.otherwise
+        path, latents = handle.written[i], video.latents
+        if otherwise is None or latents is None or handle.over:
+            return self.fail(handle, error)
+        if path is not None:
+            shown, settings = to_public(latents)[None], self._settings(handle)[i : i + 1]
+            try:
+                handle.written[i] = otherwise(Output(shown, shown, video.request.fps, settings, {}), path, error)
+            except Exception as its_own:
+                return self.fail(handle, its_own)
+        again = handle.written[i] is not None
+        if handle.call.keep != "latent" and not again and video.groups < len(latents):
+            again = path is not None  # for its frames alone
+            handle.frames[i] = None
+        if not again:
+            return self.decoded(video)
+        with self.lock:
+            self._decode.waiting.appendleft(video)
+            self.lock.notify_all()
+
+    def writer(self, video: Video, path: Path) -> BackgroundWriter:
         """Of a video that is to be written while it is decoded."""
-        call, path = video.handle.call, video.handle.paths[video.number]
-        settings = job_settings(self.pipe.checkpoint, self.pipe.parts, call.job)[video.number]
-        frames, fps = call.job.size[0], video.request.fps
-        return BackgroundWriter(path, frames, fps, *Saving.parse(call.save).rest(settings))
+        call, settings = video.handle.call, self._settings(video.handle)[video.number]
+        return BackgroundWriter(path, call.job.size[0], video.request.fps, *Saving.parse(call.save).rest(settings))
 
     # Inside
 
@@ -413,11 +480,11 @@ class Engine:
     def _output(self, handle: Handle) -> Output:
         """What a call returns."""
         call, latents = handle.call, public_latents(handle.videos)
-        settings = job_settings(self.pipe.checkpoint, self.pipe.parts, call.job)
         frames: Any = latents
-        if call.keep == "pil":
-            frames = [as_pil(video) for video in handle.frames]
-        elif call.keep != "latent":
-            frames = np.stack(handle.frames)
-        fps = call.job.requests[0].fps
-        return Output(frames, latents, fps, settings, dict(handle.seconds), tuple(handle.paths))
+        if call.keep != "latent" and all(video is not None for video in handle.frames):
+            frames = [as_pil(video) for video in handle.frames] if call.keep == "pil" else np.stack(handle.frames)
+        paths = () if call.save is None else tuple(handle.written)
+        return Output(frames, latents, call.job.requests[0].fps, self._settings(handle), dict(handle.seconds), paths)
+
+    def _settings(self, handle: Handle) -> tuple[dict[str, Any], ...]:
+        return job_settings(self.pipe.checkpoint, self.pipe.parts, handle.job)

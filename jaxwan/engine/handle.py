@@ -13,6 +13,7 @@ from jaxwan.pipelines.arguments import Number
 from jaxwan.pipelines.denoise import Entry
 from jaxwan.pipelines.encoders import Encoders
 from jaxwan.pipelines.output import Output
+from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.request import Job, Request
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 State = Literal["queued", "encoding", "denoising", "decoding", "done", "failed", "aborted"]
 OVER = ("done", "failed", "aborted")
+Otherwise = Callable[[Output, Path, Exception], Path | None]  # (a video's latents, where its file failed, why)
 
 
 class Aborted(Exception):
@@ -87,6 +89,7 @@ class Handle:
         self.ring, self.key, self.paths = ring, key, tuple(paths)  # key: of the programs that it runs
         self.submitted = time.perf_counter()
         self.videos = [Video(self, number, request) for number, request in enumerate(call.job.requests)]
+        self.written: list[Path | None] = [*paths] or [None] * len(self.videos)  # where files are in the end, if any is
         self.state: State = "queued"
         self.seconds: dict[str, float] = {}  # of device time, by phase, and `wait` until it was first worked on
         self.encoders: Encoders | None = None  # where a part of its encoding is done
@@ -158,6 +161,8 @@ class Call:
     save: Any = None
     priority: int = 0
     given: dict[str, Any] | None = field(default=None, repr=False)
+    progress: Progress = field(default_factory=lambda: Progress(visible=False))  # of encoding
+    otherwise: Otherwise | None = None
 
     @property
     def decodes(self) -> bool:

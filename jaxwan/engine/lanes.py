@@ -80,11 +80,15 @@ class Lane:
             task.seconds += taken
             but.seconds -= taken
 
-    def close(self) -> None:
-        """End after the unit that is under way, and wait for that."""
+    def stop(self) -> None:
+        """Begin no unit any more."""
         with self.lock:
             self._closing = True
             self.lock.notify_all()
+
+    def close(self) -> None:
+        """End after the unit that is under way, and wait for that."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:
@@ -100,6 +104,7 @@ class Lane:
     def _work(self) -> None:
         while True:
             with self.lock:
+                self.lock.notify_all()  # of what the last unit has done, for those who follow it
                 task = None
                 while not (self._closing or self._asked) and (task := self._next()) is None:
                     self.lock.wait(STALLED if any(task.stalled for task in self.tasks) else None)

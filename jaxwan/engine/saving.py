@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,10 +21,11 @@ from jaxwan.pipelines.arguments import local_path
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import Checkpoint
 from jaxwan.pipelines.denoise import Entry
+from jaxwan.pipelines.ending import leaving_nothing_half
 from jaxwan.pipelines.output import Saving
-from jaxwan.pipelines.parts import job_settings
+from jaxwan.pipelines.parts import job_settings, pipeline_settings
 from jaxwan.pipelines.request import Job
-from jaxwan.pipelines.snapshot import identity, load_entry, save_entry
+from jaxwan.pipelines.snapshot import check_identity, identity, load_entry, save_entry, structure
 
 if TYPE_CHECKING:
     from jaxwan.pipelines.pipeline import WanPipeline
@@ -42,12 +44,18 @@ def save_calls(
     that holds something else; OSError where nothing can be written.
     """
     check_folder(folder)
+    if not calls:
+        if folder.exists():
+            _remove(folder)
+        return
     model = identity(pipe.checkpoint, pipe.parts.denoiser.dtype)
     new, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
+    _remove(new)
+    _under_way[new] = folder, old
     new.mkdir(parents=True)
     try:
-        index = {"format": FORMAT, "version": __version__, "calls": []}
+        made_by = pipeline_settings(pipe.checkpoint, pipe.parts)
+        index = {"format": FORMAT, "version": __version__, "model": model, "made_by": made_by, "calls": []}
         for i, (handle, entries) in enumerate(calls):
             index["calls"].append(_write_call(new, f"call-{i}", handle))
             settings = job_settings(pipe.checkpoint, pipe.parts, handle.job)
@@ -64,8 +72,29 @@ def save_calls(
                 old.rename(folder)
             raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_under_way()
+        del _under_way[new]
+
+
+_under_way: dict[Path, tuple[Path, Path]] = {}  # what is being written -> what it will be, and where the older one goes
+
+
+def _remove(folder: Path) -> None:
+    """A folder vanishes at once, and with it whoever writes in it still."""
+    with suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.gone-{os.getpid()}")))
+
+
+def _remove_under_way() -> None:
+    for new, (folder, old) in list(_under_way.items()):
+        if not folder.exists():
+            with suppress(OSError):
+                old.rename(folder)
+        _remove(new)
+        _remove(old)
+
+
+leaving_nothing_half.append(_remove_under_way)
 
 
 def check_folder(folder: Path) -> None:
@@ -77,35 +106,92 @@ def check_folder(folder: Path) -> None:
         raise PermissionError(f"nothing can be written in {folder.parent}")
 
 
-def load_calls(folder: str | Path, pipe: "WanPipeline") -> list[tuple[Job, dict[str, Any], list[Entry] | None]]:
-    """The calls in a folder: (job, arguments of `Engine.submit_job`, entries if its videos were encoded).
+class SavedCalls(NamedTuple):
+    """What `Engine.save` wrote, read as far as is needed to say what it is. made_by: as in an output's settings, the
+    model and its numbers."""
 
-    Raises OSError for what cannot be read, ValueError for what `Engine.save` did not write, or with another model.
-    """
-    folder = local_path(folder, "saved calls")
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        version, calls = index["format"], list(index["calls"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX} lists no saved calls ({error})") from error
-    if version != FORMAT:
-        raise ValueError(f"{folder} is of format {version!r:.20}, and jaxwan {__version__} reads {FORMAT}")
-    model, found = identity(pipe.checkpoint, pipe.parts.denoiser.dtype), []
-    for i, saved in enumerate(calls):
+    folder: Path
+    model: dict[str, Any]
+    made_by: dict[str, Any]
+    calls: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "SavedCalls":
+        """Raises OSError for what cannot be read, ValueError for what `Engine.save` did not write."""
+        folder = local_path(folder, "saved calls")
+        if not (folder / INDEX).is_file():
+            raise FileNotFoundError(f"{folder} holds no saved calls: there is no {INDEX} in it")
         try:
-            call = {name: _read(folder, value) for name, value in saved["call"].items()}
-            rest = {name: saved[name] for name in ("priority", "output_type", "save")}
+            index = json.loads((folder / INDEX).read_text())
+            version, calls = index["format"], [dict(call) for call in index["calls"]]
+            model, made_by = dict(index["model"]), dict(index["made_by"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} lists no saved calls ({error})") from error
+        if version != FORMAT:
+            raise ValueError(f"{folder} is of format {version!r:.20}, and jaxwan {__version__} reads {FORMAT}")
+        return cls(folder, model, made_by, calls)
+
+    def jobs(self, checkpoint: Checkpoint) -> list[Job]:
+        """What the calls make. Raises ValueError for another model's, before any weights are read, and as `Output.save`
+        does where files cannot be written any more."""
+        check_identity(self.folder / INDEX, self.model, structure(checkpoint))
+        jobs = [make_job(checkpoint, **self._arguments(saved)) for saved in self.calls]
+        for saved, job in zip(self.calls, jobs, strict=True):
+            if saved.get("save") is not None:
+                Saving.parse(saved["save"]).paths(job.settings(), job.size[0], self._finished(saved))
+        return jobs
+
+    def overwriting(self) -> "SavedCalls":
+        """The same, but that files may be there that were not written yet."""
+        other = {"overwrite": True}
+        other = {"overwrite": True}
+        return self._replace(
+            calls=[call | {"save": call["save"] | other} if call.get("save") else call for call in self.calls]
+        )
+
+    @staticmethod
+    def check_folder(folder: str | Path) -> None:
+        """Raises ValueError for a folder where `Engine.save` would replace something, also calls that were saved,
+        OSError where it can write nothing."""
+        folder = local_path(folder, "folder to save in", "give a path of this machine")
+        check_folder(folder)
+        if (folder / INDEX).exists():
+            raise ValueError(f"{folder} holds saved calls, which would be lost: resume them, or choose another folder")
+
+    def load(self, pipe: "WanPipeline") -> list[tuple[Job, dict[str, Any], list[Entry] | None]]:
+        """Of each call (job, arguments of `Engine.submit_job`, entries if its videos were encoded). Raises as `jobs`
+        does, and for files of videos that do not fit."""
+        model, found = identity(pipe.checkpoint, pipe.parts.denoiser.dtype), []
+        for i, (saved, job) in enumerate(zip(self.calls, self.jobs(pipe.checkpoint), strict=True)):
+            try:
+                rest = {name: saved[name] for name in ("priority", "output_type", "save")}
+            except KeyError as error:
+                raise self._broken(error) from error
+            names = [self.folder / f"call-{i}-video-{video}.safetensors" for video in range(len(job.requests))]
+            entries = None
+            if all(name.exists() for name in names):
+                each = zip(names, job.requests, strict=True)
+                entries = [_entry(name, request, pipe.checkpoint, model) for name, request in each]
+            given = {"given": self._arguments(saved), "finished": self._finished(saved)}
+            found.append((job, rest | given, entries))
+        return found
+
+    def _finished(self, saved: dict[str, Any]) -> dict[int, Path | None]:
+        """Where the files are of a call's videos that are written."""
+        try:
+            return {int(video): Path(path) if path else None for video, path in saved["finished"].items()}
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise self._broken(error) from error
+
+    def _arguments(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Of `make_job`."""
+        try:
+            return {name: _read(self.folder, value) for name, value in saved["call"].items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} lists no saved calls ({error!r})") from error
-        job = make_job(pipe.checkpoint, **call)
-        paths = [folder / f"call-{i}-video-{video}.safetensors" for video in range(len(job.requests))]
-        entries = None
-        if all(path.exists() for path in paths):
-            entries = [
-                _entry(path, request, pipe.checkpoint, model) for path, request in zip(paths, job.requests, strict=True)
-            ]
-        found.append((job, rest | {"given": call}, entries))
-    return found
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.folder / INDEX} lists no saved calls ({error!r})")
 
 
 def _entry(path: Path, request: Any, checkpoint: Checkpoint, model: dict[str, Any]) -> Entry:
@@ -127,8 +213,15 @@ def _write_call(folder: Path, name: str, handle: Handle) -> dict[str, Any]:
     kept = {}
     for argument, value in (call.given | _decided(handle.job)).items():
         kept[argument] = _written(folder, f"{name}-{argument}", value)
-    save = None if call.save is None else asdict(Saving.parse(call.save)) | {"path": [str(p) for p in handle.paths]}
-    return {"call": kept, "priority": call.priority, "output_type": call.keep, "save": save}
+    paths = [str(path.absolute()) for path in handle.paths]
+    save = None if call.save is None else asdict(Saving.parse(call.save)) | {"path": paths}
+    finished = {}
+    if call.keep == "latent":  # and there is no need of frames
+        written = {video.number: handle.written[video.number] for video in handle.videos if video.finished}
+        finished = {number: path and str(path.absolute()) for number, path in written.items()}
+    return {
+        "call": kept, "priority": call.priority, "output_type": call.keep, "save": save, "finished": finished
+    }  # fmt: skip
 
 
 def _decided(job: Job) -> dict[str, Any]:

@@ -5,10 +5,11 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_heard: list[tuple[Callable[[int], object], str]] = []  # who is told of the next signal, and what is said
 leaving_nothing_half: list[Callable[[], object]] = []  # called before the end, for what is being written just then
 
 
@@ -28,10 +29,30 @@ def end_on_signals() -> None:
             signal.signal(number, lambda *_: None)  # any handler of Python's has the number written to `wake`
 
 
+@contextmanager
+def first_signal_to(hear: Callable[[int], object], saying: str) -> Iterator[None]:
+    """While the block runs, the first signal of those that would end this process is told to a function instead, in
+    another thread, which must not wait in it. The next one ends the process."""
+    told = hear, saying
+    _heard.append(told)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            _heard.remove(told)
+
+
 def _end_when_woken(woken: int) -> None:
-    number = 0
-    while number not in SIGNALS:  # but another that someone handles
+    while True:
         (number,) = os.read(woken, 1)
+        if number not in SIGNALS:
+            continue  # someone handles it
+        try:
+            hear, saying = _heard.pop()
+        except IndexError:
+            break
+        _tell(saying)
+        hear(number)
     try:
         for remove in leaving_nothing_half:
             with suppress(OSError):

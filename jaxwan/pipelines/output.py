@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ class Output:
     frames: (B, F, H, W, 3), float32 in [0, 1] or, with output_type "uint8", bytes; with "pil" lists of images, with
     "latent" the latents. latents: float32, normalised, (B, C, T, h, w). settings: what makes each video again,
     such as `pipe(**output.settings[0]["call"])`, and the model's name and dtypes (`Request.settings`). seconds: time
-    that each phase took, compilation apart. paths: the files that `save=` wrote.
+    that each phase took, compilation apart. paths: the files that `save=` wrote, None where it could not.
 
     `output[1]` and `output[2:4]` are Outputs too, and `len(output)` counts videos.
     """
@@ -46,7 +46,7 @@ class Output:
     fps: float
     settings: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
-    paths: tuple[Path, ...] = ()
+    paths: tuple[Path | None, ...] = ()
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
@@ -166,10 +166,15 @@ class Saving:
             raise ValueError(f"save={value!r:.80} is no path, nor a dict of path and any of {known}")
         return cls(**value)
 
-    def paths(self, settings: Sequence[Mapping[str, Any]], num_frames: int) -> list[Path]:
-        """Where each video goes, proved to be possible."""
+    def paths(
+        self, settings: Sequence[Mapping[str, Any]], num_frames: int, written: Collection[int] = ()
+    ) -> list[Path]:
+        """Where each video goes, proved to be possible; the files of those that are `written` may be there."""
         compression = Compression(self.crf, self.x264_preset)
-        return [check_output(p, num_frames, self.overwrite, compression) for p in numbered(self.path, settings)]
+        return [
+            check_output(path, num_frames, self.overwrite or i in written, compression)
+            for i, path in enumerate(numbered(self.path, settings))
+        ]
 
     def rest(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
         """What `save_output` takes behind a video's rate."""

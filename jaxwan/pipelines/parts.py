@@ -62,14 +62,24 @@ class Parts(NamedTuple):
 
 def job_settings(checkpoint: Checkpoint, parts: Parts, job: Job) -> tuple[dict[str, Any], ...]:
     """What makes each video of a job: the call's settings, the model and its numbers."""
-    made_by = {"model": checkpoint.name, "dtype": str(parts.denoiser.dtype), "vae_dtype": str(parts.vae_dtype)}
+    made_by = pipeline_settings(checkpoint, parts)
+    return tuple(made_by | settings for settings in job.settings())
+
+
+def pipeline_settings(checkpoint: Checkpoint, parts: Parts) -> dict[str, Any]:
+    """The model and its numbers."""
+    made_by: dict[str, Any] = {
+        "model": checkpoint.name,
+        "dtype": str(parts.denoiser.dtype),
+        "vae_dtype": str(parts.vae_dtype),
+    }
     if checkpoint.weights_variant is not None:
         made_by["variant"] = checkpoint.weights_variant
     if checkpoint.parts:
         made_by["components"] = [name for name, _ in checkpoint.parts]  # from files of their own
     if checkpoint.loras:
         made_by["loras"] = described(checkpoint.loras)
-    return tuple(made_by | settings for settings in job.settings())
+    return made_by
 
 
 def abstract_parts(

@@ -12,7 +12,7 @@ import jax
 
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 _LINE_EVERY = 10.0  # seconds, where there is no terminal
-Update = Callable[[int], Any]  # called with the units done since the last call
+Update = Callable[..., Any]  # called with the units done since the last call, and a note if there is one to show
 
 
 class Progress:
@@ -69,7 +69,7 @@ class Progress:
 
 @contextmanager
 def _hidden() -> Iterator[Update]:
-    yield lambda done: None
+    yield lambda done, note="": None
 
 
 @contextmanager
@@ -82,7 +82,12 @@ def _shown(name: str, total: int, unit: str) -> Iterator[Update]:
             warnings.simplefilter("ignore", TqdmWarning)  # a notebook without ipywidgets gets bars of text
             from tqdm.auto import tqdm
         with tqdm(total=total, desc=f"{name:>8}", unit=unit, unit_scale=unit == "B") as bar:
-            yield bar.update
+
+            def update(done: int, note: str = "") -> None:
+                bar.set_postfix_str(note, refresh=False)
+                bar.update(done)
+
+            yield update
         return
     lines = _Lines(name, total, unit)
     yield lines.update
@@ -96,22 +101,23 @@ class _Lines:
         self.name, self.total, self.unit, self.done = name, total, unit, 0
         self.start = self.last = time.perf_counter()
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, note: str = "") -> None:
         self.done += done
         now = time.perf_counter()
         if now - self.last >= _LINE_EVERY and self.done < self.total:
             self.last = now
-            self._print(f"{self._number(self.done)} of {self._count(self.total)}, {self._pace(now - self.start)}")
+            told = f"{self._number(self.done)} of {self._count(self.total)}"
+            self._print(", ".join(filter(None, (told, self._pace(now - self.start), note))))
 
     def end(self) -> None:
         self._print(f"{self._count(self.done)} in {time.perf_counter() - self.start:.1f} s")
 
     def _pace(self, seconds: int | float) -> str:
-        """How long it took so far; of bytes also how many a second, and how long the others take at that."""
-        if self.unit != "B" or not self.done:
+        """How long it took so far, and the rest takes at that; of bytes also how many a second."""
+        if not self.done:
             return f"{seconds:.0f} s"
-        left = seconds * (self.total - self.done) / self.done
-        return f"{seconds:.0f} s, {self.done / 1e6 / seconds:,.0f} MB/s, {left:.0f} s left"
+        rate = f", {self.done / 1e6 / seconds:,.0f} MB/s" if self.unit == "B" else ""
+        return f"{seconds:.0f} s{rate}, {seconds * (self.total - self.done) / self.done:.0f} s left"
 
     def _count(self, number: int) -> str:
         return f"{self._number(number)} {'MB' if self.unit == 'B' else self.unit + 's' * (number != 1)}"

@@ -73,8 +73,24 @@ def identity(checkpoint: Checkpoint, dtype: Any) -> dict[str, Any]:
     tensors = {name: sorted(found.kinds().items()) for name, found in files.items()}
     changed = tensors | {"loras": described(checkpoint.loras)} if checkpoint.loras else tensors
     digest = hashlib.sha256(json.dumps(changed).encode()).hexdigest()
-    about = asdict(checkpoint.transformer) | {"experts": len(tensors), "dtype": str(dtype), "tensors": digest}
+    return structure(checkpoint) | {"dtype": str(dtype), "tensors": digest}
+
+
+def structure(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What of `identity` the configurations tell alone."""
+    about = asdict(checkpoint.transformer) | {"experts": checkpoint.num_experts}
     return json.loads(json.dumps(about))  # as a file gives it back: lists for tuples
+
+
+def check_identity(path: Path, theirs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ValueError where what a file tells of its model is not what this one's `identity` or `structure` says."""
+    for name, value in own.items():
+        if theirs.get(name) != value and name == "tensors":
+            raise ValueError(
+                f"{path} was made by another model: names, shapes or dtypes of its tensors differ, or LoRAs"
+            )
+        if theirs.get(name) != value:
+            raise ValueError(f"{path} was made by a model of {name}={theirs.get(name)!r:.40}, this one has {value!r}")
 
 
 # Reading what anyone may have written
@@ -92,13 +108,7 @@ def _about(path: Path, metadata: dict[str, str] | None, model: dict[str, Any]) -
         raise ValueError(f"{path} holds no video on its way: WanPipeline.save_state writes such files")
     if version != FORMAT:
         raise ValueError(f"{path} is of format {version!r:.20}, and jaxwan {__version__} reads {FORMAT}")
-    for name, own in model.items():
-        if theirs.get(name) != own and name == "tensors":
-            raise ValueError(
-                f"{path} was made by another model: names, shapes or dtypes of its tensors differ, or LoRAs"
-            )
-        if theirs.get(name) != own:
-            raise ValueError(f"{path} was made by a model of {name}={theirs.get(name)!r:.40}, this one has {own!r}")
+    check_identity(path, theirs, model)
     return about
 
 

@@ -50,6 +50,15 @@ def test_a_signal_ends_it_at_once_in_native_code_too(tmp_path, number, times):
     assert os.listdir(tmp_path / "new") == []
 
 
+def test_the_first_signal_may_be_someones_and_the_next_ends_it():
+    code = "import os, signal, time, jaxwan; jaxwan.end_on_signals(); heard = []\n"
+    code += "with jaxwan.first_signal_to(heard.append, 'saving'):\n"
+    code += "  os.kill(os.getpid(), signal.SIGTERM)\n  while not heard: time.sleep(0.01)\n"
+    code += "print(heard, flush=True); os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
+    done = subprocess.run([sys.executable, "-c", HEARD + code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "[15]\n", "saving\ninterrupted\n")
+
+
 def test_what_was_ignored_stays_ignored():
     """As after nohup."""
     code = "import os, signal, time, jaxwan; signal.signal(signal.SIGHUP, signal.SIG_IGN); jaxwan.end_on_signals()"

@@ -67,8 +67,9 @@ def test_a_long_phase_says_now_and_then_how_far_it_is(capsys, monkeypatch):
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     run(8)
-    said = ["denoise: 2 of 8 steps, 12 s", "denoise: 4 of 8 steps, 24 s", "denoise: 6 of 8 steps, 36 s"]
-    assert capsys.readouterr().err.splitlines() == [*said, "denoise: 8 steps in 54.0 s"]
+    said = ["2 of 8 steps, 12 s, 36 s left", "4 of 8 steps, 24 s, 24 s left", "6 of 8 steps, 36 s, 12 s left"]
+    lines = [f"denoise: {line}" for line in said]
+    assert capsys.readouterr().err.splitlines() == [*lines, "denoise: 8 steps in 54.0 s"]
 
 
 def test_a_long_phase_of_bytes_says_how_fast_it_is_and_how_long_the_rest_takes(capsys, monkeypatch):
