@@ -25,10 +25,9 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -42,12 +41,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 try:
     import jaxwan  # its parts are imported when first used
-    from jaxwan.commands.terminal import Parser, Told, tell_error, tell_on_stderr
+    from jaxwan.commands.running import Call, File, Runs, Stopped, reason, save
+    from jaxwan.commands.terminal import Parser, Told, tell_above_bar, tell_error, tell_on_stderr
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: install it first, by `pip install -e .` in the clone")
 
 log = logging.getLogger("jaxwan.generate")
 DOES_NOT_FIT = 3
+SLOTS = 4  # of several calls, videos that are denoised at a time
 SAMPLING = (  # what a preset decides, beside the negative prompt
     "num_inference_steps sampler sigma_schedule flow_shift timesteps guidance_scale guidance_scale_2"
 ).split()
@@ -110,35 +111,180 @@ def plan(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """Check all that can be checked from configurations, then load, generate and write."""
-    made = like(args)
+    saved = None if args.resume is None else resumed(args)
+    if saved is not None:
+        check_model(args, saved.made_by, args.resume)
+    made = like(args) if saved is None else saved.made_by
     checkpoint = open_model(args, made)
+    if saved is None:
+        calls = calls_of(args, checkpoint, made)
+    else:
+        calls = [Call(job, {}, [], f"call {i}") for i, job in enumerate(saved.jobs(checkpoint))]
+    if args.no_compilation_cache:
+        os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
+    videos = [request for call in calls for request in call.job.requests]
+    alone = saved is None and args.prompts_file is None
+    slots = args.slots or (len(videos) if alone else min(SLOTS, len(videos)))
+    first = calls[0].job.requests
+    seconds = {"start": time.perf_counter() - START}
+    pipe = jaxwan.WanPipeline.from_pretrained(
+        checkpoint, args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices,
+        warmup=replace(calls[0].job, requests=(first * slots)[: max(slots, len(first))]),
+        check=args.check, progress=not args.quiet, **dtypes(args, made),
+    )  # fmt: skip
+    seconds |= pipe.seconds
+    with Runs(pipe, slots=slots, save=args.save, save_every=args.save_every) as runs:
+        try:
+            return (run_one if alone else run_many)(args, runs, calls, saved, seconds)
+        except Stopped as stopped:
+            left = f"{stopped.calls} call{'s' * (stopped.calls != 1)}"
+            log.info("%s saved: --resume %s goes on", left if stopped.calls else "nothing is left to be", args.save)
+            return 128 + stopped.number
+
+
+def run_one(
+    args: argparse.Namespace, runs: Runs, calls: list[Call], saved: None, seconds: dict[str, float]
+) -> int:  # fmt: skip
+    """Make the videos of a single call, and tell where they are at the end."""
+    progress, npz = jaxwan.Progress(visible=not args.quiet), []
+    (handle,) = runs.submit(calls, compression(args), frames=args.save_npz is not None, progress=progress)
+    runs.follow_one(handle, progress)
+    output = handle.result()  # raises what went wrong
+    start = time.perf_counter()
+    if args.save_npz is not None:
+        npz = [save(Path(args.save_npz), lambda p: output.save_npz(p, overwrite=args.overwrite))]
+    runs.forget()
+    for name, taken in (progress.seconds | {"write": progress.seconds["write"] + time.perf_counter() - start}).items():
+        seconds[name] = seconds.get(name, 0.0) + taken
+    results = [Result(file, made) for file, made in zip(runs.files(handle), output.settings, strict=True)]
+    if not args.json:
+        tell_files(args, results)
+    return tell_end(args, runs, results, seconds, npz)
+
+
+def run_many(
+    args: argparse.Namespace, runs: Runs, calls: list[Call], saved: "jaxwan.SavedCalls | None",
+    seconds: dict[str, float],
+) -> int:  # fmt: skip
+    """Make the videos of several calls, and tell of each as soon as it is over; what goes wrong with one is its own."""
+    progress = jaxwan.Progress(visible=not args.quiet)
+    handles = runs.submit(calls, compression(args)) if saved is None else runs.restore(saved)
+    names = {handle: call.name for handle, call in zip(handles, calls, strict=True)}
+    results: dict[jaxwan.Handle, list[Result]] = {}
+    for handle in runs.follow(handles, progress):
+        try:
+            made = handle.result().settings
+            files = runs.files(handle)
+        except Exception as error:  # costs no other
+            made = handle.job.settings()
+            files = [File(None, reason(error))] * len(made)
+        for message in dict.fromkeys(file.error for file in files if file.error is not None):
+            log.error("error: %s: %s", names[handle], message)
+        results[handle] = [Result(*pair, names[handle]) for pair in zip(files, made, strict=True)]
+        if not args.json:
+            tell_files(args, results[handle], above_bar=True)
+    runs.forget()
+    for name, taken in progress.seconds.items():
+        seconds[name] = seconds.get(name, 0.0) + taken
+    return tell_end(args, runs, [result for handle in handles for result in results[handle]], seconds, [])
+
+
+# From flags to a call
+
+
+def calls_of(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint", made: dict[str, Any]) -> list[Call]:
+    """What is to be run, each call checked, with where its videos go; its notes are told."""
     call = arguments(args, made)
+    if args.save is not None:
+        jaxwan.SavedCalls.check_folder(args.save)
+    if args.prompts_file is not None:
+        return calls_in_file(args, checkpoint, made, call)
     if "prompt" not in call:
         call["prompt"] = example_prompt(args, checkpoint)
     choose_tiling(args, checkpoint, made, call)
     job = jaxwan.make_job(checkpoint, **call)
-    targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite, **compression(args))
+    targets = jaxwan.check_save(job, output_path(args, job), overwrite=args.overwrite, **losses(args))
     check_npz(args, targets)
     for note in job.sampling + job.notes:
         log.info(note)
-    if args.no_compilation_cache:
-        os.environ["JAXWAN_COMPILATION_CACHE"] = "0"
-    seconds = {"start": time.perf_counter() - START}
-    pipe = jaxwan.WanPipeline.from_pretrained(
-        checkpoint, args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices, warmup=job,
-        check=args.check, progress=not args.quiet, **dtypes(args, made),
-    )  # fmt: skip
-    output = pipe.run(job, output_type="latent")
-    start = time.perf_counter()
-    saved, decoding = write(args, pipe, output, targets)
-    ending = {"decode": decoding, "write": time.perf_counter() - start - decoding}
-    for phases in (pipe.seconds, output.seconds, ending):
-        seconds |= {name: seconds.get(name, 0.0) + taken for name, taken in phases.items()}
-    tell_end(args, output, saved, seconds, pipe)
-    return 1 if any(file.error for file in saved) else 0
+    return [Call(job, call, targets)]
 
 
-# From flags to a call
+def calls_in_file(
+    args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint", made: dict[str, Any], flags: dict[str, Any]
+) -> list[Call]:  # fmt: skip
+    """The calls of --prompts-file, a line each, for which flags say what it leaves out. Raises ValueError that names
+    the line."""
+    calls, taken = [], {}
+    place, now = 0, datetime.now()
+    for number, line in lines_of(args.prompts_file):
+        name = f"line {number}"
+        try:
+            given = read_line(line)
+            output = given.pop("output", None)
+            call = merged(flags, given)
+            if "tiling" not in given:
+                choose_tiling(args, checkpoint, made, call)
+            job = jaxwan.make_job(checkpoint, **call)
+            path = place_of(args, job, place, now) if output is None else output
+            targets = jaxwan.check_save(job, path, overwrite=args.overwrite, **losses(args))
+        except (ValueError, OSError, TypeError) as error:
+            raise ValueError(f"{args.prompts_file}, {name}: {error}") from error
+        for target in targets:
+            if (other := taken.setdefault(os.path.abspath(target), name)) != name:
+                raise ValueError(f"{args.prompts_file}, {name}: {target} is also where a video of {other} goes")
+        for note in job.notes:
+            log.info("%s: %s", name, note)
+        calls.append(Call(job, call, targets, name))
+        place += 1
+    if not calls:
+        raise ValueError(f"{args.prompts_file} has no line with a call: {EXAMPLE_LINE}")
+    return calls
+
+
+EXAMPLE_LINE = 'such as {"prompt": "a red star", "seed": 7, "output": "star.mp4"}'
+
+
+def lines_of(path: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of the lines of a file that are not blank."""
+    try:
+        text = Path(path).expanduser().read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+    for number, line in enumerate(text.split("\n"), 1):  # other separators of lines may be in texts
+        if line.strip():
+            yield number, line
+
+
+def read_line(line: str) -> dict[str, Any]:
+    """A call's arguments. Raises ValueError for what is no JSON object."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON ({error}): {EXAMPLE_LINE}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{shorten(line.strip(), 40)!r} is no JSON object of a call's arguments, {EXAMPLE_LINE}")
+    if not isinstance(given.get("output"), str | None):
+        raise ValueError(f"output={given['output']!r:.40} is no name of a file")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def place_of(args: argparse.Namespace, job: "jaxwan.Job", place: int, now: datetime) -> Path:
+    """Where a line's videos go that names no output: beside --output, with their place and seed."""
+    path = Path(args.output or f"outputs/{now:%Y%m%d-%H%M%S}{'.png' if job.size[0] == 1 else '.mp4'}")
+    settings = job.settings()
+    seed = jaxwan.seed_label(settings[0]["call"], in_file_name=True) if len(settings) == 1 else ""
+    return path.with_stem(f"{path.stem}-{place}{seed}")
+
+
+def resumed(args: argparse.Namespace) -> "jaxwan.SavedCalls":
+    """What --resume goes on with; what is left is saved there again."""
+    saved = jaxwan.SavedCalls.read(args.resume)
+    if args.save is None:
+        args.save = args.resume
+    elif Path(args.save).absolute() != Path(args.resume).absolute():
+        jaxwan.SavedCalls.check_folder(args.save)
+    return saved.overwriting() if args.overwrite else saved
 
 
 def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +297,11 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
         if args.negative_prompt is not None:
             raise ValueError("--negative-prompt and --official-negative-prompt are both given: give one of them")
         call["negative_prompt"] = jaxwan.OFFICIAL_NEGATIVE_PROMPT
-    before = made.get("call", {})
+    return merged(made.get("call", {}), call)
+
+
+def merged(before: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments, and of those that were given before what they leave."""
     official = before.get("preset") == "official" and jaxwan.OFFICIAL_NEGATIVE_PROMPT in before.get(
         "negative_prompt", ""
     )
@@ -163,7 +313,7 @@ def arguments(args: argparse.Namespace, made: dict[str, Any]) -> dict[str, Any]:
         "seed": ["index"],
     }
     stale = {name for given in call for name in gone.get(given, [])}
-    return {name: before[name] for name in CALL if name in before and name not in stale} | call
+    return {name: before[name] for name in CALL if name in before and name not in stale | call.keys()} | call
 
 
 def choose_tiling(
@@ -221,20 +371,23 @@ def like(args: argparse.Namespace) -> dict[str, Any]:
             flag = f"--{str(name).replace('_', '-')}"
             again = f"give {flag} again" if hasattr(args, str(name)) else "make it from Python again"
             raise ValueError(f"{args.like} was made from {name!r:.40}, which it does not hold: {again}")
-    for name in [str(name) for name in made.get("components", []) if str(name) not in components(args)]:
-        raise ValueError(
-            f"{args.like} was made with a file for {name!r:.40}: say where it is, --component {name:.40}=…"
-        )
-    if (loras := made.get("loras")) and not args.lora:
-        told = " ".join(f"--lora {flag_of(lora):.100}" for lora in loras if isinstance(lora, dict))
-        raise ValueError(f"{args.like} was made with LoRAs: say where they are, {told:.400}")
-    named = args.model is not None or args.component
-    if not named and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
-        raise ValueError(f"{args.like} was made with the model {made.get('model')!r:.200}: say where it is, --model …")
+    check_model(args, made, args.like)
     return made
 
 
-def flag_of(lora: dict[str, Any]) -> str:
+def check_model(args: argparse.Namespace, made: dict[str, Any], what: str) -> None:
+    """The flags name the model that made something, unless it is the bundled one. Raises ValueError."""
+    for name in [str(name) for name in made.get("components", []) if str(name) not in components(args)]:
+        raise ValueError(f"{what} was made with a file for {name!r:.40}: say where it is, --component {name:.40}=…")
+    if (loras := made.get("loras")) and not args.lora:
+        told = " ".join(f"--lora {lora_flag(lora):.100}" for lora in loras if isinstance(lora, dict))
+        raise ValueError(f"{what} was made with LoRAs: say where they are, {told:.400}")
+    named = args.model is not None or args.component
+    if not named and made.get("model") != jaxwan.open_checkpoint(jaxwan.BUNDLED_MODEL).name:
+        raise ValueError(f"{what} was made with the model {made.get('model')!r:.200}: say where it is, --model …")
+
+
+def lora_flag(lora: dict[str, Any]) -> str:
     """What --lora says of a LoRA in settings, but for its folder."""
     expert = f"{lora['expert']}=" if lora.get("expert") else ""
     return f"{expert}{lora.get('file')}:{lora.get('strength', 1.0)}"
@@ -283,11 +436,12 @@ def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") ->
 # Results
 
 
-class Saved(NamedTuple):
-    """Where a file is, if it is anywhere, and what went wrong."""
+class Result(NamedTuple):
+    """A video's file, what made it, and of several calls which one it is of."""
 
-    path: Path | None
-    error: str | None = None
+    file: File
+    made: dict[str, Any]
+    call: str = ""
 
 
 def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
@@ -299,9 +453,14 @@ def output_path(args: argparse.Namespace, job: "jaxwan.Job") -> Path:
     return Path(f"outputs/{datetime.now():%Y%m%d-%H%M%S}{seed}{'.png' if job.size[0] == 1 else '.mp4'}")
 
 
-def compression(args: argparse.Namespace) -> dict[str, Any]:
+def losses(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `Output.save` that change what is lost of a video."""
     return {"crf": args.crf, "x264_preset": args.x264_preset}
+
+
+def compression(args: argparse.Namespace) -> dict[str, Any]:
+    """All arguments of `Output.save` but the path."""
+    return {"overwrite": args.overwrite, "metadata": not args.no_metadata} | losses(args)
 
 
 def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
@@ -312,80 +471,6 @@ def check_npz(args: argparse.Namespace, targets: list[Path]) -> None:
         raise ValueError(f"--save-npz {args.save_npz} is also where the video goes: choose another name")
 
 
-def write(
-    args: argparse.Namespace, pipe: "jaxwan.WanPipeline", output: "jaxwan.Output", targets: list[Path]
-) -> tuple[list[Saved], float]:
-    """Each video of an output of latents while it is decoded, then the arrays; and the seconds of decoding alone.
-
-    What cannot be written where it was asked for goes elsewhere, of a video at least its latents, and costs no other.
-    """
-    saved, decoded, seconds = [], [], 0.0
-    for i, path in enumerate(targets):
-        file, video = write_video(args, pipe, output[i], path)
-        saved.append(file)
-        seconds += video.seconds.get("decode", 0.0)
-        if args.save_npz is not None:
-            decoded.append(video)
-    if args.save_npz is not None:
-        whole = all(video.frames is not video.latents for video in decoded)
-        arrays = replace(output, frames=[frames for video in decoded for frames in video.frames])
-        saved.append(save(Path(args.save_npz), lambda p: arrays.save_npz(p, overwrite=args.overwrite, frames=whole)))
-    return saved, seconds
-
-
-def write_video(
-    args: argparse.Namespace, pipe: "jaxwan.WanPipeline", video: "jaxwan.Output", path: Path
-) -> tuple[Saved, "jaxwan.Output"]:
-    """Decode a video and write it, else its latents; the video as far as it came. Of frames that --save-npz is to have
-    too, all are there first; otherwise no more than are being written."""
-    told = {"overwrite": args.overwrite, "metadata": not args.no_metadata} | compression(args)
-    decoded = video
-
-    def write_decoding(target: Path) -> None:
-        nonlocal decoded
-        decoded = pipe.decode(video, save={"path": target} | told)
-
-    try:
-        if args.save_npz is not None:
-            decoded = pipe.decode(video)
-        file = save(path, write_decoding if args.save_npz is None else lambda p: decoded.save(p, **told))
-    except Exception as error:  # such as for want of memory
-        file = Saved(None, f"{path} could not be decoded ({reason(error)})")
-    if file.path is not None:
-        return file, decoded
-    latents = save(path.with_suffix(".npz"), lambda p: video.save_npz(p, overwrite=False, frames=False))
-    kept = "and neither could its latents" if latents.path is None else f"its latents are {latents.path}"
-    return Saved(None, f"{file.error}; {kept}"), decoded
-
-
-def save(path: Path, write: Callable[[Path], Any]) -> Saved:
-    """Write a file as `path`, else into the working folder, else into the one for temporary files."""
-    said = None
-    places = (
-        lambda: path,
-        lambda: Path.cwd() / path.name,
-        lambda: Path(tempfile.gettempdir(), f"{os.getpid()}-{path.name}"),
-    )
-    for place in places:
-        try:
-            target = place()
-            if said is None or not target.exists():
-                write(target)
-                return Saved(target, said and f"{said}: it is {target}")
-        except OSError as error:
-            said = said or f"{path} could not be written ({reason(error)})"
-        except Exception as error:  # whatever it is: computing what would be lost may have taken hours
-            said = said or f"{path} could not be made ({reason(error)})"
-            break  # for it would be no other in another place
-    return Saved(None, said)
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def described(call: dict[str, Any]) -> str:
     """One video in a line, by the call that makes it again."""
     size, fps, prompt = f"{call['width']}x{call['height']}", call["fps"], shorten(call["prompt"], 80, placeholder="…")
@@ -393,29 +478,39 @@ def described(call: dict[str, Any]) -> str:
     return ", ".join(filter(None, (size, frames, jaxwan.seed_label(call)))) + f": {prompt!r}"
 
 
+def tell_files(args: argparse.Namespace, results: list[Result], *, above_bar: bool = False) -> None:
+    """Where files are, on stdout, above a bar that is shown still."""
+    for file, made, _ in results:
+        if file.path is not None:
+            line = str(file.path) if args.quiet else f"{file.path}  {described(made['call'])}"
+            tell_above_bar(line) if above_bar else print(line, flush=True)
+
+
 def tell_end(
-    args: argparse.Namespace, output: "jaxwan.Output", saved: list[Saved], seconds: dict[str, float], pipe: Any
-) -> None:
-    """Where everything is, and how long it took: the phases, and what is in none of them, add up to the wall time."""
-    videos = list(zip(saved, output.settings, strict=False))  # the arrays' file comes last
-    if not args.json:
-        for file, made in videos:
-            if file.path is not None:
-                print(file.path if args.quiet else f"{file.path}  {described(made['call'])}", flush=True)
+    args: argparse.Namespace, runs: Runs, results: list[Result], seconds: dict[str, float], npz: list[File]
+) -> int:
+    """What went wrong and was not told yet, and how long it took: the phases, and what is in none of them, add up to
+    the wall time; with --json where everything is. Returns the exit status."""
     total = time.perf_counter() - START
     seconds["other"] = total - sum(seconds.values())
     times = ", ".join(f"{name} {taken:.1f}" for name, taken in seconds.items())
-    log.info("seconds: %.1f = %s  (%r)", total, times, pipe)
-    errors = [file.error for file in saved if file.error is not None]
-    for error in errors:
-        tell_error(error, as_json=False)
+    log.info("seconds: %.1f = %s  (%r)", total, times, runs.engine.pipe)
+    wrong = [(result.call, result.file.error) for result in results] + [("", file.error) for file in npz]
+    errors = list(dict.fromkeys(": ".join(filter(None, named)) for named in wrong if named[1] is not None))
+    if not any(result.call for result in results):
+        for error in errors:
+            tell_error(error, as_json=False)
     if args.json:
-        files = [{"path": file.path and str(file.path)} | made for file, made in videos]
-        npz = str(saved[-1].path) if args.save_npz is not None and saved[-1].path else None
+        files = [
+            {"path": file.path and str(file.path)} | ({"from": call, "error": file.error} if call else {}) | made
+            for file, made, call in results
+        ]
+        arrays = str(npz[0].path) if npz and npz[0].path else None
         print(json.dumps({
-            "files": files, "npz": npz, "mesh": args.mesh, "ulysses": args.ulysses,
+            "files": files, "npz": arrays, "mesh": args.mesh, "ulysses": args.ulysses,
             "seconds": {"total": total} | seconds,
         } | ({"error": "; ".join(errors)} if errors else {}), indent=2))  # fmt: skip
+    return 1 if errors else 0
 
 
 # Flags
@@ -427,6 +522,24 @@ def sides(text: str) -> tuple[int, int]:
     if not (x and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is no width and height, such as 256x256")
     return int(width), int(height)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def seconds_from(text: str) -> float:
+    """Seconds between two saves, at least one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 1000000")
+    return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -523,6 +636,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        "not fit")  # fmt: skip
     where.add_argument("--device-memory", help="for --dry-run: an accelerator's memory, such as 80GB")
 
+    calls = parser.add_argument_group("many prompts, stopping and going on (docs/many_prompts.md)")
+    calls.add_argument("--prompts-file", metavar="FILE.jsonl",
+                       help="a call a line: a JSON object of arguments by their names in Python, such as "
+                            '{"prompt": "a red star", "num_frames": 33, "seed": 7, "output": "star.mp4"}; flags say '
+                            "what a line leaves out, and what names no output goes beside --output")  # fmt: skip
+    calls.add_argument("--slots", type=positive, metavar="N",
+                       help="videos of the same size that are denoised together, each of which takes memory; default: "
+                            "all of a single call, of several at most 4")  # fmt: skip
+    calls.add_argument("--save", metavar="FOLDER",
+                       help="the first Ctrl-C saves there what is not done yet, a second one ends without")  # fmt: skip
+    calls.add_argument("--save-every", type=seconds_from, metavar="SECONDS",
+                       help="also save in that folder while running")  # fmt: skip
+    calls.add_argument("--resume", metavar="FOLDER",
+                       help="go on with what was saved, to the same videos, on any mesh; what Ctrl-C leaves is saved "
+                            "there again")  # fmt: skip
+
     out = parser.add_argument_group("results")
     out.add_argument("-o", "--output", metavar="NAME",
                      help="NAME.mp4, .webm or .gif, or .png for one frame; several videos get their place and seed: "
@@ -541,7 +670,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device_memory is not None and not args.dry_run:
         parser.error("--device-memory is for --dry-run: add it, or leave this out")
+    check_together(parser, args)
     return args
+
+
+def check_together(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing beside each other."""
+    several = [flag for flag in ("prompts_file", "save", "resume") if getattr(args, flag) is not None]
+    for flag, name in (("save_npz", "--save-npz"), ("dry_run", "--dry-run")):
+        if several and getattr(args, flag):
+            parser.error(f"{name} is for a single call from its beginning to its end: leave {flag_of(several[0])} out")
+    if args.save_every is not None and args.save is None and args.resume is None:
+        parser.error("--save-every needs a folder: --save FOLDER")
+    if args.resume is not None:
+        decided = (*CALL, *"official_negative_prompt like prompts_file vae_tiling vae_tile vae_stride output crf "
+                   "x264_preset no_metadata".split())  # fmt: skip
+        for name in decided:
+            if getattr(args, name, None) not in (None, False):
+                parser.error(f"--resume goes on with what was saved as it was: leave {flag_of(name)} out")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a name in the parsed ones."""
+    return f"--{name.replace('_', '-')}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ that are compiled quickly and once a session."""
 import gc
 import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -88,12 +89,26 @@ def _forget():
     gc.collect()
 
 
-@pytest.fixture
-def logging_as_before():
-    """For tests that run a script in this process: it sets up logging as if the process were its own."""
+@contextmanager
+def kept_logging():
+    """For what runs a script in this process: it sets up logging as if the process were its own."""
     loggers = logging.getLogger(), logging.getLogger("jaxwan")
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
     yield
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def logging_as_before():
+    """`kept_logging` around a test."""
+    with kept_logging():
+        yield
+
+
+@pytest.fixture(scope="module")
+def logging_as_before_module():
+    """`kept_logging` around the fixtures of a module."""
+    with kept_logging():
+        yield

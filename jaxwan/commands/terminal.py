@@ -50,6 +50,14 @@ def tell_on_stderr(*, quiet: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
 
 
+def tell_above_bar(line: str) -> None:
+    """A line on stdout, while stderr may show a bar on the same terminal."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(line, flush=True)
+
+
 def tell_error(message: str, *, as_json: bool) -> None:
     """What is wrong, in a line on stderr, and for scripts on stdout too."""
     print(f"error: {message}", file=sys.stderr)

@@ -11,12 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import checkpoints
+import jax
 import numpy as np
 import pytest
 import torch
@@ -31,12 +32,19 @@ from safetensors.torch import load_file, save_file
 
 import jaxwan
 from jaxwan import BUNDLED_MODEL, OFFICIAL_NEGATIVE_PROMPT, Tiling
+from jaxwan.commands import running
+from jaxwan.engine import coding, ring
+from jaxwan.engine.engine import Engine
 from jaxwan.pipelines import load
-from jaxwan.pipelines import output as outputs
+from jaxwan.pipelines.axes import to_internal
 from jaxwan.pipelines.checkpoint import read_checkpoint
-from jaxwan.pipelines.media import load_video, save_video
+from jaxwan.pipelines.condition import make_controls
+from jaxwan.pipelines.denoise import begin
+from jaxwan.pipelines.dit import Inputs
+from jaxwan.pipelines.media import background, load_video, save_video, to_uint8
+from jaxwan.pipelines.output import Output
 from jaxwan.pipelines.parts import job_settings
-from jaxwan.pipelines.pipeline import Output, WanPipeline
+from jaxwan.pipelines.pipeline import WanPipeline
 from jaxwan.schedulers.presets import PRESETS
 from jaxwan.schedulers.table import SIGMA_SCHEDULES
 from jaxwan.sharding.mesh import MeshSpec
@@ -98,26 +106,48 @@ def made(monkeypatch, parts):
     """The jobs that reach the pipeline, and what it makes of them without loading or computing anything."""
     seen = Made([], [])
 
-    def run(self, job, *, output_type):
-        count, (num_frames, height, width) = len(job.requests), job.size
-        latents = np.random.default_rng(0).standard_normal((count, 16, 2, 4, 4)).astype(np.float32)
+    def submit_job(self, job, **given):
+        checkpoint, count, (num_frames, height, width) = self.pipe.checkpoint, len(job.requests), job.size
+        shape = count, 16, *checkpoint.geometry.latent_shape(*job.size)
+        latents = np.random.default_rng(len(seen.jobs)).standard_normal(shape).astype(np.float32)
         ramp = np.linspace(0, 0.9, width, dtype=np.float32)[:, None]
         video = np.arange(count, dtype=np.float32)[:, None, None, None, None]
         frames = np.broadcast_to((video + ramp) / count, (count, num_frames, height, width, 3))
         seen.jobs.append(job)
-        seen.outputs.append(
-            Output(frames, latents, job.requests[0].fps, job_settings(self.checkpoint, self.parts, job), {})
+        settings = job_settings(checkpoint, self.pipe.parts, job)
+        seen.outputs.append(Output(frames, latents, job.requests[0].fps, settings, {}))
+        return submit(self, job, **given)
+
+    def prepare(checkpoint, parts, requests, *_):
+        """Videos that have no step left."""
+        (output,) = (o for job, o in zip(seen.jobs, seen.outputs, strict=True) if job.requests is requests)
+        for request, x in zip(requests, to_internal(output.latents), strict=True):
+            inputs = Inputs(make_controls(request, None, len(x)), np.zeros((1, 2, 4), np.float32))
+            entries = begin(x, inputs)
+            yield entries._replace(done=np.array(entries.num_steps))
+
+    def decoded_groups(coder, latents, kind, kept):
+        (frames,) = (
+            output.frames[i]
+            for output in seen.outputs
+            for i, own in enumerate(to_internal(output.latents))
+            if own.shape == latents.shape and (own == latents).all()
         )
-        return replace(seen.outputs[-1], frames=latents)
+        frames = to_uint8(frames) if kind == "uint8" else frames
+        if kept is not None:
+            kept[:] = frames
+        yield from np.split(frames, range(1, len(frames), 4))
 
-    def decode(self, video, save=None):
-        (i,) = (i for i, latents in enumerate(seen.outputs[-1].latents) if (latents == video.latents[0]).all())
-        if save is not None:
-            seen.outputs[-1][i].save(**save)
-        return seen.outputs[-1][i]
+    def compiled(self, key, job, decode):
+        with self.lock:
+            self._ready[key] = True
+            self.lock.notify_all()
 
-    monkeypatch.setattr(WanPipeline, "run", run)
-    monkeypatch.setattr(WanPipeline, "decode", decode)
+    submit = Engine.submit_job
+    monkeypatch.setattr(Engine, "submit_job", submit_job)
+    monkeypatch.setattr(Engine, "_compile", compiled)
+    monkeypatch.setattr(coding, "prepare", lambda *given: list(prepare(*given)))
+    monkeypatch.setattr(coding, "decoded_groups", decoded_groups)
     monkeypatch.setattr("jaxwan.pipelines.pipeline.load_parts", lambda *_, **__: parts)
     return seen
 
@@ -375,7 +405,7 @@ def test_every_flag_is_in_the_help(run):
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
         "--vae-dtype --vae-devices --vae-tiling --vae-tile --vae-stride -o --overwrite --no-metadata --save-npz --json "
         "--crf --x264-preset -q --version --like --no-compilation-cache --dry-run --device-memory --sigma-schedule "
-        "--preset --ulysses"
+        "--preset --ulysses --prompts-file --slots --save --save-every --resume"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
     told = " ".join(out.split())
@@ -509,15 +539,15 @@ def spoiling(monkeypatch, tmp_path):
     """(error of a path or None) -> from then on videos are written unless there is one."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    save = outputs.save_output
+    write = background.write_output
 
     def use(problem):
         def spoiled(frames, path, *rest):
             if (error := problem(Path(path))) is not None:
                 raise error
-            save(frames, path, *rest)
+            write(frames, path, *rest)
 
-        monkeypatch.setattr(outputs, "save_output", spoiled)
+        monkeypatch.setattr(background, "write_output", spoiled)
 
     return use
 
@@ -566,38 +596,36 @@ def test_of_a_video_that_cannot_be_encoded_the_latents_are_kept(run, made, spoil
 
 
 def test_a_video_that_cannot_be_decoded_costs_none_that_is_there(run, made, monkeypatch):
-    decode, there = WanPipeline.decode, []
+    decode = coding.decoded_groups
 
-    def without_memory(self, video, **save):
-        there.append(sorted(path.name for path in Path().iterdir()))
-        if video.settings[0]["call"]["prompt"] == "b":
+    def without_memory(coder, latents, *given):
+        if (latents == to_internal(made.outputs[-1].latents)[1]).all():
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmuch more")
-        return decode(self, video, **save)
+        yield from decode(coder, latents, *given)
 
-    monkeypatch.setattr(WanPipeline, "decode", without_memory)
-    for npz, verb in (([], "made"), (["--save-npz", "all.npz"], "decoded")):
+    monkeypatch.setattr(coding, "decoded_groups", without_memory)
+    for npz in [], ["--save-npz", "all.npz"]:
         status, out, err = run(*TWO, "-o", "clip.mp4", "-q", *npz)
-        assert (status, out) == (1, "clip-0-seed5.mp4\n") and there == [[], ["clip-0-seed5.mp4"]]
-        reason = f"clip-1-seed5.mp4 could not be {verb} (RESOURCE_EXHAUSTED: Out of memory)"
+        assert (status, out) == (1, "clip-0-seed5.mp4\n")
+        reason = "clip-1-seed5.mp4 could not be made (RESOURCE_EXHAUSTED: Out of memory)"
         assert err == f"error: {reason}; its latents are clip-1-seed5.npz\n"
         if not npz:
-            there.clear()
             for name in ("clip-0-seed5.mp4", "clip-1-seed5.npz"):
                 Path(name).unlink()
-    for name, latents in {"clip-1-seed5.npz": made.outputs[0].latents[1:], "all.npz": made.outputs[0].latents}.items():
+    for name, latents in {"clip-1-seed5.npz": made.outputs[1].latents[1:], "all.npz": made.outputs[1].latents}.items():
         with np.load(name) as arrays:
             assert arrays.files == ["latents"]
             np.testing.assert_array_equal(arrays["latents"], latents)
 
 
 def test_a_folder_that_is_gone_since_it_was_checked_costs_nothing(run, made, monkeypatch):
-    compute = WanPipeline.run
+    compute = coding.prepare
 
-    def in_the_way(self, job, **given):
+    def in_the_way(*given):
         Path("new").write_text("a file in place of a folder")
-        return compute(self, job, **given)
+        return compute(*given)
 
-    monkeypatch.setattr(WanPipeline, "run", in_the_way)
+    monkeypatch.setattr(coding, "prepare", in_the_way)
     status, out, err = run("--prompt", "a", "-o", "new/clip.mp4", "--save-npz", "new/clip.npz", "-q")
     assert status == 1 and len(err.splitlines()) == 2 and "new/clip.npz could not be written (" in err
     assert out == f"{Path.cwd()}/clip.mp4\n" and load_video("clip.mp4")[0].shape == (17, 64, 96, 3)
@@ -606,13 +634,13 @@ def test_a_folder_that_is_gone_since_it_was_checked_costs_nothing(run, made, mon
 
 
 def test_another_run_that_took_the_name_meanwhile_keeps_its_file(run, made, monkeypatch, tmp_path):
-    compute = WanPipeline.run
+    compute = coding.prepare
 
-    def beside_another(self, job, **given):
+    def beside_another(*given):
         Path("clip.mp4").write_text("another's")
-        return compute(self, job, **given)
+        return compute(*given)
 
-    monkeypatch.setattr(WanPipeline, "run", beside_another)
+    monkeypatch.setattr(coding, "prepare", beside_another)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     status, out, err = run("--prompt", "a", "-o", "clip.mp4", "-q")
     assert status == 1 and "error: clip.mp4 could not be written" in err and "exists" in err
@@ -681,6 +709,217 @@ def test_ctrl_c_ends_a_run_at_once(tmp_path, said, times):
     err = process.communicate()[1]
     assert process.returncode == 130 and time.monotonic() - start < 2
     assert "Traceback" not in err and err.endswith("interrupted\n") and os.listdir(tmp_path) == []
+
+
+# Many prompts, stopping and going on
+
+
+LINES = """
+{"prompt": "a", "height": 32, "width": 48, "num_frames": 5, "seed": 1, "output": "own/a.gif"}
+
+{"prompt": ["b", "c"], "num_frames": 5, "num_inference_steps": 3}
+{"num_frames": 1, "guidance_scale": 2.5, "output": null}
+"""
+
+
+def test_each_line_of_a_file_is_a_call_and_flags_say_what_it_leaves_out(run, made):
+    Path("calls.jsonl").write_text(LINES)
+    flags = "--prompts-file", "calls.jsonl", "--prompt", "d", "--seed", 7, "--fps", 12, "--num-inference-steps", 9
+    status, out, err = run(*flags, "-o", "many/clip.mp4")
+    assert status == 0, err
+    a, bc, d = made.jobs
+    assert [(r.prompt, r.seed, r.fps) for job in made.jobs for r in job.requests] == [
+        ("a", 1, 12), ("b", 7, 12), ("c", 7, 12), ("d", 7, 12)
+    ]  # fmt: skip
+    assert [job.size for job in made.jobs] == [(5, 32, 48), (5, 64, 96), (1, 64, 96)]
+    assert [job.requests[0].sampling.num_inference_steps for job in made.jobs] == [9, 3, 9]
+    assert d.requests[0].guidance_scale == 2.5
+    names = ["many/clip-1-0-seed7.mp4", "many/clip-1-1-seed7.mp4", "many/clip-2-seed7.mp4", "own/a.gif"]
+    assert sorted(line.split("  ")[0] for line in out.splitlines()) == names and all(map(os.path.exists, names))
+    assert re.search(r"^run: 24 steps in ", err, re.MULTILINE) and "line 4" not in err
+
+
+def test_what_goes_wrong_with_a_line_is_told_and_costs_no_other(run, made, monkeypatch):
+    prepare = coding.prepare
+
+    def damaged(checkpoint, parts, requests, *rest):
+        if requests[0].prompt == "b":
+            raise ValueError("the text encoder is damaged")
+        return prepare(checkpoint, parts, requests, *rest)
+
+    monkeypatch.setattr(coding, "prepare", damaged)
+    Path("calls.jsonl").write_text("\n".join(f'{{"prompt": "{p}", "output": "{p}.gif"}}' for p in "abc"))
+    status, out, err = run("--prompts-file", "calls.jsonl", "--seed", 5, "-q")
+    assert (status, sorted(out.split()), err) == (1, ["a.gif", "c.gif"], "error: line 2: the text encoder is damaged\n")
+    status, out, _ = run("--prompts-file", "calls.jsonl", "--seed", 5, "--json", "--overwrite")
+    told = json.loads(out)
+    assert status == 1 and told["error"] == "line 2: the text encoder is damaged"
+    assert [(f["path"], f["from"], f["error"], f["call"]["prompt"]) for f in told["files"]] == [
+        ("a.gif", "line 1", None, "a"), (None, "line 2", "the text encoder is damaged", "b"),
+        ("c.gif", "line 3", None, "c"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "calls.jsonl has no line with a call: such as {"),
+        ("\n{'prompt': 1}", "calls.jsonl, line 2: is no JSON (Expecting property name"),
+        ("[1, 2]", "calls.jsonl, line 1: '[1, 2]' is no JSON object of a call's arguments, such as"),
+        ('{"prompt": "a"}\n{"num_frames": 5}', "calls.jsonl, line 2: a prompt is missing"),
+        ('{"prompt": "a"}\n{"prompt": "b", "num_frames": 6}', "line 2: num_frames=6 is not 4k+1"),
+        ('{"prompt": "a", "promt": "b"}', "line 1: there is no argument promt"),
+        ('{"prompt": "a", "output": 3}', "line 1: output=3 is no name of a file"),
+        ('{"prompt": "a", "output": "a.avi"}', "line 1: output a.avi must end in"),
+        ('{"prompt": "a", "output": "a.mp4"}\n{"prompt": "b", "output": "./a.mp4"}',
+         "line 2: a.mp4 is also where a video of line 1 goes"),
+    ],
+)  # fmt: skip
+def test_all_lines_are_checked_before_anything_is_loaded(run, monkeypatch, lines, words):
+    monkeypatch.setattr(WanPipeline, "from_pretrained", None)
+    Path("calls.jsonl").write_text(lines)
+    status, _, err = run("--prompts-file", "calls.jsonl")
+    assert status == 1 and words in err.splitlines()[-1] and os.listdir() == ["calls.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompts-file", "x", "--dry-run"], "--dry-run is for a single call from its beginning to its end: leave"),
+        (
+            ["--save", "x", "--save-npz", "x.npz"],
+            "--save-npz is for a single call from its beginning to its end: leave",
+        ),
+        (["--save-every", 5], "--save-every needs a folder: --save FOLDER"),
+        (["--save", "x", "--save-every", 0], "'0' is no number of seconds from 1"),
+        (["--slots", 0], "'0' is no whole number from 1"),
+        (["--resume", "x", "--seed", 1], "--resume goes on with what was saved as it was: leave --seed out"),
+        (["--resume", "x", "-o", "a.mp4"], "--resume goes on with what was saved as it was: leave --output out"),
+    ],
+)
+def test_flags_that_mean_nothing_together_are_refused(run, flags, words):
+    status, _, err = run(*flags)
+    assert status == 2 and words in err
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """Ctrl-C as soon as a step is done, by what a signal calls."""
+    first = running.first_signal_to
+
+    @contextlib.contextmanager
+    def soon(hear, saying):
+        with first(hear, saying):
+            yield threading.Thread(target=wait, args=(hear,)).start()
+
+    def wait(hear):
+        (engine,) = opened
+        engine.wait_for(lambda: any(handle.progress.steps for handle in engine.handles), 60)
+        hear(signal.SIGINT)
+
+    opened, init = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: (opened.append(self), init(self, *a, **k))[1])
+    monkeypatch.setattr(running, "first_signal_to", soon)
+    monkeypatch.setattr(ring, "SEGMENT", 0.0)  # a round each, so that this takes a while
+
+
+SMALL = "--height", 32, "--width", 48, "--num-frames", 5, "--num-inference-steps", 60, "--seed", 3
+
+
+@pytest.fixture(scope="module")
+def plain(main, cache, tmp_path_factory, optimised, logging_as_before_module):
+    """Files of calls that nothing stops, and the programs that they compiled when they had been loaded."""
+    folder = tmp_path_factory.mktemp("plain")
+    late, load_parts = [], load.load_parts
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            late.append(duration)
+
+    def loaded(*given, **named):
+        parts = load_parts(*given, **named)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr("jaxwan.pipelines.pipeline.load_parts", loaded)
+        patch.setenv("XLA_CLIENT_MEM_FRACTION", "0.92")
+        flags = ["--prompt", "a", "--prompt", "b", *SMALL, "--mesh", "pp=2", "-o", folder / "clip.mp4"]
+        assert main([str(flag) for flag in flags]) == 0
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return [folder / "clip-0-seed3.mp4", folder / "clip-1-seed3.mp4"], late
+
+
+def test_nothing_is_compiled_once_the_weights_are_there(plain):
+    assert plain[1] == []
+
+
+@pytest.mark.parametrize("mesh", ["pp=1", "pp=2"])
+def test_what_ctrl_c_stopped_goes_on_to_the_same_files_on_another_mesh(run, plain, stopping, monkeypatch, mesh):
+    one = "--prompt", "a", "--prompt", "b", "-o", "clip.mp4"
+    Path("calls.jsonl").write_text("\n".join(f'{{"prompt": "{p}", "output": "{p}.mp4"}}' for p in "ab"))
+    many = "--prompts-file", "calls.jsonl", "--slots", 2
+    calls, names = (one, ["clip-0-seed3.mp4", "clip-1-seed3.mp4"]) if mesh == "pp=1" else (many, ["a.mp4", "b.mp4"])
+    status, out, err = run(*calls, *SMALL, "--mesh", "pp=2", "--save", "saved")
+    assert status == 130 and out == "" and not any(map(os.path.exists, names))
+    assert re.search(rf"^{1 if calls is one else 2} calls? saved: --resume saved goes on$", err, re.MULTILINE)
+    status, _, err = run("--prompt", "c", "--save", "saved")
+    assert status == 1 and "saved holds saved calls, which would be lost: resume them, or choose another" in err
+    monkeypatch.setattr(running, "first_signal_to", never)
+    status, out, err = run("--resume", "saved", "--mesh", mesh)
+    assert status == 0, err
+    for name, path in zip(names, plain[0], strict=True):
+        assert f"{Path.cwd() / name}  48x32, 5 frames" in out
+        np.testing.assert_array_equal(load_video(name)[0], load_video(path)[0])
+    assert sorted(os.listdir()) == sorted(["calls.jsonl", *names])  # and nothing is saved any more
+
+
+def never(hear, saying):
+    return contextlib.nullcontext()
+
+
+def test_what_cannot_go_on_is_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(WanPipeline, "from_pretrained", None)
+    Path("empty").mkdir()
+    Path("strange").mkdir()
+    Path("strange/engine.json").write_text("{}")
+    Path("other").mkdir()
+    index = {"format": 1, "model": {"dim": 7}, "made_by": {"model": "jaxwan-tiny", "dtype": "float32"}, "calls": []}
+    Path("other/engine.json").write_text(json.dumps(index))
+    Path("named").mkdir()
+    Path("named/engine.json").write_text(json.dumps(index | {"made_by": {"model": "Wan2.2-A14B"}}))
+    for folder, words in {
+        "nowhere": "nowhere holds no saved calls: there is no engine.json in it",
+        "empty": "empty holds no saved calls",
+        "strange": "lists no saved calls ('format')",
+        "other": "was made by a model of ",
+        "named": "named was made with the model 'Wan2.2-A14B': say where it is, --model …",
+    }.items():
+        status, _, err = run("--resume", folder)
+        assert status == 1 and words in err.splitlines()[-1], err
+    status, _, err = run("--save", ".")
+    assert status == 1 and "holds no saved calls: choose another folder to save them in" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_first_ctrl_c_saves_and_a_second_one_leaves_at_once(tmp_path, cache, times):
+    flags = "--num-inference-steps", "128", "--prompt", "a", "-o", "clip.mp4", "--save", "saved", "--save-every", "1"
+    code = f"import runpy, signal, sys\nsys.argv = {['generate.py', *flags]!r}\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests ignore it\n"
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "saved/engine.json").exists():  # it saves while it runs
+        assert process.poll() is None
+        time.sleep(0.01)
+    start = time.monotonic()
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05 * (times - 1))
+    err = process.communicate()[1]
+    assert process.returncode == 130 and "saving; Ctrl-C again to leave without\n" in err and "Traceback" not in err
+    assert os.listdir(tmp_path) == ["saved"] and (tmp_path / "saved/engine.json").exists()
+    assert ("--resume saved goes on" in err) == (times == 1) and (times == 1 or time.monotonic() - start < 2)
 
 
 # The same again
