@@ -114,7 +114,7 @@ class Lane:
                 task = task or self._next()  # those who ask again and again do not keep the tasks from their turns
             for one in asked:
                 _answer(*one)
-            if task is not None:
+            if task is not None and not self._closing:  # one who asked may have stopped it
                 start = time.perf_counter()
                 task.unit()
                 task.seconds += time.perf_counter() - start
