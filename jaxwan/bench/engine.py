@@ -86,7 +86,7 @@ def _seconds_row(item: Item, requests: Sequence[Request]) -> Row:
     alone = in_turns(arrivals, 1, lambda i: call(requests[i : i + 1]))
     batches = in_turns(arrivals, SLOTS, lambda i: call(requests[i : i + SLOTS]))
     with Engine(pipe, slots=SLOTS) as engine:
-        engine.warmup(**prompt, output_type="latent")
+        engine.warmup(**prompt)
         with compilations() as programs:
             shared = _submitted(engine, prompt, requests, arrivals)
     details = shared.told("engine") | alone.told("one after the other") | batches.told("fixed batches")
@@ -131,7 +131,7 @@ def _ticks_row(item: Item, requests: Sequence[Request]) -> Row:
     pipe, prompt = random_pipeline(item.preset, MeshSpec(pp=STAGES)), random_prompt(item.preset)
     steps = [request.steps for request in requests]
     with Engine(pipe, slots=SLOTS) as engine:
-        engine.warmup(**prompt, output_type="latent")
+        engine.warmup(**prompt)
         for n in steps:
             engine.submit(**prompt, num_inference_steps=n, seed=0, output_type="latent")
         engine.drain()
@@ -177,14 +177,13 @@ def _segments_row(item: Item) -> Row:
     the latents."""
     pipe, prompt = random_pipeline(item.preset), random_prompt(item.preset)
     call = {**prompt, "num_inference_steps": LONG, "seed": 0}
-    with Engine(pipe, slots=1, trace=True) as engine:
-        engine.warmup(**prompt)
+    with Engine(pipe, slots=1) as engine:
 
         def in_segments() -> np.ndarray:
             return engine.submit(**call, output_type="latent").result().latents
 
         sides = {"segments": in_segments, "at once": lambda: at_once(pipe, call)}
-        found = [side() for side in sides.values()]
+        found = [side() for side in sides.values()]  # which compiles
         np.testing.assert_array_equal(*found)
         taken = {name: [] for name in sides}
         for _ in range(item.runs):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import checkpoints
 import jax
 import numpy as np
 import pytest
+from compilation import compiling_quickly
 from runs import IMAGE, PROMPTS
 
 from jaxwan import Aborted, Engine, NotFinite, QueueFull
@@ -365,3 +367,16 @@ def test_programs_that_do_not_fit_are_refused_with_numbers(pipe):
     assert not admission.fits([2**20])
     admission.forget(("kind",))
     assert admission.fits([2**20])
+
+
+@pytest.mark.slow
+@compiling_quickly()
+def test_the_examples_in_the_docs_run(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs/engine.md"
+    blocks, names = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S), {}
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "docs/engine.md", "exec"), names)
+    assert names["video"].frames.shape == (1, 17, 64, 96, 3) and names["urgent"].state == "done"
+    assert names["second"].state in ("aborted", "done") and len(names["videos"]) == 3

@@ -173,6 +173,14 @@ def test_diffusers_does_the_same_in_turns(tmp_path, kind, case):
 
 
 @pytest.mark.slow
+def test_the_engine_is_measured_with_requests_and_in_segments(tmp_path):
+    process = finish("engine", "--preset", "small", "--runs", 1, "--output", tmp_path)
+    rows = measured(tmp_path)
+    assert process.returncode == 0 and {row.status for row in rows.values()} == {"ok"}, rows
+    assert list(rows) == ["engine/small/requests/pp=1", "engine/small/requests/pp=4", "engine/small/segments"]
+
+
+@pytest.mark.slow
 def test_a_flag_that_the_backend_rejects_is_a_row(tmp_path):
     flags = ("--flag=--xla_no_such_flag=1", "--flag=--xla_cpu_enable_fast_math=true")
     process = finish("flags", "--preset", "small", "--runs", 1, *flags, "--output", tmp_path)
