@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxwan.pipelines.media import check_writable, load_image, load_video, read_settings, save_video
     from jaxwan.pipelines.output import Output, check_save, seed_label
     from jaxwan.pipelines.pipeline import WanPipeline
+    from jaxwan.pipelines.plan import MeshPlan, plan_mesh
     from jaxwan.pipelines.progress import Progress
     from jaxwan.pipelines.request import Job
     from jaxwan.pipelines.steps import StepState
@@ -43,6 +44,7 @@ _HOME = {
     "pipelines.media": ("check_writable", "load_image", "load_video", "read_settings", "save_video"),
     "pipelines.output": ("Output", "check_save", "seed_label"),
     "pipelines.pipeline": ("WanPipeline",),
+    "pipelines.plan": ("MeshPlan", "plan_mesh"),
     "pipelines.progress": ("Progress",),
     "pipelines.request": ("Job",),
     "pipelines.steps": ("StepState",),
@@ -51,9 +53,9 @@ _HOME = {
 
 __all__ = [
     "BUNDLED_MODEL", "OFFICIAL_NEGATIVE_PROMPT", "Aborted", "Checkpoint", "DryRun", "Engine", "Handle", "Job", "Lora",
-    "NotFinite", "Output", "Progress", "QueueFull", "SavedCalls", "StepState", "Tiling", "WanPipeline", "check_save",
-    "check_writable", "dry_run", "end_on_signals", "first_signal_to", "load_image", "load_video", "make_job",
-    "open_checkpoint", "read_settings", "save_video", "seed_label",
+    "MeshPlan", "NotFinite", "Output", "Progress", "QueueFull", "SavedCalls", "StepState", "Tiling", "WanPipeline",
+    "check_save", "check_writable", "dry_run", "end_on_signals", "first_signal_to", "load_image", "load_video",
+    "make_job", "open_checkpoint", "plan_mesh", "read_settings", "save_video", "seed_label",
 ]  # fmt: skip
 
 

@@ -174,11 +174,15 @@ class Sent(NamedTuple):
     a_tick: int  # and beside the layers
     payload: int  # bytes that this device brings to one of them
 
+    def times(self, layers: int) -> int:
+        """How many in a tick."""
+        return self.a_layer * layers + self.a_tick
+
     def sent(self, layers: int) -> int:
         """Bytes that the device sends in a tick. An all-reduce among n sends 2 (n - 1) / n of its payload, an
         all-to-all (n - 1) / n of it, as a ring of devices does them."""
         parts = {"all-reduce": 2 * (self.among - 1), "all-to-all": self.among - 1, "collective-permute": self.among}
-        return (self.a_layer * layers + self.a_tick) * self.payload * parts[self.kind] // self.among
+        return self.times(layers) * self.payload * parts[self.kind] // self.among
 
 
 def tick_traffic(

@@ -10,6 +10,7 @@ With real weights (a Diffusers-layout folder or a Hugging Face id):
     python scripts/generate.py --mesh pp=4 --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --prompt "a red kite over a beach"
     python scripts/generate.py --mesh pp=2 --model FOLDER --image first.png --prompt "the boat sails away"
     python scripts/generate.py --mesh pp=2 --model FOLDER --dry-run --device-memory 80GB
+    python scripts/generate.py --mesh auto --model FOLDER --dry-run --devices 8 --chip H100
 
 A file that was made says how: --like FILE makes it again, with whatever else is given instead:
 
@@ -357,7 +358,8 @@ def planned(
     """What a call would take."""
     return jaxwan.dry_run(
         checkpoint, mesh=args.mesh, ulysses=args.ulysses, vae_devices=args.vae_devices,
-        device_memory=args.device_memory, **dtypes(args, made), **call,
+        device_memory=args.device_memory, devices=args.devices, chip=args.chip,
+        devices_per_host=args.devices_per_host, **dtypes(args, made), **call,
     )  # fmt: skip
 
 
@@ -491,7 +493,7 @@ def tell_end(
 ) -> int:
     """What went wrong and was not told yet, and how long it took: the phases, and what is in none of them, add up to
     the wall time; with --json where everything is. Returns the exit status."""
-    total = time.perf_counter() - START
+    total, mesh = time.perf_counter() - START, runs.engine.pipe.mesh
     seconds["other"] = total - sum(seconds.values())
     times = ", ".join(f"{name} {taken:.1f}" for name, taken in seconds.items())
     log.info("seconds: %.1f = %s  (%r)", total, times, runs.engine.pipe)
@@ -507,7 +509,7 @@ def tell_end(
         ]
         arrays = str(npz[0].path) if npz and npz[0].path else None
         print(json.dumps({
-            "files": files, "npz": arrays, "mesh": args.mesh, "ulysses": args.ulysses,
+            "files": files, "npz": arrays, "mesh": str(mesh), "ulysses": mesh.ulysses,
             "seconds": {"total": total} | seconds,
         } | ({"error": "; ".join(errors)} if errors else {}), indent=2))  # fmt: skip
     return 1 if errors else 0
@@ -609,8 +611,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="of the weights files: fp16 reads diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
     where.add_argument("--mesh", default="pp=1",
                        help="devices by axis, such as cfg=2,pp=4: pp spreads the layers, for memory; cfg=2 prompt and "
-                            "negative prompt, sp tokens, tp heads, for speed; dp videos, for throughput; default "
-                            "%(default)s")  # fmt: skip
+                            "negative prompt, sp tokens, tp heads, for speed; dp videos, for throughput; auto: the "
+                            "fastest that fits the devices here, by estimate; default %(default)s")  # fmt: skip
     where.add_argument("--ulysses", type=int, metavar="N",
                        help="how many of sp's devices trade tokens for heads; the rest pass keys and values round, as "
                             "all do with 1; default: as many as divide the heads")  # fmt: skip
@@ -635,6 +637,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="only say what it would take, and check the weights' headers; exits with 3 if it does "
                        "not fit")  # fmt: skip
     where.add_argument("--device-memory", help="for --dry-run: an accelerator's memory, such as 80GB")
+    where.add_argument("--devices", type=int, metavar="N",
+                       help="for --dry-run --mesh auto: how many devices a machine has that is not here")  # fmt: skip
+    where.add_argument("--chip", metavar="NAME",
+                       help="with --devices: H100, H200, A100, 'RTX 4090', 'RTX 5090', 'TPU v5e', 'TPU v6e' or CPU; "
+                            "without, times are relative")  # fmt: skip
+    where.add_argument("--devices-per-host", type=int, metavar="N",
+                       help="with --devices: how many share a host; Ethernet is between; default: all")  # fmt: skip
 
     calls = parser.add_argument_group("many prompts, stopping and going on (docs/many_prompts.md)")
     calls.add_argument("--prompts-file", metavar="FILE.jsonl",
@@ -668,8 +677,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     out.add_argument("-q", "--quiet", action="store_true", help="print names of files and errors alone")
     out.add_argument("--version", action="version", version=f"jaxwan {jaxwan.__version__}")
     args = parser.parse_args(argv)
-    if args.device_memory is not None and not args.dry_run:
-        parser.error("--device-memory is for --dry-run: add it, or leave this out")
+    for name in ("device_memory", "devices", "chip", "devices_per_host"):
+        if getattr(args, name) is not None and not args.dry_run:
+            parser.error(f"--{name.replace('_', '-')} is for --dry-run: add it, or leave this out")
     check_together(parser, args)
     return args
 

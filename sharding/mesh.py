@@ -40,6 +40,9 @@ class MeshSpec:
         if not isinstance(value, str | None):
             shown = value if isinstance(value, int) else f"of type {type(value).__name__}"
             raise ValueError(f'mesh {shown} is no text such as "pp=4"{_spelling(value)}: axes are {", ".join(AXES)}')
+        if is_auto(value):
+            remedy = f"axes are {', '.join(AXES)}" if ulysses is None else f"leave ulysses={ulysses} out"
+            raise ValueError(f"mesh {value!r} is one that has to be chosen, and ulysses with it: {remedy}")
         sizes: dict[str, int] = {}
         for part in (value or "").split(","):
             axis, _, size = (word.strip() for word in part.partition("="))
@@ -70,7 +73,13 @@ class MeshSpec:
         return ",".join(f"{a}={n}" for a, n in zip(AXES, self.sizes, strict=True) if n > 1) or "pp=1"
 
 
+AUTO = "auto"  # in place of a mesh: one is to be chosen
 AXES = tuple(field.name for field in fields(MeshSpec) if field.name != "ulysses")
+
+
+def is_auto(value: Any) -> bool:
+    """Whether a mesh is to be chosen."""
+    return isinstance(value, str) and value.strip() == AUTO
 
 
 def _spelling(value: Any) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,21 @@ from jax.typing import DTypeLike
 
 from jaxwan.config import ImageInput, TransformerConfig
 from jaxwan.convert.lora import Lora
-from jaxwan.flops import Share, device_flops, device_share, tick_traffic, transformer_flops, vae_decode_flops
+from jaxwan.flops import (
+    Sent,
+    Share,
+    TransformerFlops,
+    device_flops,
+    device_share,
+    tick_traffic,
+    transformer_flops,
+    vae_decode_flops,
+)
 from jaxwan.kernels.attention import query_chunk
 from jaxwan.pipelines.arguments import whole
 from jaxwan.pipelines.call import make_job, with_prompt
 from jaxwan.pipelines.checkpoint import Checkpoint, open_checkpoint
+from jaxwan.pipelines.chips import find_chip
 from jaxwan.pipelines.denoise import room
 from jaxwan.pipelines.dit import RENOISINGS, abstract_weights, layers_per_stage, map_axes, most_ulysses
 from jaxwan.pipelines.encoder_ring import share_of
@@ -35,9 +45,9 @@ from jaxwan.pipelines.load import check_mesh, check_use, check_weights, default_
 from jaxwan.pipelines.parts import abstract_components
 from jaxwan.pipelines.request import Job
 from jaxwan.pipelines.vae_memory import tree_bytes, vae_bytes
-from jaxwan.sharding.mesh import AXES, MeshSpec, find_devices
+from jaxwan.sharding.mesh import AXES, MeshSpec, find_devices, is_auto
 from jaxwan.sharding.rules import RULES
-from jaxwan.sharding.turns import deal
+from jaxwan.sharding.turns import Deal, deal
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -80,6 +90,7 @@ class DryRun:
     vae_devices: int = 0  # of its own
     sampling: tuple[str, ...] = ()  # preset, sampler, shift, guidance and experts
     weights: str = ""  # whether their headers were checked
+    plan: str = ""  # of mesh="auto": what was chosen among, and why
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -90,6 +101,7 @@ class DryRun:
 
     def __str__(self) -> str:
         lines = [
+            *[self.plan, ""] * bool(self.plan),
             f"{self.variant}-like, {self.width}x{self.height}, {self.num_frames} frames, mesh {self.mesh}; "
             f"{self.dtype} transformer, {self.vae_dtype} VAE",
             f"model runs  {self.forwards} of {self.tokens:,} tokens "
@@ -187,9 +199,15 @@ def dry_run(
     components: Mapping[str, Any] | None = None,
     loras: Sequence[Lora | str | Path] = (),
     device_memory: int | str | None = None,
+    devices: int | None = None,
+    chip: str | None = None,
+    devices_per_host: int | None = None,
     **call: Any,
 ) -> DryRun:
     """What a call would take on a mesh that need not exist here. Print it, or ask its fields.
+
+    mesh="auto" chooses one (`plan_mesh`), among the devices here or of so many with so much memory: `devices`, `chip`
+    and `devices_per_host` are for it. Where none fits the report is of the mesh that needs least.
 
     Of weights the headers are read, where the folder has any, so that what cannot be loaded is refused here too; of a
     source video what its header says.
@@ -205,17 +223,29 @@ def dry_run(
     """
     ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
     own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
-    spec, memory = MeshSpec.parse(mesh, ulysses), parse_memory(device_memory)
+    memory, machine = parse_memory(device_memory), dict(devices=devices, chip=chip, devices_per_host=devices_per_host)
+    if not is_auto(mesh) and (given := [name for name, value in machine.items() if value is not None]):
+        raise ValueError(f"{given[0]}={machine[given[0]]!r:.40} is for mesh='auto': leave it out, or choose that mesh")
+    spec = None if is_auto(mesh) and ulysses is None else MeshSpec.parse(mesh, ulysses)
     dtype, vae_dtype = parse_dtype("dtype", dtype), parse_dtype("vae_dtype", vae_dtype) or "float32"
-    checkpoint = open_checkpoint(model, variant, components, loras)
-    check_mesh(spec, checkpoint)
-    job = make_job(checkpoint, False, **_stood_in(checkpoint, call))
+    checkpoint, plan = open_checkpoint(model, variant, components, loras), ""
+    if spec is not None:
+        check_mesh(spec, checkpoint)
+    job = make_job(checkpoint, False, **stood_in(checkpoint, call))
+    if spec is None:
+        from jaxwan.pipelines.plan import choose_mesh  # which asks this module about every mesh
+
+        chosen = choose_mesh(
+            checkpoint, job, device_memory=memory, dtype=dtype, vae_dtype=vae_dtype, vae_devices=vae_devices, **machine
+        )
+        spec, plan = chosen.mesh, str(chosen)
+        memory = memory if memory is not None or chip is None else find_chip(chip)[0].memory
     check_use(spec, checkpoint, job)
     weights = check_weights(checkpoint)
-    return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory, own), weights=weights)
+    return replace(make_report(checkpoint, spec, job, dtype, vae_dtype, memory, own), weights=weights, plan=plan)
 
 
-def _stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
+def stood_in(checkpoint: Checkpoint, call: Mapping[str, Any]) -> dict[str, Any]:
     """The call with a prompt and the images that its model cannot do without, where it has none."""
     call = {"seed": 0} | with_prompt(checkpoint, call)
     needs = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
@@ -254,13 +284,10 @@ def _report(
     device_memory: int | None, fraction: float,
 ) -> DryRun:  # fmt: skip
     cfg, size = checkpoint.transformer, job.size
-    branches, steps = [1 + r.guided for r in job.requests], [int(r.table.num_steps) for r in job.requests]
-    plan = deal([1] * len(steps) if mesh.cfg > 1 else branches, ranks=mesh.dp, stages=mesh.pp)
-    forwards, ticks = sum(n * count for n, count in zip(steps, branches, strict=True)), plan.ticks(steps)
-    parameters = parameter_bytes(checkpoint, mesh, dtype, vae_dtype, vae_devices)
-    activations = activation_bytes(checkpoint, mesh, job, dtype, vae_dtype, vae_devices)
-    phases = _phases(mesh, vae_devices, activations)
-    needed = [weights + max(taken.values()) for weights, taken in zip(parameters, phases, strict=True)]
+    steps, plan = steps_of(job), dealt(mesh, job)
+    forwards = sum(n * (1 + r.guided) for n, r in zip(steps, job.requests, strict=True))
+    ticks = plan.ticks(steps)
+    needed = needed_bytes(checkpoint, mesh, job, dtype, vae_dtype, vae_devices)
     return DryRun(
         variant=checkpoint.variant.name, mesh=str(mesh), dtype=dtype, vae_dtype=vae_dtype,
         num_frames=size[0], height=size[1], width=size[2],
@@ -271,11 +298,33 @@ def _report(
         forward_tflop=_forward_tflop(checkpoint, job),
         **_of_a_tick(checkpoint, mesh, job, jnp.dtype(dtype)),
         decode_tflop=vae_decode_flops(checkpoint.vae, checkpoint.geometry.latent_shape(*size)) / 1e12,
-        parameter_bytes=parameters, activation_bytes=activations,
+        parameter_bytes=parameter_bytes(checkpoint, mesh, dtype, vae_dtype, vae_devices),
+        activation_bytes=activation_bytes(checkpoint, mesh, job, dtype, vae_dtype, vae_devices),
         needed_bytes=needed, device_memory=device_memory, memory_fraction=fraction,
         fits=None if device_memory is None else max(needed) <= fraction * device_memory, notes=job.notes,
         vae_devices=vae_devices, sampling=job.sampling,
     )  # fmt: skip
+
+
+def dealt(mesh: MeshSpec, job: Job) -> Deal:
+    """The videos of a job in the rings of a mesh."""
+    branches = [1 if mesh.cfg > 1 else 1 + r.guided for r in job.requests]
+    return deal(branches, ranks=mesh.dp, stages=mesh.pp)
+
+
+def steps_of(job: Job) -> list[int]:
+    """Steps of each video."""
+    return [int(r.table.num_steps) for r in job.requests]
+
+
+def needed_bytes(
+    checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: DTypeLike, vae_dtype: DTypeLike, vae_devices: int = 0
+) -> list[int]:
+    """Bytes that each device needs in the largest of its phases, parameters too; in the order of `parameter_bytes`."""
+    given = dtype, vae_dtype, vae_devices
+    phases = _phases(mesh, vae_devices, activation_bytes(checkpoint, mesh, job, *given))
+    parameters = parameter_bytes(checkpoint, mesh, *given)
+    return [weights + max(taken.values()) for weights, taken in zip(parameters, phases, strict=True)]
 
 
 def _would_fit(report: DryRun, checkpoint: Checkpoint, mesh: MeshSpec, job: Job) -> Iterator[str]:
@@ -343,16 +392,30 @@ def _forward_tflop(checkpoint: Checkpoint, job: Job) -> dict[str, float]:
 
 
 def _of_a_tick(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: np.dtype) -> dict[str, Any]:
-    """What a device computes and sends in a tick; pads and padding layers count."""
+    """What a device computes and sends in a tick, by mesh axis."""
+    tick = tick_work(checkpoint, mesh, job, dtype)
+    sent: dict[str, dict[str, int]] = {}
+    for one in tick.sent:
+        total = sent.setdefault(one.axis, {"collectives": 0, "bytes": 0})
+        total["collectives"] += one.times(tick.share.layers)
+        total["bytes"] += one.sent(tick.share.layers)
+    return {"device_tflop": tick.flops.total / 1e12, "sent": sent}
+
+
+class TickWork(NamedTuple):
+    """What a device that has as much to do as any does in a tick; pads and padding layers count."""
+
+    share: Share
+    flops: TransformerFlops
+    sent: list[Sent]
+
+
+def tick_work(checkpoint: Checkpoint, mesh: MeshSpec, job: Job, dtype: DTypeLike) -> TickWork:
+    """What a device computes and sends in a tick."""
     cfg, rows = checkpoint.transformer, image_rows(checkpoint.transformer)
     share, frames, per_frame = _share(checkpoint, mesh, job)
     flops = device_flops(cfg, share, frames, per_frame, image_rows=rows, timesteps=_timesteps(checkpoint, job))
-    sent: dict[str, dict[str, int]] = {}
-    for one in tick_traffic(cfg, share, frames, dtype.itemsize, image_rows=rows):
-        total = sent.setdefault(one.axis, {"collectives": 0, "bytes": 0})
-        total["collectives"] += one.a_layer * share.layers + one.a_tick
-        total["bytes"] += one.sent(share.layers)
-    return {"device_tflop": flops.total / 1e12, "sent": sent}
+    return TickWork(share, flops, tick_traffic(cfg, share, frames, jnp.dtype(dtype).itemsize, image_rows=rows))
 
 
 def _timesteps(checkpoint: Checkpoint, job: Job) -> int:
@@ -377,9 +440,13 @@ def parameter_bytes(
     return [each] * mesh.num_devices + [vae] * vae_devices
 
 
-@cache  # like what else traces a model: a search for what fits asks for the same again and again
 def _weight_bytes(cfg: TransformerConfig, num_experts: int, mesh: MeshSpec, dtype: np.dtype) -> tuple[int, int]:
     """Bytes of a device's share of the layers, padding too, and of its ends."""
+    return _split_weight_bytes(cfg, num_experts, MeshSpec(pp=mesh.pp, tp=mesh.tp), dtype)  # other axes hold copies
+
+
+@cache  # like what else traces a model: a search for what fits asks for the same again and again
+def _split_weight_bytes(cfg: TransformerConfig, num_experts: int, mesh: MeshSpec, dtype: np.dtype) -> tuple[int, int]:
     _, weights = abstract_weights(cfg, num_experts, RULES.parts(asdict(mesh), "layer"), dtype)
     parts = map_axes(lambda *axes: RULES.parts(asdict(mesh), *axes), weights)
     blocks, ends = (

@@ -21,11 +21,13 @@ from jaxwan.pipelines.condition import choose_expert, frame_timesteps, to_float3
 from jaxwan.pipelines.decode import decode_videos
 from jaxwan.pipelines.denoise import Loop, begin
 from jaxwan.pipelines.dit import Controls, Inputs
+from jaxwan.pipelines.dry_run import stood_in
 from jaxwan.pipelines.encoders import Encoders, encode_clip, prepare
 from jaxwan.pipelines.load import check_numbers, check_use, load_parts, parse_dtype, place, tell_idle_stages
 from jaxwan.pipelines.media import BackgroundWriter, check_writable
 from jaxwan.pipelines.output import Output, Saving, as_pil, kept_type, numbered
 from jaxwan.pipelines.parts import Parts, job_settings
+from jaxwan.pipelines.plan import choose_mesh, fitting
 from jaxwan.pipelines.progress import Progress
 from jaxwan.pipelines.prompt import MAX_TOKENS, encode_prompts, lost_text
 from jaxwan.pipelines.request import Job
@@ -36,7 +38,7 @@ from jaxwan.pipelines.streams import DecodeStream, EncodeStream, Room
 from jaxwan.pipelines.telling import warn
 from jaxwan.pipelines.warmup import Warmup, compiling, job_programs
 from jaxwan.schedulers.table import make_table
-from jaxwan.sharding.mesh import MeshSpec
+from jaxwan.sharding.mesh import MeshSpec, is_auto
 
 _AT_THE_END = ("output_type", "save", "callback_on_step_end")  # arguments of a call that its job does not know
 Callback = Callable[["WanPipeline", int, Any, dict[str, np.ndarray]], dict | None]
@@ -69,14 +71,16 @@ class WanPipeline:
     ) -> "WanPipeline":
         """Load a Diffusers-layout folder or hub id (or what `open_checkpoint` made) onto a mesh such as "pp=4".
 
-        mesh None is one device; of its axes dp spreads videos, cfg=2 prompts and negative prompts, pp the layers, and
-        results are the same; sp spreads the tokens of each frame and tp heads and MLP, and results are the same but for
-        rounding. A pipeline with more ranks of dp than a call has videos leaves some idle. ulysses: how many of sp's
-        devices trade tokens for heads, where that is not to be as many as can; 1 is ring attention alone. dtype is the
-        DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by default on accelerators (with
-        Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights files, such as "fp16", and
-        components: files for parts, {"vae": FILE}, both as `open_checkpoint` takes them. loras: files that are merged
-        into the DiTs while they are read, [Lora("style.safetensors", strength=0.8)] (docs/checkpoints.md).
+        mesh None is one device, and "auto" the fastest one that fits the devices here, for the call that `warmup` says,
+        else for one video of the model's own size (`plan_mesh`). Of its axes dp spreads videos, cfg=2 prompts and
+        negative prompts, pp the layers, and results are the same; sp spreads the tokens of each frame and tp heads and
+        MLP, and results are the same but for rounding. A pipeline with more ranks of dp than a call has videos leaves
+        some idle. ulysses: how many of sp's devices trade tokens for heads, where that is not to be as many as can; 1
+        is ring attention alone. dtype is the DiT's and text encoder's, "bfloat16", jnp.float32 or the like: bfloat16 by
+        default on accelerators (with Diffusers' modules kept in float32), float32 on a CPU. variant: of the weights
+        files, such as "fp16", and components: files for parts, {"vae": FILE}, both as `open_checkpoint` takes them.
+        loras: files that are merged into the DiTs while they are read, [Lora("style.safetensors", strength=0.8)]
+        (docs/checkpoints.md).
 
         vae_devices: how many devices of its own, behind the mesh's, the VAE has; None: it is on all of the mesh's. It
         splits every frame over its devices, which changes results by rounding alone. With its own it can work beside
@@ -99,7 +103,8 @@ class WanPipeline:
         refuse_unknown(unknown, tuple(known.split()))
         own = 0 if vae_devices is None else whole("vae_devices", vae_devices, 1)
         ulysses = None if ulysses is None else whole("ulysses", ulysses, 1)
-        spec, dtype = MeshSpec.parse(mesh, ulysses), parse_dtype("dtype", dtype)
+        spec = None if is_auto(mesh) and ulysses is None else MeshSpec.parse(mesh, ulysses)
+        dtype = parse_dtype("dtype", dtype)
         vae_dtype = parse_dtype("vae_dtype", vae_dtype)
         checkpoint = open_checkpoint(model, variant, components, loras)
         if not isinstance(warmup, Mapping | Job | None):
@@ -108,6 +113,11 @@ class WanPipeline:
         if not isinstance(warmup, Job | None):
             call = {name: value for name, value in warmup.items() if name not in _AT_THE_END}
             job = make_job(checkpoint, False, **with_prompt(checkpoint, call))
+        if spec is None:
+            video = make_job(checkpoint, False, **stood_in(checkpoint, {})) if job is None else job
+            plan = choose_mesh(checkpoint, video, dtype=dtype, vae_dtype=vae_dtype, vae_devices=vae_devices)
+            spec = fitting(plan).mesh
+            log.info("mesh auto: %s", plan.why.splitlines()[0])
         place(checkpoint, spec, job, own)
         tell_idle_stages(spec, checkpoint)
         keep_compiled_programs()

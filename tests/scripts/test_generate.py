@@ -405,7 +405,7 @@ def test_every_flag_is_in_the_help(run):
         "--boundary-ratio --flow-shift --sampler --seed --latents --num-videos-per-prompt --index --mesh --dtype "
         "--vae-dtype --vae-devices --vae-tiling --vae-tile --vae-stride -o --overwrite --no-metadata --save-npz --json "
         "--crf --x264-preset -q --version --like --no-compilation-cache --dry-run --device-memory --sigma-schedule "
-        "--preset --ulysses --prompts-file --slots --save --save-every --resume"
+        "--preset --ulysses --prompts-file --slots --save --save-every --resume --devices --chip --devices-per-host"
     ).split():
         assert re.search(rf"^  {flag}\b", out, re.MULTILINE), flag
     told = " ".join(out.split())
@@ -448,6 +448,25 @@ def test_a_dry_run_that_does_not_fit_says_what_would_and_exits_with_3(run):
     assert re.search(rf"^DOES NOT FIT: .* of 26.32 MiB, {taken}. What would fit: .*mesh pp=4", out, re.MULTILINE)
     status, out, _ = run("--dry-run", "--device-memory", "30MB", "--json")
     assert status == 3 and "mesh pp=4" in json.loads(out)["would_fit"]
+
+
+def test_a_dry_run_chooses_the_mesh_of_a_machine_that_is_not_here(run):
+    machine = ["--dry-run", "--mesh", "auto", "--devices", 4, "--device-memory", "80GB"]
+    status, out, err = run(*machine, "--chip", "H100")
+    assert status == 0, err
+    (chosen,) = re.findall(r"^(\S+) .* chosen$", out, re.MULTILINE)
+    assert f", mesh {chosen}; bfloat16" in out and "estimates until measured: H100 at" in out
+    status, out, _ = run(*machine, "--json")
+    assert status == 0 and "the chip is not known, times are relative" in json.loads(out)["plan"]
+    status, out, _ = run("--dry-run", "--mesh", "auto", "--devices", 1, "--device-memory", "20MB")
+    assert status == 3 and out.startswith("mesh") and "none of 1 mesh of up to 1 device fits" in out
+
+
+def test_the_mesh_that_was_chosen_is_told(run, made):
+    status, out, err = run("--mesh", "auto", "--json", "-o", "clip.gif", "--no-compilation-cache")
+    assert status == 0, err
+    assert json.loads(out)["mesh"] == "pp=1"
+    assert re.search(r"^mesh auto: pp=1, the best of \d+ meshes .*: times are relative", err, re.MULTILINE)
 
 
 def test_auto_makes_tiles_only_where_nothing_else_fits(run):
@@ -1032,6 +1051,9 @@ BAD = [
     (["--mesh", "dp=2"], "mesh dp=2 deals videos to 2 groups of devices and this call has 1 video: leave dp out, or"),
     (["--mesh", "cfg=2", "--guidance-scale", 1], "no video of this call is guided: leave cfg out, or give a guidance_"),
     (["--mesh", "pp=2", "--vae-devices", 7], "mesh pp=2 and vae_devices=7 need 9 devices and JAX is already"),
+    (["--mesh", "auto", "--ulysses", 2], "mesh 'auto' is one that has to be chosen, and ulysses with it: leave uly"),
+    (["--mesh", "auto", "--dry-run", "--chip", "H100"], "needs to know how many devices it has: devices=8"),
+    (["--dry-run", "--devices", 8], "devices=8 is for mesh='auto': leave it out, or choose that mesh"),
     (["--mesh", "cfg=4", "--dry-run"], "cfg=4 is for the two branches of guidance, the largest is cfg=2"),
     (["--num-inference-steps", 0], "num_inference_steps=0 is outside 1 to 128: nearest is 1"),
     (["--num-inference-steps", "many"], "invalid int value: 'many'"),
