@@ -5,6 +5,7 @@
     python scripts/benchmark.py all --preset small           a rehearsal on a CPU
     python scripts/benchmark.py mesh --preset pair           two devices against one, on two cores of a CPU
     python scripts/benchmark.py engine --preset tiny         requests that arrive at random, through the engine
+    python scripts/benchmark.py mesh-plan --preset pair      what `--mesh auto` expects against what meshes take
     python scripts/benchmark.py dit --against diffusers      the same by Diffusers, in turns (also vae, sampler)
 
 Measurements: ceilings (matrix product, memory), attention (each implementation, checked against float32), dit (a model
@@ -13,8 +14,9 @@ both directions, and its convolutions), convolution (each kind that the VAE has 
 each implementation), text (a prompt), sampler (what the loop adds to its forwards), pipeline (calls as a user makes
 them, and what they compile), load (a checkpoint made on the spot), e2e (a whole clip; at full size from a few steps),
 compile (without and with the persistent cache), growth (with steps, requests, frames and layers, as a picture), mesh
-(each mesh axis against one device), engine (random requests against one after the other and fixed batches; what
-segments of a long run cost), flags (XLA's). Each runs in a process of its own, one after the other.
+(each mesh axis against one device), mesh-plan (the planner's estimates against several meshes, and the efficiencies
+that fit), engine (random requests against one after the other and fixed batches; what segments of a long run cost),
+flags (XLA's). Each runs in a process of its own, one after the other.
 
 The report, report.json and report.md, is rewritten after every measurement, so a run that is cut leaves a valid one.
 What does not fit the budget is skipped, and what cannot run here says why. Needs jax, flax, numpy, jaxtyping and

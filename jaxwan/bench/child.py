@@ -26,6 +26,7 @@ from jaxwan.bench import (
     layers,
     load,
     mesh,
+    mesh_plan,
     vae,
 )
 from jaxwan.bench.item import Item
@@ -52,8 +53,9 @@ MEASUREMENTS = {
     "growth": growth.measure_growth,
     "mesh": mesh.measure_mesh,
     "engine": engine.measure_engine,
+    "mesh-plan": mesh_plan.measure_plan,
 }
-DEVICES = {"mesh": 2, "engine": engine.STAGES}  # that are needed, virtual ones on a CPU
+DEVICES = {"mesh": 2, "mesh-plan": 4, "engine": engine.STAGES}  # that are needed, virtual ones on a CPU
 _NOT_HERE = (RuntimeError, ValueError, NotImplementedError, OSError)  # how JAX and cuDNN say that they cannot run
 
 

@@ -11,7 +11,7 @@ from jaxwan.flops import vae_decode_flops
 from jaxwan.kernels.attention import IMPLEMENTATIONS
 
 KINDS = ("ceilings", "attention", "dit", "block", "vae", "convolution", "blend", "text", "sampler", "pipeline", "load",
-         "e2e", "compile", "growth", "flags", "mesh", "engine", "all")  # fmt: skip
+         "e2e", "compile", "growth", "flags", "mesh", "mesh-plan", "engine", "all")  # fmt: skip
 COMPARABLE = ("dit", "vae", "sampler")  # what `--against diffusers` measures
 GPU_RATE, CPU_RATE = 500.0, 0.05  # TFLOP/s that predictions count on
 STARTING, COMPILING = 15.0, 12.0  # seconds of a process with its weights, and of each program that takes long
@@ -19,7 +19,7 @@ ON_CPU = 5.0, 4.0  # the same
 RIVAL = 50.0, 75.0  # seconds in which torch starts and compiles, on a GPU and on a CPU
 # programs that take long; of a kind that is not here, none
 PROGRAMS = {"dit": 1, "block": 2, "flags": 1, "vae": 2, "convolution": 10, "blend": 2, "sampler": 1, "pipeline": 3,
-            "load": 4, "e2e": 3, "compile": 3, "growth": 8, "mesh": 6, "engine": 5}  # fmt: skip
+            "load": 4, "e2e": 3, "compile": 3, "growth": 8, "mesh": 6, "mesh-plan": 9, "engine": 5}  # fmt: skip
 
 
 def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int = 3, profile: str = "",
@@ -36,7 +36,7 @@ def make_items(kind: str, presets: list[Preset], *, against: str = "", runs: int
     def items(some: list[Preset], *forms: str) -> list[Item]:
         return [Item(kind, p, form, against, runs, profile if kind == "block" else "") for p in some for form in forms]
 
-    if kind in ("ceilings", "mesh"):
+    if kind in ("ceilings", "mesh", "mesh-plan"):
         return items(presets[:1], "")
     if kind == "engine":  # many requests of the first preset; the last one's are long enough to be cut into segments
         return items(presets[:1], FORMS[0]) + items(presets[-1:], FORMS[1])
@@ -111,4 +111,5 @@ def _tflop(item: Item) -> float:
         "pipeline": 6 * forward + 3 * decode, "growth": 150 * layer, "flags": 8 * layer * calls,
         "engine": forward * BRANCHES * (4 * REQUESTS * sum(STEPS) / 2 if item.form == FORMS[0] else 2 * calls * LONG),
         "mesh": len(MESHES) * calls * 6 * (LAYERS * layer if preset.needs_accelerator else 2 * forward),
+        "mesh-plan": 9 * calls * 6 * (LAYERS * layer if preset.needs_accelerator else 2 * forward),
     }.get(item.kind, 0.0)  # fmt: skip

@@ -52,6 +52,13 @@ class Estimate(NamedTuple):
     decode: float
 
 
+class Tick(NamedTuple):
+    """Seconds of a tick of the ring, in which a device computes, and then sends."""
+
+    computing: float
+    sending: float
+
+
 class Candidate(NamedTuple):
     """A mesh, what it is expected to take, and the bytes of its fullest device."""
 
@@ -210,14 +217,15 @@ def possible_meshes(checkpoint: Checkpoint, job: Job, devices: int) -> Iterator[
                 for tp in most(dp, branches, pp):
                     for sp in most(dp, branches, pp, tp):
                         mesh = MeshSpec(dp, branches, pp, sp, tp)
-                        if not _works(mesh, checkpoint, job):
+                        if not works(mesh, checkpoint, job):
                             continue
                         yield mesh
                         fewer = range(1, most_ulysses(cfg, dict(zip(AXES, mesh.sizes, strict=True))))
                         yield from (replace(mesh, ulysses=n) for n in fewer if sp % n == 0 and heads // tp % n == 0)
 
 
-def _works(mesh: MeshSpec, checkpoint: Checkpoint, job: Job) -> bool:
+def works(mesh: MeshSpec, checkpoint: Checkpoint, job: Job) -> bool:
+    """Whether a job can be laid out on a mesh, with work for every device."""
     try:
         check_mesh(mesh, checkpoint)
         check_use(mesh, checkpoint, job)
@@ -258,19 +266,19 @@ class Search:
     def expected(self, mesh: MeshSpec) -> Estimate:
         """Seconds of the phases on a mesh."""
         videos, plan, steps = len(self.job.requests), dealt(mesh, self.job), steps_of(self.job)
-        tick, text = self.tick_seconds(mesh), self._text_seconds(mesh)
+        tick, text = sum(self.tick(mesh)), self._text_seconds(mesh)
         encode, decode = self._coding_seconds(self.own or mesh.num_devices)
         if self.goal == "throughput":
             return Estimate(encode + text / videos, plan.period * sum(steps) / videos * tick / videos, decode)
         return Estimate(videos * encode + text, plan.ticks(steps) * tick, videos * decode)
 
-    def tick_seconds(self, mesh: MeshSpec) -> float:
-        """Of a tick of the ring: what a device computes, and then sends."""
+    def tick(self, mesh: MeshSpec) -> Tick:
+        """Of the device that has as much to do as any."""
         work, sizes = tick_work(self.checkpoint, mesh, self.job, self.dtype), dict(zip(AXES, mesh.sizes, strict=True))
         around = work.share.ulysses < mesh.sp
         flops = work.flops.total + work.flops.self_attention * (_MERGING if around else 0.0)
-        sending = sum(self.machine.seconds(sizes, one, work.share.layers) for one in work.sent)
-        return self._computing(flops, mesh.num_devices) + sending
+        sending = math.fsum(self.machine.seconds(sizes, one, work.share.layers) for one in work.sent)
+        return Tick(self._computing(flops, mesh.num_devices), sending)
 
     def _computing(self, flops: float, devices: int) -> float:
         """FLOPs of a device's part of the DiT or the text encoder."""
