@@ -1,10 +1,12 @@
 """Numbers in the docs are what the program works out."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 from published import write_configs
+from situations import chips_table, links_table, plans_table
 
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
@@ -41,3 +43,11 @@ def test_what_a_mesh_holds_takes_and_sends(job_of, devices, mesh, weights, one, 
     if spec.num_devices > 1:
         assert float(sent) == pytest.approx(gigabytes, abs=0.051)
         assert float(share) == pytest.approx(100 * gigabytes / 450 / (told.device_tflop / 790), abs=0.051)
+
+
+def test_the_tables_of_plans_are_what_the_planner_says(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.92")
+    made = cache(lambda name: read_checkpoint(write_configs(tmp_path_factory.mktemp("configs"), name)))
+    text = (DOCS / "mesh_plans.md").read_text()
+    for table in (plans_table(made), chips_table(), links_table()):
+        assert table in text, table

@@ -6,6 +6,7 @@ What is not counted is small or the same for all: reading weights, the halos of 
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,7 +182,7 @@ def choose_mesh(
     if count <= own:
         raise ValueError(f"vae_devices={own} of {count} devices leave none for a mesh: the most is {count - 1}")
     found, known = find_chip(chip, kind, room)
-    per_host = whole("devices_per_host", devices_per_host or count, 1)
+    per_host = sys.maxsize if devices_per_host is None else whole("devices_per_host", devices_per_host, 1)
     machine = Machine(found, find_link(link or found.link), find_link(between), per_host, known)
     if kind == "" and room is not None:
         room = int(room * memory_fraction())
