@@ -474,7 +474,7 @@ def activation_bytes(
     Encoding texts (0.1 GiB of UMT5's, on every device) and single images comes before them, and takes less.
     """
     of_the_vae = checkpoint, job, jnp.dtype(vae_dtype), vae_devices or mesh.num_devices
-    encode = {"encode": vae_bytes("encode", *of_the_vae)} if _encodes_frames(checkpoint, job) else {}
+    encode = {"encode": vae_bytes("encode", *of_the_vae)} if encodes_frames(checkpoint, job) else {}
     return {
         **encode,
         "denoise": _denoise_bytes(checkpoint, mesh, job, jnp.dtype(dtype)),
@@ -482,7 +482,7 @@ def activation_bytes(
     }
 
 
-def _encodes_frames(checkpoint: Checkpoint, job: Job) -> bool:
+def encodes_frames(checkpoint: Checkpoint, job: Job) -> bool:
     """Whether the VAE encodes as many frames as a video has: a source video, or channels beside the latents."""
     channels = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
     return channels or any(request.video is not None for request in job.requests)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxwan.config import ImageInput
 from jaxwan.convert.lora import Lora
 from jaxwan.flops import text_encoder_flops, vae_decode_flops, vae_encode_flops
 from jaxwan.models.video_coder import WHOLE
@@ -26,6 +25,7 @@ from jaxwan.pipelines.dit import layers_per_stage, most_ulysses
 from jaxwan.pipelines.dry_run import (
     bytes_text,
     dealt,
+    encodes_frames,
     memory_fraction,
     needed_bytes,
     parse_memory,
@@ -310,8 +310,7 @@ class Search:
             (height, width), share = layout.largest, layout.rounds(devices)
         elif longer < WHOLE:
             share = 1
-        images = checkpoint.image_input in (ImageInput.CHANNELS, ImageInput.CHANNELS_AND_CLIP)
-        comes_in = frames if images or request.video is not None else int(request.image is not None)
+        comes_in = frames if encodes_frames(checkpoint, job) else int(request.image is not None)
         rate = self.machine.chip.rate(self.machine.chip.vae, self.vae_dtype) / self._crowd(devices)
         encode = vae_encode_flops(checkpoint.vae, (comes_in, height, width)) if comes_in else 0
         return encode * share / rate, vae_decode_flops(checkpoint.vae, (frames, height, width)) * share / rate
