@@ -26,7 +26,7 @@ from jaxwan.pipelines import load as loading
 from jaxwan.pipelines import pipeline as pipeline_module
 from jaxwan.pipelines.call import make_job
 from jaxwan.pipelines.checkpoint import read_checkpoint
-from jaxwan.pipelines.denoise import Denoiser, Loop
+from jaxwan.pipelines.denoise import Denoiser, Loop, Programs
 from jaxwan.pipelines.dit import Weights, abstract_weights
 from jaxwan.pipelines.dry_run import dry_run, make_report, parameter_bytes, parse_memory
 from jaxwan.pipelines.encoders import abstract_entry
@@ -121,7 +121,7 @@ def test_ticks_are_those_executed(pipeline, steps):
         pipe(output_type="latent", **arguments)
     (loop,) = loops
     told = report(pipe.checkpoint, MeshSpec(pp=2), "float32", **arguments)
-    assert int(loop._running.state.tick) == loop.tick == told.ticks  # of three videos in a ring with room for four
+    assert loop.timetable.tick == told.ticks  # of three videos in a ring with room for four
 
 
 @pytest.mark.parametrize(
@@ -139,22 +139,23 @@ def test_ticks_are_those_executed(pipeline, steps):
     ],
 )
 def test_the_loop_hands_out_as_many_ticks_as_are_told(folder, mesh, arguments):
-    """With a ring that only counts."""
+    """With programs that only count."""
     checkpoint = read_checkpoint(folder("t2v-A14B"))
     size = {"height": 32, "width": 48, "num_frames": 5}
     expected = report(checkpoint, MeshSpec.parse(mesh), **size, **arguments)
     job = make_job(checkpoint, **{"prompt": "a cat"} | size | arguments)
     handed = []
-    programs = mock.Mock(run=lambda weights, running, ticks: handed.append(ticks))
     mesh = make_mesh(MeshSpec.parse(mesh))
     denoiser = Denoiser(checkpoint.transformer, Weights(None, None), mesh, jnp.dtype("float32"))
-    with mock.patch.object(Denoiser, "programs", lambda *_: programs):
+    counting = dict(empty=mock.DEFAULT, insert=mock.DEFAULT, run=lambda *given: handed.append(given[-1]))
+    with mock.patch.multiple(Programs, **counting):
         loop = Loop(denoiser, [abstract_entry(checkpoint, request) for request in job.requests])
-    for _ in range(loop.rounds):
-        loop.advance()
-    assert sum(handed) == expected.ticks == loop.tick
+        for _ in range(loop.rounds):
+            loop.advance()
+    plan = loop.timetable.now
+    assert sum(handed) == expected.ticks == loop.timetable.tick
     assert min(handed) > 0 and loop.rounds == 0
-    assert (expected.microbatches, expected.period) == (loop.plan.microbatches, loop.plan.period)
+    assert (expected.microbatches, expected.period) == (sum(p.microbatches for p in plan.plans), plan.period)
 
 
 def test_source_videos_are_not_decoded(folder, tmp_path, monkeypatch):
