@@ -49,6 +49,7 @@ class Video:
     colours: str | None = None
     orientation: tuple[bool, int, int] = (False, 1, 1)  # `_orientation` of its first frame
     ends_early: bool = False  # and was told so
+    stamp: tuple[int, ...] | None = None  # `_stamp` of a file
 
     def count(self, most: int) -> int:
         """How many of its first `most` frames there are: a file is decoded for that, and no frame is kept.
@@ -58,7 +59,7 @@ class Video:
         if not isinstance(self.source, Path):
             return min(most, self.num_frames)
         faults: list[Any] = []
-        with _opened(self.source, self.what) as (container, stream):
+        with self._opened() as (container, stream):
             found = sum(1 for _ in islice(_frames(container, stream, faults), most))
         self._tell(faults)
         return found
@@ -100,6 +101,15 @@ class Video:
         if isinstance(self.source, np.ndarray) and self.source.dtype != np.uint8:
             _check_size((self.height, self.width), height, width, self.what)
 
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """Its file, open again. Raises OSError for one that is not as it was: its frames would be taken for those that
+        were checked, however many there are."""
+        if _stamp(self.source) not in (None, self.stamp):
+            raise OSError(f"{self.what} {self.source} was changed after it was opened: let it be until it is encoded")
+        with _opened(self.source, self.what) as opened:
+            yield opened
+
     def _tell(self, faults: list[Any]) -> None:
         if faults and not self.ends_early:
             warn(f"{self.what} {self.source} is damaged: frames lost or faulty: {len(faults)}")
@@ -109,7 +119,7 @@ class Video:
         import PIL.Image
 
         if isinstance(self.source, Path):
-            with _opened(self.source, self.what) as (container, stream):
+            with self._opened() as (container, stream):
                 for frame in _frames(container, stream, faults):
                     image = PIL.Image.fromarray(_shown(frame, *self.orientation))
                     yield image if image.mode == "RGB" else upright_rgb(image, self.what)
@@ -216,6 +226,7 @@ def _one_size(images: Sequence[Any], what: str) -> tuple[int, int]:
 
 
 def _open_file(path: Path, what: str, most: int | None) -> Video:
+    stamp = _stamp(path)
     with _opened(path, what) as (container, stream):
         # ffmpeg's readers of pictures are called png_pipe and the like; a still gif or avif has one frame and no time
         if container.format.name.endswith("_pipe") or (stream.frames == 1 and not stream.duration):
@@ -237,7 +248,16 @@ def _open_file(path: Path, what: str, most: int | None) -> Video:
     if orientation[0]:
         height, width = width, height
     lying = None if fps == header else header
-    return Video(what, path, total, height, width, fps, lying, _colours(first), orientation, ends_early)
+    return Video(what, path, total, height, width, fps, lying, _colours(first), orientation, ends_early, stamp)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What of a file changes when it is written again or replaced; None of one that is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager
