@@ -111,7 +111,7 @@ def choose_size(
         name, (h, w) = "the image", _shape(image)
     else:
         return defaults.height, defaults.width
-    fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride)
+    fitted = fit_size(h, w, defaults.height * defaults.width, checkpoint.geometry.stride, name)
     notes.append(f"size {fitted[1]}x{fitted[0]}, from {name}'s {w}x{h}")
     return fitted
 
@@ -225,6 +225,9 @@ def clips_of(
         videos = [Video("frames", video, *video.shape[:3]) for video in checked_frames(frames)]
     first, fit = videos[0], check_fit(fit, [], videos)
     count = first.num_frames if num_frames is None else whole("num_frames", num_frames, 1)
+    if one and num_frames is None and count != (most := geometry.most_frames(count)):
+        given = f"{_name(first)} has {count} frames, which is not {geometry.temporal}k+1"
+        raise ValueError(f"{given}: give num_frames, {most} at most")
     height, width = first_given(_given_size(height, width), (first.height, first.width))
     geometry.check_size(count, height, width)
     for video in videos:

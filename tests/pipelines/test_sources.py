@@ -139,6 +139,13 @@ def test_what_cannot_be_encoded_is_refused(pipe, path, given, words):
         pipe.encode(path, **given)
 
 
+def test_a_file_whose_length_does_not_fit_says_how_much_of_it_does(pipe, tmp_path):
+    """And not the next larger number, which it does not have."""
+    save_video(CLIP[:7], tmp_path / "seven.mp4", 16)
+    with pytest.raises(ValueError, match=r"^the video has 7 frames, which is not 4k\+1: give num_frames, 5 at most$"):
+        pipe.encode(tmp_path / "seven.mp4")
+
+
 # Failures
 
 

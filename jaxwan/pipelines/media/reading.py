@@ -97,7 +97,7 @@ def to_unit_range(frames: UInt8[np.ndarray, "..."] | Float[np.ndarray, "..."]) -
     return pixels / 255.0 if frames.dtype == np.uint8 else pixels
 
 
-def fit_size(image_height: int, image_width: int, area: int, stride: int) -> tuple[int, int]:
+def fit_size(image_height: int, image_width: int, area: int, stride: int, what: str = "an image") -> tuple[int, int]:
     """(height, width) of about `area` pixels in an image's aspect ratio, each rounded down to a multiple of `stride`.
 
     A 1080 x 1920 image at area 480 * 832 and stride 16: (464, 832).
@@ -107,7 +107,10 @@ def fit_size(image_height: int, image_width: int, area: int, stride: int) -> tup
     height = round(math.sqrt(area * aspect)) // stride * stride
     width = round(math.sqrt(area / aspect)) // stride * stride
     if not height or not width:
-        raise ValueError(f"an image of {image_height} x {image_width} is too narrow for {area} pixels in {stride}s")
+        raise ValueError(
+            f"{what} of {image_width}x{image_height} is too narrow for {area} pixels with sides that are multiples of "
+            f"{stride}: give height and width"
+        )
     return height, width
 
 
