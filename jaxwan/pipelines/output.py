@@ -158,13 +158,14 @@ class Saving:
     @classmethod
     def parse(cls, value: Any) -> "Saving":
         """Raises ValueError for what is neither."""
-        if isinstance(value, str | Path | list | tuple):
-            return cls(value)
         names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping) or "path" not in value or not set(value) <= set(names):
+        given = value if isinstance(value, Mapping) else {"path": value}
+        path = given.get("path")
+        each = path if isinstance(path, list | tuple) else [path]
+        if not set(given) <= set(names) or not all(isinstance(one, str | Path) for one in each):
             known = ", ".join(names[1:])
-            raise ValueError(f"save={value!r:.80} is no path, nor a dict of path and any of {known}")
-        return cls(**value)
+            raise ValueError(f"save={value!r:.80} is no path or list of paths, nor a dict of path and any of {known}")
+        return cls(**given)
 
     def paths(
         self, settings: Sequence[Mapping[str, Any]], num_frames: int, written: Collection[int] = ()

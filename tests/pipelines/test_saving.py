@@ -77,11 +77,13 @@ def test_an_output_of_latents_is_decoded_into_files_as_it_is_told(pipe, whole, t
         ("clip.png", ValueError, "must end in .mp4 or .webm or .gif for 9"),
         (["a.mp4"], ValueError, r"2 video\(s\) need as many paths, each another, and these are 1"),
         (["a.mp4", "a.mp4"], ValueError, r"2 video\(s\) need as many paths, each another"),
-        (dict(path="a.mp4", crv=3), ValueError, "is no path, nor a dict of path and any of overwrite, metadata, crf"),
-        (dict(crf=3), ValueError, "is no path, nor a dict of path"),
+        (["a.mp4", None], ValueError, r"None\] is no path or list of paths, nor a dict of path"),
+        (dict(path=3), ValueError, "is no path or list of paths"),
+        (dict(path="a.mp4", crv=3), ValueError, "nor a dict of path and any of overwrite, metadata, crf"),
+        (dict(crf=3), ValueError, "is no path or list of paths, nor a dict of path"),
         (dict(path="a.gif", crf=3), ValueError, "crf=3 is for mp4 and webm"),
         (dict(path="there.mp4", overwrite=False), FileExistsError, "there-0-seed1.mp4 exists"),
-        (3, ValueError, "save=3 is no path, nor a dict of path"),
+        (3, ValueError, "save=3 is no path or list of paths, nor a dict of path"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_computed(
