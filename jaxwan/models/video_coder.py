@@ -154,7 +154,7 @@ class Stream:
         self.cache: Cache | None = None
         self.coder, self.direction = coder, direction
         self._frame_type: FrameType = frame_type
-        self._size: tuple[int, ...] | None = None  # [B, H, W, C] of what is given
+        self._size: tuple[int, ...] | None = None  # [B, H, W, C] of what was given
         # frames of what is given to a latent one, and pixels
         self.step, self.stride = (coder.geometry.temporal, coder.geometry.spatial) if self._encodes else (1, 1)
 
@@ -184,6 +184,7 @@ class Stream:
         under_way, space = [], None
         for part in given:
             self.check(part.shape)
+            self._size = (part.shape[0], *part.shape[2:])
             space = self.space(part.shape)
             for chunk in cut_frames(part, self.step, first=self.cache is None):
                 self.cache, coded = code(self.cache, chunk if space is None else space.split(chunk), space)
@@ -201,7 +202,7 @@ class Stream:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises what a call with frames of this shape would."""
         size, cfg, geometry = (shape[0], *shape[2:]), self.coder.cfg, self.coder.geometry
-        if self._size not in (None, size):
+        if self.cache is not None and self._size != size:
             raise ValueError(f"this stream goes on with {self._size} (B, H, W, C), and not with {size}")
         if not self._encodes and shape[-1] != cfg.z_dim:
             raise ValueError(f"latents have {shape[-1]} channels, and this VAE's have {cfg.z_dim}")
@@ -211,7 +212,6 @@ class Stream:
                 geometry.check_more_frames(shape[1])
         if 0 in shape:
             raise ValueError(f"nothing is to be coded in shape {shape}")
-        self._size = size
 
 
 def cut_frames(x: np.ndarray, step: int, *, first: bool = True) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Videos that come in parts: each part encoded or decoded when it comes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -44,10 +45,10 @@ class Room:
         states, weights = sum(one.state for one in others), weight_bytes(self._parts, device)
         needed = weights + states + taken.state + max(one.step for one in [*others, taken])
         if room is not None and needed > room:
-            beside = f"{len(others)} open stream{'s' * (len(others) != 1)} of {bytes_text(states)}"
+            beside = f"{len(others)} open stream{'s' * (len(others) != 1)} of {bytes_text(states)} and " * bool(others)
             free = ": close one, by stream.close() or by dropping it" if others else ""
             raise MemoryError(
-                f"a stream of {bytes_text(taken.state)} beside {beside} and {bytes_text(weights)} of weights needs "
+                f"a stream of {bytes_text(taken.state)} beside {beside}{bytes_text(weights)} of weights needs "
                 f"{bytes_text(needed)} of a device, steps included, and it has {bytes_text(room)}{free}"
             )
         self._open[stream] = taken
@@ -74,6 +75,15 @@ class OpenStream:
         self._closed, self._stream.cache = True, None
         self._room.leave(self)
 
+    @contextmanager
+    def _closed_by_errors(self) -> Iterator[None]:
+        """A call that ends in the middle leaves a state between two of its steps, with which nothing can go on."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def _begin(self, shape: tuple[int, ...]) -> None:
         """Check what a call gives, and in the first call that there is room."""
         if self._closed:
@@ -95,8 +105,9 @@ class EncodeStream(OpenStream):
         pixels = checked_frames(frames)
         self._begin(pixels.shape)
         groups = cut_frames(pixels, self._stream.step, first=self.state is None)
-        made = self._stream.parts(2 * to_unit_range(group) - 1 for group in groups)
-        return to_public(np.concatenate(list(made), axis=1))
+        with self._closed_by_errors():
+            made = self._stream.parts(2 * to_unit_range(group) - 1 for group in groups)
+            return to_public(np.concatenate(list(made), axis=1))
 
 
 class DecodeStream(OpenStream):
@@ -116,7 +127,8 @@ class DecodeStream(OpenStream):
         """
         z = to_internal(self._checked(latents))
         self._begin(z.shape)
-        return self._stream(z) * 0.5 + 0.5
+        with self._closed_by_errors():
+            return self._stream(z) * 0.5 + 0.5
 
 
 # Bytes

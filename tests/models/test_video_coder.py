@@ -215,6 +215,15 @@ def test_what_does_not_go_on_with_a_stream_is_refused():
     np.testing.assert_array_equal(decode(latents[:, 1:]), coder("2.1").decode(latents)[:, 1:])
 
 
+def test_a_stream_takes_its_size_from_what_it_coded():
+    """And from nothing that was only asked for."""
+    frames, stream = video("2.1", "encode", (5, 4)), coder("2.1").encode_stream()
+    stream.check((2, *frames[:, :5].shape[1:]))
+    stream(frames[:, :5])
+    with pytest.raises(ValueError, match="this stream goes on with"):
+        stream.check((2, *frames[:, :4].shape[1:]))
+
+
 # Frames in 8 bits
 
 

@@ -151,6 +151,26 @@ def test_a_closed_stream_goes_on_no_more(on):
         stream(LATENTS)
 
 
+def test_a_call_that_ends_in_the_middle_closes_its_stream(on, monkeypatch):
+    """Some of its latents are in the state, and nobody has the frames."""
+    stream = on().decode_stream()
+    stream(LATENTS[:, :, :1])
+    code, calls = stream._stream.coder.decode_chunk, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return code(*given)
+
+    monkeypatch.setattr(stream._stream.coder, "decode_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream(LATENTS[:, :, 1:])
+    assert stream.state is None
+    with pytest.raises(ValueError, match="this stream is closed: open another one"):
+        stream(LATENTS[:, :, 1:])
+
+
 @pytest.mark.parametrize("mesh", [None, "pp=3"])
 def test_what_streams_keep_is_known_before_they_begin(on, mesh):
     """To the byte, of the device with the most."""
@@ -197,7 +217,7 @@ def test_more_streams_than_a_device_has_room_for_are_refused(on, monkeypatch):
     with pytest.raises(MemoryError, match="beside 3 open streams"):
         pipe.encode_stream(device_memory=memory)(frames)
     del streams, kept, caught  # whose traceback knows a stream
-    with pytest.raises(MemoryError, match="a stream of .* beside 0 open streams of - and .* and it has 4.77 MiB$"):
+    with pytest.raises(MemoryError, match=r"a stream of .* beside \S+ MiB of weights needs .* and it has 4.77 MiB$"):
         pipe.decode_stream(device_memory="10MB")(LATENTS)
     with pytest.raises(ValueError, match="device memory '20' has no unit: 20GB, 20GiB\\?"):
         pipe.decode_stream(device_memory="20")
