@@ -312,7 +312,10 @@ def _places(shapes: Mapping[str, Shape], what: str) -> Iterator[tuple[str, Targe
     """Where the tensors of a DiT go, of those that can be its own; whether all are and fit is for others to prove."""
     kind = kind_of(shapes)
     if kind is not None and kind.layout not in ("diffusers", "original"):
-        raise CheckpointError(f"{what}: LoRAs are merged into files of the Diffusers or the original layout alone")
+        raise CheckpointError(
+            f"{what}: LoRAs are merged into files of the Diffusers or the original layout alone: convert it to one of "
+            "these (scripts/convert.py)"
+        )
     rules = rules_of("transformer", None, shapes, what=what)
     paths = {rule.target for rule in original.TRANSFORMER}
     for key, shape in shapes.items():

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxwan.convert.detect import rules_of
 from jaxwan.convert.files import TensorFiles, check_variant, is_weights, list_files
 from jaxwan.convert.load import OnBytes, count_bytes, flat_shapes, load_state, prove, targets_of
+from jaxwan.convert.lora import MergedFiles
 from jaxwan.convert.rules import CheckpointError, Rule, Target
 from jaxwan.convert.verify import SUMS, check_finite, check_sums
 from jaxwan.models.layers import abstract
@@ -218,7 +219,7 @@ def prove_components(
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError("; ".join(dict.fromkeys(problems)))  # two experts may have the same
     return files, found
 
 
@@ -255,7 +256,9 @@ def check_numbers(checkpoint: Checkpoint, *, progress: bool = True) -> None:
         if sums:
             check_sums(checkpoint.folder, update)
         for name, keys in found.items():
-            check_finite(files[name], keys, what=str(checkpoint.place(name)), progress=update)
+            own = isinstance(files[name], MergedFiles)
+            what = f"{checkpoint.place(name)}{', with its LoRAs,' * own}"
+            check_finite(files[name], keys, what=what, progress=update)
 
 
 def component_rules(name: str, checkpoint: Checkpoint, files: TensorFiles) -> list[Rule]:

@@ -38,7 +38,7 @@ def check_loras(
     for lora in map(_checked, loras):
         lora, notes = _for_expert(lora, noises, name), {}
         for noise in (noise for noise in noises if lora.expert in (None, noise)):
-            if any(other.path == lora.path and other.expert in (None, noise) for other in chosen):
+            if any(_same(other, lora) and other.expert in (None, noise) for other in chosen):
                 raise ValueError(f"the LoRA {lora.path} is given twice for the same expert: give one strength")
             own = replace(lora, expert=noise)
             notes |= dict.fromkeys(added_by(own, names, shapes, reader, what=name).notes)
@@ -74,6 +74,11 @@ def _checked(lora: Any) -> Lora:
     if not path.is_file():
         raise FileNotFoundError(f"lora: there is no file {path} (a strength is a number behind a last colon: FILE:0.8)")
     return Lora(path, float(number("a LoRA's strength", lora.strength)), lora.expert)
+
+
+def _same(a: Lora, b: Lora) -> bool:
+    """Whether two are one file, however their paths are written."""
+    return Path(a.path).samefile(b.path)
 
 
 def _for_expert(lora: Lora, noises: Sequence[str | None], name: str) -> Lora:

@@ -11,7 +11,9 @@ from loras import lora_tensors, write_lora
 from published import edit, write_configs
 
 from jaxwan import BUNDLED_MODEL, Lora, WanPipeline, dry_run, open_checkpoint
-from jaxwan.pipelines.load import check_weights
+from jaxwan.convert.rules import CheckpointError
+from jaxwan.pipelines.conversion import convert, plan_conversion
+from jaxwan.pipelines.load import check_numbers, check_weights, prove_components
 from jaxwan.pipelines.snapshot import identity
 
 A14B, TI2V = "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B"
@@ -77,6 +79,7 @@ def test_what_passes_over_is_said(folder, tmp_path, caplog):
         (TI2V, lambda x: [write(x, 3072, "blocks.30.attn1.to_q")], "1 without a place in it .blocks.30.attn1.to_q"),
         (A14B, lambda x: [x, Lora(x, 0.5, "low")], "x is given twice for the same expert: give one strength"),
         (A14B, lambda x: [Lora(x, 0.5, "low"), x], "x is given twice for the same expert"),
+        (A14B, lambda x: [x, x.parent / ".." / x.parent.name / "x"], "is given twice for the same expert"),
         (A14B, lambda x: [x.with_name("y")], r"there is no file .*y \(a strength is a number behind a last colon"),
         (A14B, lambda x: [x.parent], r"is a folder \(with no safetensors\): give the file"),
         (A14B, lambda x: [Lora(x, float("nan"))], "strength=nan is not finite"),
@@ -123,3 +126,21 @@ def test_loras_change_the_weights_that_are_loaded_and_are_in_every_account(tmp_p
 def test_a_lora_that_fits_another_model_is_refused_before_the_first_byte(tmp_path):
     with pytest.raises(ValueError, match="the LoRA .* does not fit jaxwan-tiny"):
         WanPipeline.from_pretrained(BUNDLED_MODEL, loras=[write(tmp_path / "x")])
+
+
+def test_numbers_that_are_none_are_not_blamed_on_the_model_alone(tmp_path):
+    none = {MODULE: (torch.full((2, 128), torch.nan), torch.ones(128, 2))}
+    lora = write_lora(tmp_path / "x_low", lora_tensors(none, "diffusers"))
+    with pytest.raises(
+        CheckpointError, match=rf"transformer_2, with its LoRAs, has NaN or Inf in 1 tensors \({MODULE}"
+    ):
+        check_numbers(open_checkpoint(BUNDLED_MODEL, loras=[lora]), progress=False)
+
+
+def test_a_lora_over_orbax_is_refused_once_with_what_to_do(tmp_path):
+    planned = plan_conversion(open_checkpoint(BUNDLED_MODEL), "orbax")
+    lora = write_lora(tmp_path / "x", lora_tensors({MODULE: (torch.ones(2, 128), torch.ones(128, 2))}, "diffusers"))
+    checkpoint = open_checkpoint(convert(planned, tmp_path / "orbax"), loras=[lora])
+    with pytest.raises(CheckpointError, match="alone: convert it to one of these") as error:
+        prove_components(checkpoint)
+    assert str(error.value).count("LoRAs are merged") == 1
