@@ -206,7 +206,9 @@ def read_index(index: Path) -> list[str]:
         if not names:
             raise ValueError("it names none")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} {describe_file(index, 'is no index of shards')} ({error!r:.200})") from error
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        told = describe_file(index, f"is no index of shards ({reason:.200})")
+        raise CheckpointError(f"{index} {told}") from error
     return names
 
 

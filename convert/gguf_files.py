@@ -40,7 +40,7 @@ def read_gguf(path: Path, reader: Reader) -> dict[str, Stored]:
     try:
         found = _read(path, reader)
     except (ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} {describe_file(path, 'cannot be read as a GGUF file')}: {error}") from error
+        raise CheckpointError(f"{path} {describe_file(path, f'cannot be read as a GGUF file: {error}')}") from error
     bare = {name.rpartition("head.modulation")[0] for name in found if name.endswith("head.modulation")}
     if any(f"{prefix}patch_embedding.weight" not in found for prefix in bare):
         raise CheckpointError(

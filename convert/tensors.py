@@ -172,7 +172,8 @@ def read_safetensors(path: Path, reader: Reader) -> dict[str, Extent]:
         entries = sorted((_entry(name, found) for name, found in header.items()), key=lambda entry: entry.span)
         _check_spans(entries, reader.size(path) - start)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} {describe_file(path)} ({error})") from error
+        told = describe_file(path, f"is truncated or no safetensors file ({error})")
+        raise CheckpointError(f"{path} {told}") from error
     if not {entry.dtype for entry in entries} <= DTYPES.keys():
         raise CheckpointError(f"{path} {describe_tensors({entry.name: entry.dtype for entry in entries})}")
     return {e.name: Extent(path, start + e.span[0], DTYPES[e.dtype], e.shape) for e in entries}

@@ -151,8 +151,9 @@ def test_a_folder_of_other_files_says_which_and_what_to_do(tmp_path, names, word
 )
 def test_what_is_in_a_file_instead_of_tensors_is_recognised(tmp_path, data, words):
     (tmp_path / f"{DIT}.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{DIT}.safetensors {words}"):
+    with pytest.raises(CheckpointError, match=f"{DIT}.safetensors {words}") as error:
         _ = TensorFiles.find(tmp_path).shapes
+    assert "header would have" not in str(error.value) or "truncated" in words  # what it is, or why it is none
 
 
 KEY = "blocks.0.attn1.to_q"
