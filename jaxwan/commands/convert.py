@@ -118,6 +118,8 @@ def verify(args: argparse.Namespace) -> int:
         return 0
     if args.tolerance is not None and not 0 <= args.tolerance < 1:
         raise ValueError(f"--tolerance {args.tolerance} is no share of a tensor's largest number, such as 0.01")
+    if args.most < 0:
+        raise ValueError(f"--most {args.most} is no number of tensors: give 0 or more")
     a, b = (open_components(source, args.variant) for source in (args.a, args.b))
     with progress(args, "verify", count_compared(a, b)) as update:
         found = compare(a, b, args.tolerance, update)

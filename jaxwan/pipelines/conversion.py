@@ -134,7 +134,8 @@ def _lost(before: Checkpoint, after: Checkpoint) -> Iterable[str]:
 
 
 def _short(value: Any) -> str:
-    return f"{getattr(value, 'name', value)!s:.60}"
+    text = str(getattr(value, "name", value))
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 # Tensors

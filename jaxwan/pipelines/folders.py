@@ -79,7 +79,10 @@ def appearing(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Partial
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """An empty folder that no other process writes into. Raises OSError."""
-    partial.mkdir(exist_ok=True)
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{partial.parent} cannot be written into ({error}): choose another folder") from error
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         try:

@@ -107,7 +107,10 @@ def load_sentencepiece(model: bytes, vocabulary: int, what: str) -> SentencePiec
     try:
         backend.LoadFromSerializedProto(model)
     except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a message that quotes the model
-        raise ValueError(f"{what} brings no tokenizer that SentencePiece can read ({error!s:.200})") from error
+        raise ValueError(
+            f"{what} brings no tokenizer that SentencePiece can read ({error!s:.200}): give another as --component "
+            "tokenizer=FOLDER (with a tokenizer.json)"
+        ) from error
     pad, closing, size = backend.pad_id(), backend.eos_id(), backend.get_piece_size()
     if pad < 0 or closing < 0 or size > vocabulary:
         told = "no token for padding or for the end of a text" if size <= vocabulary else f"{size} tokens"

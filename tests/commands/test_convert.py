@@ -121,6 +121,8 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(source, tmp_pat
         (["convert", BUNDLED_MODEL, BUNDLED_MODEL, "--to", "orbax"], "are several checkpoints|in each other"),
         (["verify", BUNDLED_MODEL], "has no SHA256SUMS, which a converted folder has"),
         (["verify", BUNDLED_MODEL, BUNDLED_MODEL, "--tolerance", "2"], "--tolerance 2.0 is no share"),
+        (["verify", BUNDLED_MODEL, BUNDLED_MODEL, "--most", "-1"], "--most -1 is no number of tensors"),
+        (["convert", BUNDLED_MODEL, "x" * 250, "--to", "orbax"], "cannot be written into .*: choose another folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(tmp_path, monkeypatch, run, arguments, words):

@@ -366,6 +366,7 @@ def test_what_a_layout_cannot_hold_is_refused_or_told(folder, tmp_path, caplog):
         plan_conversion(open_checkpoint(folder("ti2v-5B")), "zip")
     converted(folder("ti2v-5B"), tmp_path / "original", "original")
     told = [record.getMessage() for record in caplog.records]
+    assert all("…: who opens it takes (" in line and line.endswith("…") for line in told)
     assert [line.split("=")[0] for line in told] == [
         "the original layout does not hold vae's latents_mean", "the original layout does not hold vae's latents_std"
     ]  # fmt: skip
