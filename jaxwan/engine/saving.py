@@ -65,12 +65,7 @@ def save_calls(
         (new / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1))
         if folder.exists():
             folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+        new.rename(folder)
     finally:
         _remove_under_way()
         del _under_way[new]

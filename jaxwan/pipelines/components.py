@@ -125,7 +125,7 @@ def files_at(path: Path, variant: str | None = None) -> TensorFiles:
 def _heads(path: Path) -> int | None:
     """How many heads the configuration in an original repository's folder says that its DiT has."""
     config = path / "config.json"
-    said = read_json(config) if config.is_file() else {}
+    said = read_json(config) if path.is_dir() and config.is_file() else {}
     heads = said.get("num_heads") if said.get("_class_name") == "WanModel" else None
     if heads is not None and (type(heads) is not int or heads < 1):
         raise ConfigError(f"{config}: num_heads={heads!r:.40} is no number of heads")

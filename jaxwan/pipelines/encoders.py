@@ -187,7 +187,7 @@ class _Paused:
 
 
 def image_channels(
-    coder: Coder, first: np.ndarray, last: np.ndarray | None, num_frames: int, pause: Pause
+    coder: Coder, first: np.ndarray, last: np.ndarray | None, num_frames: int, pause: Pause = lambda: None
 ) -> Float[np.ndarray, "t h w y"]:
     """Mask and latents of a video that is known in its first (and last) frame and grey between; pixels in [-1, 1].
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import FAMILIES, Family, make_checkpoint
 from comfyui import FILE, make_twins
 from gguf_writing import write_gguf
 from originals import llama_text_encoder, original_image_encoder, original_text_encoder, original_transformer

@@ -16,6 +16,7 @@ from jaxwan.pipelines.streams import stream_bytes, weight_bytes
 
 # Rounding: sums are ordered by the size of arrays (tests/models/test_video_coder.py)
 TOLERANCE = 1e-6
+OF_LATENTS = 2e-6  # an encoder's sums, over more channels, of taps and channels together
 
 CALL = dict(prompt="a red cat", height=48, width=80, num_frames=5, num_inference_steps=2, seed=1, guidance_scale=1.0)
 LATENTS = unit_noise((1, 16, 3, 6, 10))
@@ -63,7 +64,7 @@ def test_a_mesh_codes_as_one_device_does(on):
     assert relative_error(frames, alone) < TOLERANCE and alone.std() > 0.05
     assert np.abs((255 * frames).round() - (255 * alone).round()).max() <= 1
     latents = on().encode(alone)
-    assert relative_error(on("pp=3").encode(alone), latents) < TOLERANCE and latents.std() > 0.3
+    assert relative_error(on("pp=3").encode(alone), latents) < OF_LATENTS and latents.std() > 0.3
 
 
 def test_a_vae_with_devices_of_its_own_gives_the_bits_of_as_many_devices_of_a_mesh(on):

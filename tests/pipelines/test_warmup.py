@@ -198,6 +198,6 @@ def test_settings_of_the_caller_hold_for_what_is_compiled_in_threads():
     with jax.default_matmul_precision("bfloat16"):
         programs = [("product", product, (jax.ShapeDtypeStruct(x.shape, x.dtype),))]
         with compiling(programs, Progress(visible=False)) as finished:
-            assert [name for name, _ in finished] == ["product"]
+            assert [program.name for program in finished] == ["product"]
         assert compilations(lambda: product(x)) == 0
     assert compilations(lambda: product(x)) == 1
