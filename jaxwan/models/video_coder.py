@@ -202,7 +202,7 @@ class Stream:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises what a call with frames of this shape would."""
         size, cfg, geometry = (shape[0], *shape[2:]), self.coder.cfg, self.coder.geometry
-        if self.cache is not None and self._size != size:
+        if self.cache is not None and self._size not in (None, size):  # None: the cache of another stream
             raise ValueError(f"this stream goes on with {self._size} (B, H, W, C), and not with {size}")
         if not self._encodes and shape[-1] != cfg.z_dim:
             raise ValueError(f"latents have {shape[-1]} channels, and this VAE's have {cfg.z_dim}")
