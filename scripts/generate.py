@@ -43,7 +43,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 try:
     import jaxwan  # its parts are imported when first used
     from jaxwan.commands.running import Call, File, Runs, Stopped, reason, save
-    from jaxwan.commands.terminal import Parser, Told, tell_above_bar, tell_error, tell_on_stderr
+    from jaxwan.commands.terminal import Parser, Told, named_files, tell_above_bar, tell_error, tell_on_stderr
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: install it first, by `pip install -e .` in the clone")
 
@@ -379,7 +379,7 @@ def like(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_model(args: argparse.Namespace, made: dict[str, Any], what: str) -> None:
     """The flags name the model that made something, unless it is the bundled one. Raises ValueError."""
-    for name in [str(name) for name in made.get("components", []) if str(name) not in components(args)]:
+    for name in [str(name) for name in made.get("components", []) if str(name) not in named_files(args.component)]:
         raise ValueError(f"{what} was made with a file for {name!r:.40}: say where it is, --component {name:.40}=…")
     if (loras := made.get("loras")) and not args.lora:
         told = " ".join(f"--lora {lora_flag(lora):.100}" for lora in loras if isinstance(lora, dict))
@@ -408,22 +408,10 @@ def open_model(args: argparse.Namespace, made: dict[str, Any]) -> "jaxwan.Checkp
         log.info("no --model: the tiny bundled one, which knows coloured shapes that move over a background")
         model = jaxwan.BUNDLED_MODEL
     loras = [jaxwan.Lora.parse(text) for text in args.lora]
-    checkpoint = jaxwan.open_checkpoint(model, args.variant, components(args), loras)
+    checkpoint = jaxwan.open_checkpoint(model, args.variant, named_files(args.component), loras)
     if args.variant is None and made.get("model") == checkpoint.name:
         return jaxwan.open_checkpoint(checkpoint, made.get("variant"))
     return checkpoint
-
-
-def components(args: argparse.Namespace) -> dict[str, str]:
-    """The files of --component by name. Raises ValueError for one that is no NAME=FILE, or a name twice."""
-    named: dict[str, str] = {}
-    for text in args.component:
-        name, equals, file = text.partition("=")
-        if not equals or not file or name in named:
-            again = f"names {name} again" if name in named else "is no NAME=FILE"
-            raise ValueError(f"--component {text} {again}: such as --component vae=wan_2.1_vae.safetensors")
-        named[name] = file
-    return named
 
 
 def example_prompt(args: argparse.Namespace, checkpoint: "jaxwan.Checkpoint") -> str:

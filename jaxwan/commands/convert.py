@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxwan.commands.terminal import Parser, Told, tell_error, tell_on_stderr
+from jaxwan.commands.terminal import Parser, Told, named_files, tell_error, tell_on_stderr
 
 log = logging.getLogger("jaxwan.convert")
 DIFFERS = 1
@@ -69,7 +69,8 @@ def convert(args: argparse.Namespace) -> int:
     if not sources:
         raise ValueError(f"{target} is read or written? Give what to read, and behind it the folder to write")
     dtype = parse_dtype("--dtype", args.dtype, conversion.DTYPES)
-    checkpoint = open_sources(sources, args.variant, components(args), [Lora.parse(text) for text in args.lora])
+    loras = [Lora.parse(text) for text in args.lora]
+    checkpoint = open_sources(sources, args.variant, named_files(args.component), loras)
     ensure_weights(checkpoint)
     planned = conversion.plan_conversion(checkpoint, args.to, dtype=dtype, shard_size=size(args.shard_size))
     target = Path(target)
@@ -95,7 +96,7 @@ def inspect(args: argparse.Namespace) -> int:
     if only is not None and (only.is_file() or is_part(only)):
         found = inspect_file(only)
     else:
-        found = inspect_checkpoint(open_sources(args.paths, args.variant, components(args)))
+        found = inspect_checkpoint(open_sources(args.paths, args.variant, named_files(args.component)))
     print(json.dumps(found.as_json(), indent=2) if args.json else table(found))
     return 0 if found.loads else 1
 
@@ -140,18 +141,6 @@ def verify(args: argparse.Namespace) -> int:
 def is_part(path: Path) -> bool:
     """Whether a folder is of one component alone."""
     return path.is_dir() and (path / "config.json").is_file() and (path.parent / "model_index.json").is_file()
-
-
-def components(args: argparse.Namespace) -> dict[str, str]:
-    """The files of --component by name. Raises ValueError for one that is no NAME=FILE, or a name twice."""
-    named: dict[str, str] = {}
-    for text in args.component:
-        name, equals, file = text.partition("=")
-        if not equals or not file or name in named:
-            again = f"names {name} again" if name in named else "is no NAME=FILE"
-            raise ValueError(f"--component {text} {again}: such as --component vae=wan_2.1_vae.safetensors")
-        named[name] = file
-    return named
 
 
 def size(text: str) -> int:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 log = logging.getLogger("jaxwan.command")
@@ -103,3 +103,15 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error("escaped", _escaped)
+
+
+def named_files(given: Iterable[str]) -> dict[str, str]:
+    """The files of --component by name. Raises ValueError for one that is no NAME=FILE, or a name twice."""
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals or not file or name in named:
+            again = f"names {name} again" if name in named else "is no NAME=FILE"
+            raise ValueError(f"--component {text} {again}: such as --component vae=wan_2.1_vae.safetensors")
+        named[name] = file
+    return named
